@@ -1,0 +1,286 @@
+"""The catalog: which models this server offers, of which components they are made, and where the weights lie.
+
+A catalog is a folder of YAML files (`components`, `models`, `controlnets`, `loras`). Everything the ingress needs to
+validate a request stands here, so that it never has to open weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from config.choices import Choices
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+Family = Literal["sd", "sdxl"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class CatalogError(ValueError):
+    """The catalog contradicts itself; the message names the entry."""
+
+
+class Spec(BaseModel):
+    """A frozen entry that refuses unknown keys: a typo in a catalog must not be silent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Size(Spec):
+    """A picture size in pixels."""
+
+    width: int = Field(ge=8)
+    height: int = Field(ge=8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            width, _, height = value.partition("x")
+            return {"width": width, "height": height}
+        return value
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class HubSource(Spec):
+    """A repository on the Hugging Face hub at one commit."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    variant: str | None = None
+    """File name variant such as `fp16` (`model.fp16.safetensors`)."""
+
+
+class FolderSource(Spec):
+    """A diffusers folder; a relative path is relative to the repository root."""
+
+    folder: Path
+
+
+class CheckpointSource(Spec):
+    """A single `.safetensors` checkpoint in the original layout, with the diffusers folder its configuration comes from.
+
+    The folder needs only the small files: `config.json` of each component, the tokenizers, the scheduler.
+    """
+
+    checkpoint: Path
+    configuration: HubSource | FolderSource
+
+    @model_validator(mode="after")
+    def _safetensors_only(self) -> CheckpointSource:
+        if self.checkpoint.suffix != ".safetensors":
+            raise ValueError(f"checkpoint {self.checkpoint.name}: only .safetensors is loaded, a pickle can run code")
+        return self
+
+
+Source = Annotated[HubSource | FolderSource | CheckpointSource, Field(union_mode="left_to_right")]
+
+
+class ComponentSpec(Spec):
+    """One set of weights: what one deployment hosts."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    kind: Literal["text_encoder", "unet", "vae", "controlnet"]
+    family: Family
+    source: Source
+    subfolder: str | None = None
+    """Folder of the weights inside the source: by default the kind's usual one; "" is the root."""
+    dtype: Dtype = "float32"
+    """Number format on a GPU; a CPU always computes in float32."""
+    text_encoders: tuple[int, ...] = ()
+    """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
+    force_zeros_for_empty_prompt: bool = False
+    """UNets only: an absent negative prompt is a zero embedding (SDXL base), not the empty text's."""
+
+
+class ModelDefaults(Spec):
+    """Values of absent request fields: the wire's, unless the wire's cannot work for a model."""
+
+    width: int = 1024
+    height: int = 1024
+    steps: int = 30
+    cfg_scale: float = 5.0
+    sampler: str = "DPM++ 2M SDE Heun Karras"
+    strength: float = 0.8
+
+
+class ModelSpec(Spec):
+    """One name a request may ask for, and the components that answer it."""
+
+    name: str
+    family: Family
+    text_encoder: str
+    unet: str
+    vae: str
+    refiner: str | None = None
+    defaults: ModelDefaults = ModelDefaults()
+    size_multiple: int = Field(default=8, ge=8, multiple_of=8)
+    """Width and height must be multiples of this, in pixels; the VAE's own downscale factor divides it."""
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    """Sizes the model draws best."""
+    tvm_sizes: tuple[Size, ...] = ()
+    edm: bool = False
+    """Trained in the EDM formulation (Karras et al. 2022): takes the EDM samplers and no other."""
+    controlnets: tuple[str, ...] = ()
+    requires_controlnet: bool = False
+    unavailable: str | None = None
+    """Why this server does not serve the name, when it does not."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Ids of every component the model may need."""
+        return tuple(i for i in (self.text_encoder, self.unet, self.refiner, self.vae) if i is not None)
+
+
+class ControlNetSpec(Spec):
+    """A ControlNet of one model family: what `controlnet_name` selects."""
+
+    name: str
+    models: tuple[str, ...]
+    source: Source
+    union_mode: int | None = None
+    """Index of this control in a union ControlNet."""
+
+
+class LoraSpec(Spec):
+    """A LoRA by its public name. One name may have weights for several base UNets."""
+
+    name: str
+    source: Source | None = None
+    file: str | None = None
+    bases: tuple[str, ...] = ()
+    """Component ids of the UNets it was trained on."""
+    trigger: str | None = None
+    unavailable: str | None = None
+
+
+class StylePreset(Spec):
+    """A prompt template with `{prompt}` in it and a negative prompt to add."""
+
+    name: str
+    prompt: str
+    negative_prompt: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_one_slot(self) -> StylePreset:
+        if self.prompt.count("{prompt}") != 1:
+            raise ValueError(f"style {self.name!r}: the template needs {{prompt}} exactly once")
+        return self
+
+
+class Catalog(Spec):
+    """Everything on offer, cross-checked."""
+
+    components: tuple[ComponentSpec, ...]
+    models: tuple[ModelSpec, ...]
+    controlnets: tuple[ControlNetSpec, ...] = ()
+    loras: tuple[LoraSpec, ...] = ()
+    styles: tuple[StylePreset, ...] = ()
+
+    @classmethod
+    def load(cls, name: str | Path) -> Catalog:
+        """Read `config/catalogs/<name>` (or the folder `name` itself) and `styles.yaml`.
+
+        Raises:
+            CatalogError: the folder is missing, a file is not valid, or entries contradict each other.
+        """
+        folder = HERE / "catalogs" / name if not Path(name).is_absolute() else Path(name)
+        if not folder.is_dir():
+            known = sorted(p.name for p in (HERE / "catalogs").iterdir() if p.is_dir())
+            raise CatalogError(f"catalog '{name}' not found; the built-in ones are {known}, or give an absolute folder")
+        parts = {p.stem: yaml.safe_load(p.read_text()) or [] for p in sorted(folder.glob("*.yaml"))}
+        parts["styles"] = yaml.safe_load((HERE / "styles.yaml").read_text())
+        try:
+            return cls.model_validate(parts)
+        except ValueError as error:
+            raise CatalogError(f"catalog '{name}': {error}") from error
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Catalog:
+        components = {c.id: c for c in self.components}
+        if len(components) != len(self.components):
+            raise ValueError("two components share an id")
+        self.model_choices()  # two names that differ by case alone fail here
+        self.style_choices()
+        for model in self.models:
+            self._check_model(model, components)
+        names = {m.name for m in self.models}
+        for control in self.controlnets:
+            if unknown := set(control.models) - names:
+                raise ValueError(f"controlnet {control.name}: unknown models {sorted(unknown)}")
+        for lora in self.loras:
+            if unknown := set(lora.bases) - set(components):
+                raise ValueError(f"lora {lora.name}: unknown bases {sorted(unknown)}")
+            if lora.source is None and lora.unavailable is None:
+                raise ValueError(f"lora {lora.name}: give a source, or say in 'unavailable' why there is none")
+        return self
+
+    def _check_model(self, model: ModelSpec, components: dict[str, ComponentSpec]) -> None:
+        wanted = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae, "refiner": model.refiner}
+        for role, component_id in wanted.items():
+            if component_id is None:
+                continue
+            component = components.get(component_id)
+            kind = "unet" if role == "refiner" else role
+            if component is None or component.kind != kind or component.family != model.family:
+                raise ValueError(f"model {model.name}: {role} '{component_id}' is no {model.family} {kind} component")
+            if kind == "unet" and not component.text_encoders:
+                raise ValueError(f"component {component_id}: say which text_encoders feed this UNet")
+        if model.refiner and model.family != "sdxl":
+            raise ValueError(f"model {model.name}: a refiner belongs to the SDXL family")
+        default = Size(width=model.defaults.width, height=model.defaults.height)
+        for size in (*model.sizes, *model.tvm_sizes, default):
+            if size.width % model.size_multiple or size.height % model.size_multiple:
+                raise ValueError(f"model {model.name}: size {size} is no multiple of {model.size_multiple}")
+        offered = {c.name for c in self.controlnets if model.name in c.models}
+        if missing := set(model.controlnets) - offered:
+            raise ValueError(f"model {model.name}: no ControlNet weights for {sorted(missing)}")
+
+    def model_choices(self) -> Choices:
+        """Every model name, available or not."""
+        return Choices("model_name", [m.name for m in self.models])
+
+    def style_choices(self) -> Choices:
+        """Every style preset with its aliases."""
+        return Choices("style_preset", [s.name for s in self.styles], {a: s.name for s in self.styles for a in s.aliases})
+
+    def available_models(self) -> tuple[ModelSpec, ...]:
+        """Models a request may name now."""
+        return tuple(m for m in self.models if m.unavailable is None)
+
+    def model(self, name: str) -> ModelSpec:
+        """The model of this canonical name; KeyError if there is none."""
+        return next(m for m in self.models if m.name == name)
+
+    def style(self, name: str) -> StylePreset:
+        """The style of this canonical name."""
+        return next(s for s in self.styles if s.name == name)
+
+    def component(self, component_id: str) -> ComponentSpec:
+        """The component of this id; KeyError if there is none."""
+        for component in self.components:
+            if component.id == component_id:
+                return component
+        raise KeyError(component_id)
+
+    def served_components(self) -> tuple[ComponentSpec, ...]:
+        """Components that some available model needs, each once, in catalog order."""
+        needed = {i for m in self.available_models() for i in m.components}
+        return tuple(c for c in self.components if c.id in needed)
+
+    def only(self, names: tuple[str, ...]) -> Catalog:
+        """The same catalog serving just these models; the others answer that they are not served here."""
+        keep = {self.model_choices().resolve(n) for n in names}
+        models = tuple(
+            m if m.name in keep or m.unavailable else m.model_copy(update={"unavailable": "not served by this graph"})
+            for m in self.models
+        )
+        return self.model_copy(update={"models": models})

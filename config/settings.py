@@ -1,0 +1,31 @@
+"""Process settings: the environment variables `SDGRAPH_*`, read once, in deployments/app.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What differs from machine to machine; what differs from graph to graph is in AppArgs."""
+
+    model_config = SettingsConfigDict(env_prefix="SDGRAPH_", frozen=True, extra="ignore")
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; `auto` is CUDA where a replica was given a GPU, else the CPU."""
+    torch_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each replica's torch; the machine's cores by default."""
+    api_keys_file: Path | None = None
+    """Lines `<name> <sha256 of the key in hex>`; no file means no keys are asked for."""
+    rate_limit: str | None = None
+    """Requests a key (or, without keys, an address) may send, in `limits` notation such as `60/minute`."""
+    deadline_s: float = Field(default=600, gt=0)
+    """Seconds after which an unfinished request is answered 504."""
+    max_body_bytes: int = Field(default=32 * 2**20, gt=0)
+    max_image_pixels: int = Field(default=25_000_000, gt=0)
+    """Largest picture a client may send, in decoded pixels."""
+    max_pixel_steps: int = Field(default=100 * 2048 * 2048, gt=0)
+    """Budget of one request: steps x width x height."""

@@ -1,0 +1,245 @@
+"""Write the tiny seeded models: the real diffusers and transformers classes at toy sizes, in ordinary diffusers folders.
+
+They draw noise, not pictures. They exist so that parity with diffusers can be proved, and the graph run, on any machine
+with no download. One folder for each of SD1.5, SD2, SDXL base, SSD, turbo and the refiner; seeds fixed; a few MB in all.
+The shapes differ on purpose (downscale 8, 16 and 32; 4 and 8 latent channels; epsilon and v-prediction), so that code
+which assumes a shape instead of reading the config fails.
+
+    python models/make_tiny.py [folder]        # default: models/tiny; does nothing when the folder is up to date
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A CLIP tokenizer over single bytes: 256 symbols, the same 256 at a word's end, and the two specials."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    vocabulary = {s: i for i, s in enumerate([*symbols, *(s + "</w>" for s in symbols)])}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=pad)
+
+
+def text_config(width: int, layers: int, projection: int, activation: str) -> CLIPTextConfig:
+    """A CLIP text tower whose special ids are the tokenizer's, or pooling would pick the wrong position."""
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        projection_dim=projection,
+        hidden_act=activation,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def vae(channels: tuple[int, ...], latent_channels: int, sample_size: int, scaling_factor: float) -> AutoencoderKL:
+    """An AutoencoderKL that divides width and height by 2^(len(channels) - 1)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=sample_size,
+        scaling_factor=scaling_factor,
+    )
+
+
+def sd_unet(latent_channels: int, context: int, sample_size: int, **extra: Any) -> UNet2DConditionModel:
+    """A UNet of the SD family's shape."""
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=context,
+        attention_head_dim=4,
+        **extra,
+    )
+
+
+def sdxl_unet(context: int, time_ids: int, projection: int, **extra: Any) -> UNet2DConditionModel:
+    """A UNet of the SDXL family's shape: no attention at the outermost level, pooled text and time ids added."""
+    shape = {"transformer_layers_per_block": [1, 1, 2]} | extra
+    return UNet2DConditionModel(
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=context,
+        attention_head_dim=(2, 4, 8),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 * time_ids + projection,
+        **shape,
+    )
+
+
+def seeded(seed: int, module: torch.nn.Module) -> torch.nn.Module:
+    """Fill every weight from `seed`, lively enough that prompt, time and size change the picture visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim >= 2:
+                gain = 4.0 if "attn2" in name or "add_embedding" in name or "time_embedding" in name else 1.0
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * fan_in**-0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return module.eval()
+
+
+def sd15() -> StableDiffusionPipeline:
+    """SD1.5: epsilon, downscale 8, 4 latent channels."""
+    return StableDiffusionPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=seeded(11, CLIPTextModel(text_config(32, 3, 32, "quick_gelu"))),
+        unet=seeded(12, sd_unet(4, 32, 64)),
+        vae=seeded(13, vae((8, 8, 16, 16), 4, 512, 0.18215)),
+        scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd2() -> StableDiffusionPipeline:
+    """SD2: v-prediction, downscale 16, 8 latent channels, a gelu text tower padded with `!`."""
+    return StableDiffusionPipeline(
+        tokenizer=tokenizer(pad="!"),
+        text_encoder=seeded(21, CLIPTextModel(text_config(48, 3, 48, "gelu"))),
+        unet=seeded(22, sd_unet(8, 48, 48, use_linear_projection=True)),
+        vae=seeded(23, vae((8, 8, 8, 16, 16), 8, 768, 0.18215)),
+        scheduler=DDIMScheduler(
+            **NOISE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_shared() -> dict[str, Any]:
+    """What every SDXL model has in common: both text encoders and the VAE (downscale 32)."""
+    return {
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(pad="!"),
+        "text_encoder": seeded(31, CLIPTextModel(text_config(32, 3, 32, "quick_gelu"))),
+        "text_encoder_2": seeded(32, CLIPTextModelWithProjection(text_config(64, 4, 48, "gelu"))),
+        "vae": seeded(33, vae((8, 8, 8, 16, 16, 16), 4, 1024, 0.13025)),
+    }
+
+
+def euler(**extra: Any) -> EulerDiscreteScheduler:
+    """The scheduler SDXL ships with."""
+    return EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1, **extra)
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """SDXL base."""
+    return StableDiffusionXLPipeline(
+        **sdxl_shared(), unet=seeded(34, sdxl_unet(96, 6, 48)), scheduler=euler(), add_watermarker=False
+    )
+
+
+def ssd() -> StableDiffusionXLPipeline:
+    """SSD: SDXL with transformer layers removed, differently on the way down and up, and a mid block without attention."""
+    unet = sdxl_unet(
+        96,
+        6,
+        48,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[1, 1, 1],
+        reverse_transformer_layers_per_block=[[1, 2], [1, 1], [1, 1]],
+    )
+    return StableDiffusionXLPipeline(**sdxl_shared(), unet=seeded(35, unet), scheduler=euler(), add_watermarker=False)
+
+
+def turbo() -> StableDiffusionXLPipeline:
+    """SDXL-turbo: few steps, trailing spacing."""
+    return StableDiffusionXLPipeline(
+        **sdxl_shared(),
+        unet=seeded(36, sdxl_unet(96, 6, 48)),
+        scheduler=EulerAncestralDiscreteScheduler(**NOISE, timestep_spacing="trailing", steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def refiner() -> StableDiffusionXLImg2ImgPipeline:
+    """The SDXL refiner: the second text encoder alone, five time ids with the aesthetic score."""
+    shared = sdxl_shared() | {"tokenizer": None, "text_encoder": None}
+    return StableDiffusionXLImg2ImgPipeline(
+        **shared,
+        unet=seeded(37, sdxl_unet(64, 5, 48)),
+        scheduler=euler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
+
+
+def fingerprint() -> str:
+    """Changes when this file or a library that draws or saves the weights changes."""
+    versions = f"{torch.__version__} {diffusers.__version__} {transformers.__version__}"
+    return hashlib.sha256(Path(__file__).read_bytes() + versions.encode()).hexdigest()
+
+
+def make_tiny(folder: Path) -> bool:
+    """Write every model under `folder` unless it is up to date; returns whether it wrote."""
+    stamp = folder / "fingerprint"
+    if stamp.exists() and stamp.read_text() == fingerprint():
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        for name, build in MODELS.items():
+            build().save_pretrained(Path(scratch) / name, safe_serialization=True)
+        (Path(scratch) / "fingerprint").write_text(fingerprint())
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(scratch, folder)
+    return True
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "tiny"
+    print(f"{target}: {'written' if make_tiny(target) else 'up to date'}")

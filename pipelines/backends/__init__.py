@@ -1,0 +1,1 @@
+"""UNet implementations behind one protocol."""

@@ -1,0 +1,41 @@
+"""The torch backend: diffusers' UNet2DConditionModel in eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from pipelines.backends.base import StepBatch
+from pipelines.errors import WeightsError
+
+
+class TorchDenoiser:
+    """A Denoiser over a loaded UNet."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        """Wrap `unet`, in its own device and dtype.
+
+        Raises:
+            WeightsError: the UNet needs an input this graph does not produce.
+        """
+        if unet.config.time_cond_proj_dim is not None:
+            raise WeightsError("this UNet takes the guidance scale as an input (LCM-distilled); it is not supported")
+        self._unet = unet.eval()
+        self.config: Mapping[str, Any] = unet.config
+        self.device: torch.device = unet.device
+        self.dtype: torch.dtype = unet.dtype
+
+    @torch.inference_mode()
+    def predict(self, batch: StepBatch) -> torch.Tensor:
+        """Evaluate the UNet once for all rows."""
+        output = self._unet(
+            batch.sample,
+            batch.timesteps,
+            encoder_hidden_states=batch.prompt_embeds,
+            added_cond_kwargs=dict(batch.added_conditions) or None,
+            return_dict=False,
+        )
+        return cast(torch.Tensor, output[0])

@@ -1,0 +1,203 @@
+"""The step engine: one tick = one UNet evaluation.
+
+Between ticks jobs join and leave. A tick selects jobs that can share a forward pass, stacks their rows, predicts once,
+guides each job's rows and advances each job's own sampler. Only latent shape and context shape must agree; sampler,
+timestep, number of steps, guidance and seed are free per row. Synchronous: the caller decides when and on which thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipelines.backends.base import Denoiser, StepBatch
+from pipelines.batching import BatchKey, select_rows
+from pipelines.conditioning import Conditioning
+from pipelines.errors import DenoiseError
+from pipelines.families import Family
+from pipelines.guidance import guide
+from pipelines.latents import Latents, LatentSpace, draw_noise, make_generator
+from pipelines.plan import StagePlan
+from pipelines.samplers import Sampler
+
+
+@dataclass
+class DenoiseJob:
+    """One stage of one picture in flight. One owner; never shared, never copied.
+
+    Attributes:
+        id: unique among the jobs of an engine.
+        latents: `[1, channels, height, width]`.
+        tick: how many UNet evaluations are done.
+    """
+
+    id: str
+    plan: StagePlan
+    sampler: Sampler
+    generator: torch.Generator
+    latents: torch.Tensor
+    conditioning: Conditioning
+    added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tick: int = 0
+
+    @property
+    def rows(self) -> int:
+        """UNet batch entries the job contributes to a tick."""
+        return self.conditioning.rows
+
+    @property
+    def batch_key(self) -> BatchKey:
+        """What another job must share to ride in the same tick."""
+        return BatchKey(tuple(self.latents.shape[1:]), tuple(self.conditioning.prompt_embeds.shape[1:]))
+
+    @property
+    def done(self) -> bool:
+        """Whether the slice of the schedule is finished."""
+        return self.tick >= len(self.sampler.timesteps)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """What the UNet is asked next, a scalar."""
+        return self.sampler.timesteps[self.tick]
+
+    def model_input(self) -> torch.Tensor:
+        """The latents as the UNet sees them, `[1, channels, height, width]`."""
+        return self.sampler.scale_input(self.latents, self.timestep)
+
+    def advance(self, model_output: torch.Tensor) -> None:
+        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step."""
+        guided = guide(model_output, self.plan.guidance_scale)
+        self.latents = self.sampler.step(guided, self.timestep, self.latents, self.generator)
+        self.tick += 1
+
+    def result(self) -> Latents:
+        """Latents and generator, for the next stage."""
+        return Latents(self.latents, self.generator.get_state())
+
+
+class JobFactory:
+    """Turns a stage plan and its inputs into a job for one component."""
+
+    def __init__(
+        self, denoiser: Denoiser, family: Family, scheduler_config: Mapping[str, Any], space: LatentSpace
+    ) -> None:
+        self._denoiser = denoiser
+        self._family = family
+        self._scheduler_config = scheduler_config
+        self._space = space
+
+    @torch.inference_mode()
+    def start(self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None) -> DenoiseJob:
+        """Set up a job as diffusers' pipelines prepare their loop.
+
+        Args:
+            job_id: unique in the engine.
+            plan: the stage.
+            conditioning: one row, or uncond and cond.
+            latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
+                timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
+        """
+        device, dtype = self._denoiser.device, self._denoiser.dtype
+        sampler = Sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
+        generator = make_generator(plan.seed, latents.generator_state if latents else None)
+        if latents is None:
+            shape = self._space.shape(plan.width, plan.height)
+            values = draw_noise(shape, generator, device, dtype) * sampler.init_noise_sigma
+        else:
+            values = latents.values.to(device, dtype)
+            if plan.schedule.strength is not None:
+                values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
+        conditioning = conditioning.to(device, dtype)
+        added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
+        return DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added)
+
+
+@dataclass(frozen=True)
+class TickReport:
+    """What a tick did.
+
+    Attributes:
+        rows: UNet batch entries evaluated.
+        finished: jobs that left with a result.
+        failed: jobs that left with an exception.
+    """
+
+    rows: int = 0
+    finished: tuple[DenoiseJob, ...] = ()
+    failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
+
+
+class StepEngine:
+    """Jobs of one component, oldest first."""
+
+    def __init__(self, denoiser: Denoiser, max_rows: int = 16) -> None:
+        """Run jobs on `denoiser`, at most `max_rows` rows a tick."""
+        if max_rows < 1:
+            raise ValueError(f"max_rows {max_rows}: at least 1")
+        self._denoiser = denoiser
+        self._max_rows = max_rows
+        self._jobs: dict[str, DenoiseJob] = {}
+
+    def __len__(self) -> int:
+        """Jobs in flight."""
+        return len(self._jobs)
+
+    def add(self, job: DenoiseJob) -> None:
+        """Let `job` join at the next tick."""
+        if job.id in self._jobs:
+            raise ValueError(f"job {job.id} is already here")
+        self._jobs[job.id] = job
+
+    def cancel(self, job_id: str) -> bool:
+        """Drop a job; its rows are free at the next tick. Returns whether it was here."""
+        return self._jobs.pop(job_id, None) is not None
+
+    @torch.inference_mode()
+    def tick(self) -> TickReport:
+        """Evaluate the UNet once and advance the jobs that were in it.
+
+        An exception of the evaluation fails every job of this tick; one of a job's own sampler fails that job alone.
+        """
+        ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
+        selected = select_rows((job for job in self._jobs.values() if not job.done), self._max_rows)
+        failed: list[tuple[DenoiseJob, DenoiseError]] = []
+        if selected:
+            try:
+                outputs = self._predict(selected)
+            except Exception as error:  # whatever it is, it belongs to the jobs in the batch
+                failed = [(job, _denoise_error(error)) for job in selected]
+                outputs = []
+            for job, output in zip(selected, outputs, strict=False):
+                try:
+                    job.advance(output)
+                except Exception as error:  # the job's own
+                    failed.append((job, _denoise_error(error)))
+                else:
+                    if job.done:
+                        ready.append(job)
+        # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
+        left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
+        broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
+        return TickReport(sum(job.rows for job in selected), tuple(left), tuple(broken))
+
+    def _predict(self, jobs: list[DenoiseJob]) -> list[torch.Tensor]:
+        """Stack the jobs' rows, evaluate once, and hand each job its rows back."""
+        rows = [job.rows for job in jobs]
+        batch = StepBatch(
+            sample=torch.cat([job.model_input().expand(job.rows, -1, -1, -1) for job in jobs]),
+            timesteps=torch.cat([job.timestep.reshape(1).float().expand(job.rows) for job in jobs]),
+            prompt_embeds=torch.cat([job.conditioning.prompt_embeds for job in jobs]),
+            added_conditions={
+                name: torch.cat([job.added_conditions[name] for job in jobs]) for name in jobs[0].added_conditions
+            },
+        )
+        return list(self._denoiser.predict(batch).split(rows))
+
+
+def _denoise_error(error: Exception) -> DenoiseError:
+    wrapped = DenoiseError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

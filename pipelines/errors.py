@@ -1,0 +1,53 @@
+"""Every exception this project raises on purpose.
+
+    SdgraphError
+    ├── RequestError            the caller's fault; `param` names the request field
+    │   ├── InvalidValueError       out of range, or not allowed for this model
+    │   ├── UnavailableModelError   unknown or unserved model
+    │   └── TooLargeError           a body or a picture over the limit
+    ├── OverloadedError         queues are full; try again
+    ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
+    └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
+"""
+
+from __future__ import annotations
+
+
+class SdgraphError(Exception):
+    """The root."""
+
+
+class RequestError(SdgraphError):
+    """A request that cannot be served as it stands. The message names the wrong value and the allowed ones."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidValueError(RequestError):
+    """A value out of range or not allowed for this model."""
+
+
+class UnavailableModelError(RequestError):
+    """An unknown model, or one this server does not serve."""
+
+
+class TooLargeError(RequestError):
+    """A body, or a picture after decoding, over the limit."""
+
+
+class OverloadedError(SdgraphError):
+    """Every queue for this work is full."""
+
+
+class WeightsError(SdgraphError):
+    """Weights that are missing, pickled, or contradict the catalog."""
+
+
+class DenoiseError(SdgraphError):
+    """A tick raised; the message carries the cause's type and text."""

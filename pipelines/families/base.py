@@ -1,0 +1,33 @@
+"""The Family protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from pipelines.conditioning import Conditioning
+    from pipelines.plan import StagePlan
+    from pipelines.text_encoders import EncodedText
+
+
+class Family(Protocol):
+    """How a family of models turns text into conditioning and what else its UNets are told.
+
+    Attributes:
+        applies_latent_statistics: whether its pipelines use the VAE config's `latents_mean` and `latents_std`.
+    """
+
+    applies_latent_statistics: bool
+
+    def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Join what the encoders of a stage made of one prompt: embeddings `[1, tokens, width]` and pooled `[1, width]`."""
+        ...
+
+    def added_conditions(
+        self, stage: StagePlan, conditioning: Conditioning, unet_config: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Further UNet inputs of a job, `[rows, ...]` each."""
+        ...

@@ -1,0 +1,30 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pipelines.conditioning import Conditioning
+    from pipelines.plan import StagePlan
+    from pipelines.text_encoders import EncodedText
+
+
+class SDFamily:
+    """One text encoder, its last hidden state after the final layer norm; nothing added."""
+
+    applies_latent_statistics = False
+
+    def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The last hidden state of the only encoder."""
+        (text,) = texts
+        return text.last_hidden_state, None
+
+    def added_conditions(
+        self, stage: StagePlan, conditioning: Conditioning, unet_config: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """None."""
+        return {}

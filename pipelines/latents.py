@@ -1,0 +1,98 @@
+"""Latents, the space they live in, and the noise a job draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from pipelines.tensors import TensorBundle
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Shape and normalisation of a VAE's latents, read from its `config.json`.
+
+    Attributes:
+        channels: latent channels.
+        downscale: pixels a latent covers, per side.
+        scale: what encoded latents are multiplied by.
+        mean: per channel, None unless the VAE's config gives mean and std.
+        std: per channel.
+    """
+
+    channels: int
+    downscale: int
+    scale: float
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_vae_config(cls, config: Mapping[str, Any], statistics: bool) -> LatentSpace:
+        """Read an AutoencoderKL config.
+
+        Args:
+            config: the VAE's `config.json`.
+            statistics: whether the family's pipelines apply `latents_mean` and `latents_std` (SDXL does, SD does not).
+        """
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        used = statistics and mean is not None and std is not None
+        return cls(
+            channels=config["latent_channels"],
+            downscale=2 ** (len(config["block_out_channels"]) - 1),
+            scale=config["scaling_factor"],
+            mean=tuple(mean) if used else None,
+            std=tuple(std) if used else None,
+        )
+
+    def shape(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """`[1, channels, height, width]` of the latents of a picture of so many pixels."""
+        return (1, self.channels, height // self.downscale, width // self.downscale)
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """VAE's own scale to the UNet's."""
+        if self.mean is None or self.std is None:
+            return self.scale * latents
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (self.mean, self.std))
+        return (latents - mean) * self.scale / std
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """UNet's scale to the VAE's own."""
+        if self.mean is None or self.std is None:
+            return latents / self.scale
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (self.mean, self.std))
+        return latents * std / self.scale + mean
+
+
+@dataclass(frozen=True)
+class Latents(TensorBundle):
+    """Latents between two stages, with the state of the job's noise generator.
+
+    One generator serves a picture from the first draw to the last, wherever the stages run, exactly as one
+    `torch.Generator` handed to diffusers' pipelines one after the other.
+
+    Attributes:
+        values: `[1, channels, height, width]`, in the UNet's scale.
+        generator_state: `[bytes]` uint8, None before anything was drawn.
+    """
+
+    values: torch.Tensor
+    generator_state: torch.Tensor | None = None
+
+
+def make_generator(seed: int, state: torch.Tensor | None = None) -> torch.Generator:
+    """The job's own CPU generator: fresh from `seed`, or where an earlier stage left it."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if state is not None:
+        generator.set_state(state)
+    return generator
+
+
+def draw_noise(
+    shape: tuple[int, ...], generator: torch.Generator, device: str | torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Standard normal noise, drawn on the CPU and moved, so that a seed means the same on every device."""
+    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)

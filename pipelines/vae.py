@@ -1,0 +1,56 @@
+"""The VAE: pictures <-> latents."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from pipelines.families import Family
+from pipelines.latents import Latents, LatentSpace, make_generator
+
+TILE_ABOVE_PIXELS = 2048 * 2048
+"""Larger pictures are decoded in overlapping tiles: beyond this an SDXL decode wants more than 12 GB in half precision."""
+
+
+class VAE:
+    """An AutoencoderKL with its latent space."""
+
+    def __init__(self, model: AutoencoderKL, family: Family, tile_above_pixels: int = TILE_ABOVE_PIXELS) -> None:
+        """Wrap a loaded model.
+
+        A VAE in float16 whose config says `force_upcast` overflows in half precision, so it is turned to float32 once,
+        here, where diffusers turns it back and forth at every call.
+        """
+        if model.dtype == torch.float16 and model.config.force_upcast:
+            model = model.to(torch.float32)
+        self._model = model.eval()
+        self._tile_above_pixels = tile_above_pixels
+        self.space = LatentSpace.from_vae_config(model.config, family.applies_latent_statistics)
+        self._processor = VaeImageProcessor(vae_scale_factor=self.space.downscale)
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image, seed: int) -> Latents:
+        """Latents of an RGB picture, sampled with the job's generator, whose state goes on with them."""
+        pixels = self._processor.preprocess(image).to(self._model.device, self._model.dtype)
+        generator = make_generator(seed)
+        self._tile(image.width * image.height)
+        sampled = self._model.encode(pixels).latent_dist.sample(generator=generator)
+        return Latents(self.space.normalise(sampled), generator.get_state())
+
+    @torch.inference_mode()
+    def decode(self, latents: Latents) -> Image.Image:
+        """The picture of `latents`, RGB 8 bit."""
+        values = latents.values.to(self._model.device, self._model.dtype)
+        self._tile(values.shape[-1] * values.shape[-2] * self.space.downscale**2)
+        pixels = self._model.decode(self.space.denormalise(values), return_dict=False)[0]
+        return cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
+
+    def _tile(self, pixels: int) -> None:
+        if pixels > self._tile_above_pixels:
+            self._model.enable_tiling()
+        else:
+            self._model.disable_tiling()

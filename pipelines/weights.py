@@ -1,0 +1,154 @@
+"""Catalog components -> modules: from a folder, the hub, or a single checkpoint. Safetensors only, revisions pinned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from config.catalog import ROOT, CheckpointSource, ComponentSpec, FolderSource, HubSource
+from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.errors import WeightsError
+from pipelines.families import FAMILIES
+from pipelines.text_encoders import TextEncoder, TextEncoderStack
+from pipelines.vae import VAE
+
+Device = Literal["cpu", "cuda"]
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """`auto` is CUDA where torch sees a GPU."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(spec: ComponentSpec, device: Device) -> torch.dtype:
+    dtype = torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@contextmanager
+def _explained(spec: ComponentSpec) -> Iterator[None]:
+    """Turn what loaders raise into a WeightsError that names the component."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"component {spec.id}: cannot load {spec.source}: {error}") from error
+
+
+def _folders(spec: ComponentSpec) -> list[str]:
+    """Folders of a source that a component reads."""
+    if spec.kind == "text_encoder":
+        return [f"{part}{suffix}" for suffix in _encoder_suffixes(spec) for part in ("text_encoder", "tokenizer")]
+    weights = spec.kind if spec.subfolder is None else spec.subfolder
+    return [weights, "scheduler"] if spec.kind == "unet" else [weights]
+
+
+def _encoder_suffixes(spec: ComponentSpec) -> list[str]:
+    return ["", "_2"] if spec.family == "sdxl" else [""]
+
+
+def _patterns(spec: ComponentSpec, variant: str | None) -> list[str]:
+    """Files of a hub repository that a component needs: configuration, tokenizers, and the weights of one variant."""
+    stem = _STEMS[spec.kind]
+    weights = [f"{stem}.{variant}*.safetensors"] if variant else [f"{stem}.safetensors", f"{stem}-*.safetensors"]
+    return [f"{f}/{p}".lstrip("/") for f in _folders(spec) for p in ("*.json", "merges.txt", *weights)]
+
+
+def locate(spec: ComponentSpec) -> Path:
+    """The local folder of a component's source; fetched from the hub at its pinned revision unless it is cached.
+
+    Set `HF_HUB_OFFLINE=1` where the cache is filled beforehand: nothing is asked of the network then.
+
+    Raises:
+        WeightsError: there is no such folder, or the hub does not have it.
+    """
+    source = spec.source.configuration if isinstance(spec.source, CheckpointSource) else spec.source
+    if isinstance(source, FolderSource):
+        folder = source.folder if source.folder.is_absolute() else ROOT / source.folder
+        if not folder.is_dir():
+            raise WeightsError(f"component {spec.id}: folder {source.folder} does not exist; `make models` writes ours")
+        return folder
+    with _explained(spec):
+        patterns = _patterns(spec, source.variant)
+        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+
+
+def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any]:
+    """A component's `config.json` (or the scheduler's), without its weights."""
+    path = locate(spec) / (_folders(spec)[0] if folder is None else folder)
+    name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+    with _explained(spec):
+        config: dict[str, Any] = json.loads((path / name).read_text())
+    return config
+
+
+def _loading(spec: ComponentSpec, device: Device) -> dict[str, Any]:
+    """Keyword arguments that every loader gets: never a pickle, always this variant and format."""
+    variant = spec.source.variant if isinstance(spec.source, HubSource) else None
+    return {"use_safetensors": True, "variant": variant, "dtype": _dtype(spec, device), "local_files_only": True}
+
+
+def _checkpoint(spec: ComponentSpec) -> Path | None:
+    if not isinstance(spec.source, CheckpointSource):
+        return None
+    path = spec.source.checkpoint
+    return path if path.is_absolute() else ROOT / path
+
+
+def _load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
+    folder, (subfolder, *_) = locate(spec), _folders(spec)
+    with _explained(spec):
+        if checkpoint := _checkpoint(spec):
+            state = load_file(checkpoint)
+            model = model_class.from_single_file(
+                state, config=str(folder), subfolder=subfolder, dtype=_dtype(spec, device), local_files_only=True
+            )
+        else:
+            model = model_class.from_pretrained(folder, subfolder=subfolder, **_loading(spec, device))
+    return model.to(device)
+
+
+def load_unet(spec: ComponentSpec, device: Device) -> TorchDenoiser:
+    """A UNet on the torch backend."""
+    return TorchDenoiser(_load_model(UNet2DConditionModel, spec, device))
+
+
+def load_vae(spec: ComponentSpec, device: Device) -> VAE:
+    """A VAE with its latent space."""
+    return VAE(_load_model(AutoencoderKL, spec, device), FAMILIES[spec.family])
+
+
+def load_text_encoders(spec: ComponentSpec, device: Device) -> TextEncoderStack:
+    """A family's text encoders with their tokenizers."""
+    folder = locate(spec)
+    checkpoint = _checkpoint(spec)
+    encoders = []
+    with _explained(spec):
+        state = load_file(checkpoint) if checkpoint else None
+        for suffix in _encoder_suffixes(spec):
+            model_class = CLIPTextModelWithProjection if suffix else CLIPTextModel
+            name = f"text_encoder{suffix}"
+            if state is not None:
+                model = create_diffusers_clip_model_from_ldm(
+                    model_class, state, name, str(folder), _dtype(spec, device), local_files_only=True
+                )
+            else:
+                model = model_class.from_pretrained(folder, subfolder=name, **_loading(spec, device))
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True)
+            encoders.append(TextEncoder(tokenizer, model.to(device)))
+    return TextEncoderStack(encoders, FAMILIES[spec.family])
