@@ -212,6 +212,9 @@ class Catalog(Spec):
         self.style_choices()
         for model in self.models:
             self._check_model(model, components)
+        for component in self.components:
+            if len({m.vae for m in self.models if component.id in (m.unet, m.refiner)}) > 1:
+                raise ValueError(f"component {component.id}: its models decode with different VAEs")
         names = {m.name for m in self.models}
         for control in self.controlnets:
             if unknown := set(control.models) - names:
@@ -270,6 +273,10 @@ class Catalog(Spec):
             if component.id == component_id:
                 return component
         raise KeyError(component_id)
+
+    def vae_of(self, unet_id: str) -> str:
+        """Id of the VAE whose latents a UNet works on."""
+        return next(m.vae for m in self.models if unet_id in (m.unet, m.refiner))
 
     def served_components(self) -> tuple[ComponentSpec, ...]:
         """Components that some available model needs, each once, in catalog order."""

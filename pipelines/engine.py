@@ -78,43 +78,6 @@ class DenoiseJob:
         return Latents(self.latents, self.generator.get_state())
 
 
-class JobFactory:
-    """Turns a stage plan and its inputs into a job for one component."""
-
-    def __init__(
-        self, denoiser: Denoiser, family: Family, scheduler_config: Mapping[str, Any], space: LatentSpace
-    ) -> None:
-        self._denoiser = denoiser
-        self._family = family
-        self._scheduler_config = scheduler_config
-        self._space = space
-
-    @torch.inference_mode()
-    def start(self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None) -> DenoiseJob:
-        """Set up a job as diffusers' pipelines prepare their loop.
-
-        Args:
-            job_id: unique in the engine.
-            plan: the stage.
-            conditioning: one row, or uncond and cond.
-            latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
-                timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
-        """
-        device, dtype = self._denoiser.device, self._denoiser.dtype
-        sampler = Sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
-        generator = make_generator(plan.seed, latents.generator_state if latents else None)
-        if latents is None:
-            shape = self._space.shape(plan.width, plan.height)
-            values = draw_noise(shape, generator, device, dtype) * sampler.init_noise_sigma
-        else:
-            values = latents.values.to(device, dtype)
-            if plan.schedule.strength is not None:
-                values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
-        conditioning = conditioning.to(device, dtype)
-        added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
-        return DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added)
-
-
 @dataclass(frozen=True)
 class TickReport:
     """What a tick did.
@@ -131,13 +94,31 @@ class TickReport:
 
 
 class StepEngine:
-    """Jobs of one component, oldest first."""
+    """Jobs of one component, oldest first. Not thread-safe: one thread calls it."""
 
-    def __init__(self, denoiser: Denoiser, max_rows: int = 16) -> None:
-        """Run jobs on `denoiser`, at most `max_rows` rows a tick."""
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        family: Family,
+        scheduler_config: Mapping[str, Any],
+        space: LatentSpace,
+        max_rows: int = 16,
+    ) -> None:
+        """Run jobs on `denoiser`.
+
+        Args:
+            denoiser: the UNet.
+            family: what else the UNet is told.
+            scheduler_config: the model's `scheduler_config.json`, which every sampler starts from.
+            space: of the VAE that made and will read the latents.
+            max_rows: row budget of a tick.
+        """
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows}: at least 1")
         self._denoiser = denoiser
+        self._family = family
+        self._scheduler_config = scheduler_config
+        self._space = space
         self._max_rows = max_rows
         self._jobs: dict[str, DenoiseJob] = {}
 
@@ -145,11 +126,33 @@ class StepEngine:
         """Jobs in flight."""
         return len(self._jobs)
 
-    def add(self, job: DenoiseJob) -> None:
-        """Let `job` join at the next tick."""
-        if job.id in self._jobs:
-            raise ValueError(f"job {job.id} is already here")
-        self._jobs[job.id] = job
+    @torch.inference_mode()
+    def add(self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None) -> DenoiseJob:
+        """Prepare a job as diffusers' pipelines prepare their loop; it joins at the next tick.
+
+        Args:
+            job_id: unique in this engine.
+            plan: the stage.
+            conditioning: one row, or uncond and cond.
+            latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
+                timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
+        """
+        if job_id in self._jobs:
+            raise ValueError(f"job {job_id} is already here")
+        device, dtype = self._denoiser.device, self._denoiser.dtype
+        sampler = Sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
+        generator = make_generator(plan.seed, latents.generator_state if latents else None)
+        if latents is None:
+            shape = self._space.shape(plan.width, plan.height)
+            values = draw_noise(shape, generator, device, dtype) * sampler.init_noise_sigma
+        else:
+            values = latents.values.to(device, dtype)
+            if plan.schedule.strength is not None:
+                values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
+        conditioning = conditioning.to(device, dtype)
+        added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
+        job = self._jobs[job_id] = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added)
+        return job
 
     def cancel(self, job_id: str) -> bool:
         """Drop a job; its rows are free at the next tick. Returns whether it was here."""

@@ -6,6 +6,7 @@
     │   ├── UnavailableModelError   unknown or unserved model
     │   └── TooLargeError           a body or a picture over the limit
     ├── OverloadedError         queues are full; try again
+    ├── DeadlineError           it took longer than the server allows
     ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
     └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
 """
@@ -43,6 +44,10 @@ class TooLargeError(RequestError):
 
 class OverloadedError(SdgraphError):
     """Every queue for this work is full."""
+
+
+class DeadlineError(SdgraphError):
+    """A request that was not finished in time."""
 
 
 class WeightsError(SdgraphError):

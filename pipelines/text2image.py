@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.engine import DenoiseJob, JobFactory, StepEngine
-from pipelines.families import FAMILIES
+from pipelines.engine import StepEngine
 from pipelines.images import read_image
-from pipelines.latents import Latents, LatentSpace
-from pipelines.plan import GenerationParams, GenerationPlan, PlanLimits, StagePlan, make_plan
-from pipelines.text_encoders import TextEncoderStack
-from pipelines.vae import VAE
-from pipelines.weights import Device, load_text_encoders, load_unet, load_vae, read_config
+from pipelines.latents import Latents
+from pipelines.plan import GenerationParams, GenerationPlan, PlanLimits, make_plan
+from pipelines.weights import Device, load_engine, load_text_encoders, load_vae
 
 
 @dataclass(frozen=True)
@@ -28,39 +25,16 @@ class Picture:
     plan: GenerationPlan
 
 
-class DenoiserStage:
-    """One UNet component, ready to take jobs: its engine and the factory that makes them."""
-
-    def __init__(self, catalog: Catalog, component_id: str, device: Device, max_rows: int = 16) -> None:
-        spec = catalog.component(component_id)
-        vae = next(m.vae for m in catalog.models if component_id in m.components)
-        family = FAMILIES[spec.family]
-        space = LatentSpace.from_vae_config(read_config(catalog.component(vae)), family.applies_latent_statistics)
-        denoiser = load_unet(spec, device)
-        self.engine = StepEngine(denoiser, max_rows)
-        self.factory = JobFactory(denoiser, family, read_config(spec, "scheduler"), space)
-
-
 class Text2Image:
     """Every component of a catalog in this process, loaded when first needed."""
 
     def __init__(self, catalog: Catalog, device: Device = "cpu", limits: PlanLimits | None = None) -> None:
         self._catalog = catalog
-        self._device = device
         self._limits = limits
         self._ids = itertools.count()
-        self.text_encoders = functools.cache(self._load_text_encoders)
-        self.vae = functools.cache(self._load_vae)
-        self.denoiser = functools.cache(self._load_denoiser)
-
-    def _load_text_encoders(self, component_id: str) -> TextEncoderStack:
-        return load_text_encoders(self._catalog.component(component_id), self._device)
-
-    def _load_vae(self, component_id: str) -> VAE:
-        return load_vae(self._catalog.component(component_id), self._device)
-
-    def _load_denoiser(self, component_id: str) -> DenoiserStage:
-        return DenoiserStage(self._catalog, component_id, self._device)
+        self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
+        self.engine = functools.cache(functools.partial(load_engine, catalog, device=device))
+        self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
 
     def generate(self, params: GenerationParams) -> Picture:
         """One picture."""
@@ -90,25 +64,20 @@ class Text2Image:
         """Run the stage at `position` of every plan that has one."""
         results = list(latents)
         waiting: dict[str, int] = {}
-        stages: dict[str, DenoiserStage] = {}
+        engines: set[StepEngine] = set()
         for index, plan in enumerate(plans):
             if position < len(plan.stages):
                 stage = plan.stages[position]
-                job = self._start(stage, plan, latents[index])
-                stages[stage.component] = self.denoiser(stage.component)
+                conditioning = self.text_encoders(plan.text_encoder).encode(stage)
+                engine = self.engine(stage.component)
+                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index])
+                engines.add(engine)
                 waiting[job.id] = index
-        for denoiser in stages.values():
-            while len(denoiser.engine):
-                report = denoiser.engine.tick()
+        for engine in engines:
+            while len(engine):
+                report = engine.tick()
                 if report.failed:
                     raise report.failed[0][1]
                 for finished in report.finished:
                     results[waiting[finished.id]] = finished.result()
         return results
-
-    def _start(self, stage: StagePlan, plan: GenerationPlan, latents: Latents | None) -> DenoiseJob:
-        conditioning = self.text_encoders(plan.text_encoder).encode(stage)
-        denoiser = self.denoiser(stage.component)
-        job = denoiser.factory.start(str(next(self._ids)), stage, conditioning, latents)
-        denoiser.engine.add(job)
-        return job

@@ -41,25 +41,26 @@ class TextEncoder:
         self.cache_hits = 0
         self.cache_misses = 0
 
-    def encode(self, texts: list[str]) -> list[EncodedText]:
-        """Encode `texts`, those not in the cache in one forward pass. Longer ones are cut to the model's context, as CLIP does."""
-        found = {t: self._cache[t] for t in texts if t in self._cache}
-        missing = [t for t in dict.fromkeys(texts) if t not in found]
-        self.cache_hits += len(texts) - len(missing)
-        self.cache_misses += len(missing)
-        if missing:
-            found |= zip(missing, self._forward(missing), strict=True)
-        for text in texts:
-            self._cache[text] = found[text]
+    def encode(self, text: str) -> EncodedText:
+        """Encode one text; a longer one is cut to the model's context, as CLIP does.
+
+        One text a forward pass: batched with others its last bits would depend on them, and on what the cache held.
+        """
+        cached = self._cache.get(text)
+        if cached is not None:
+            self.cache_hits += 1
             self._cache.move_to_end(text)
-        while len(self._cache) > CACHED_TEXTS:
+            return cached
+        self.cache_misses += 1
+        encoded = self._cache[text] = self._forward(text)
+        if len(self._cache) > CACHED_TEXTS:
             self._cache.popitem(last=False)
-        return [found[t] for t in texts]
+        return encoded
 
     @torch.inference_mode()
-    def _forward(self, texts: list[str]) -> list[EncodedText]:
+    def _forward(self, text: str) -> EncodedText:
         tokens = self._tokenizer(
-            texts,
+            [text],
             padding="max_length",
             max_length=self._tokenizer.model_max_length,
             truncation=True,
@@ -69,15 +70,7 @@ class TextEncoder:
         output = self._model(
             tokens.input_ids, attention_mask=tokens.attention_mask if masked else None, output_hidden_states=True
         )
-        pooled = getattr(output, "text_embeds", None)
-        return [
-            EncodedText(
-                last_hidden_state=output.last_hidden_state[i : i + 1],
-                penultimate_hidden_state=output.hidden_states[-2][i : i + 1],
-                pooled=None if pooled is None else pooled[i : i + 1],
-            )
-            for i in range(len(texts))
-        ]
+        return EncodedText(output.last_hidden_state, output.hidden_states[-2], getattr(output, "text_embeds", None))
 
 
 class TextEncoderStack:
@@ -106,8 +99,7 @@ class TextEncoderStack:
     def _embed(
         self, text: TextPlan, rows: list[tuple[str, ...]]
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        by_encoder = [
-            self.encoders[encoder].encode([row[position] for row in rows])
-            for position, encoder in enumerate(text.encoders)
+        return [
+            self._family.embed([self.encoders[e].encode(t) for e, t in zip(text.encoders, row, strict=True)])
+            for row in rows
         ]
-        return [self._family.embed([encoded[i] for encoded in by_encoder]) for i in range(len(rows))]

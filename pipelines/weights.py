@@ -15,10 +15,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from config.catalog import ROOT, CheckpointSource, ComponentSpec, FolderSource, HubSource
+from config.catalog import ROOT, Catalog, CheckpointSource, ComponentSpec, FolderSource, HubSource
 from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.engine import StepEngine
 from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
+from pipelines.latents import LatentSpace
 from pipelines.text_encoders import TextEncoder, TextEncoderStack
 from pipelines.vae import VAE
 
@@ -123,18 +125,39 @@ def _load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
     return model.to(device)
 
 
-def load_unet(spec: ComponentSpec, device: Device) -> TorchDenoiser:
-    """A UNet on the torch backend."""
-    return TorchDenoiser(_load_model(UNet2DConditionModel, spec, device))
+def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: int = 16) -> StepEngine:
+    """A UNet component on the torch backend, in an engine ready for jobs."""
+    spec = catalog.component(component_id)
+    family = FAMILIES[spec.family]
+    vae_config = read_config(catalog.component(catalog.vae_of(component_id)))
+    space = LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
+    denoiser = TorchDenoiser(_load_model(UNet2DConditionModel, spec, device))
+    if denoiser.config["in_channels"] != space.channels:
+        raise WeightsError(
+            f"component {component_id} takes {denoiser.config['in_channels']} latent channels, its VAE has {space.channels}"
+        )
+    return StepEngine(denoiser, family, read_config(spec, "scheduler"), space, max_rows)
 
 
-def load_vae(spec: ComponentSpec, device: Device) -> VAE:
-    """A VAE with its latent space."""
-    return VAE(_load_model(AutoencoderKL, spec, device), FAMILIES[spec.family])
+def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
+    """A VAE with its latent space.
+
+    Raises:
+        WeightsError: the catalog promises sizes that this VAE cannot make.
+    """
+    spec = catalog.component(component_id)
+    vae = VAE(_load_model(AutoencoderKL, spec, device), FAMILIES[spec.family])
+    for model in catalog.models:
+        if model.vae == component_id and model.size_multiple % vae.space.downscale:
+            raise WeightsError(
+                f"model {model.name}: size_multiple {model.size_multiple} does not fit its VAE's downscale {vae.space.downscale}"
+            )
+    return vae
 
 
-def load_text_encoders(spec: ComponentSpec, device: Device) -> TextEncoderStack:
+def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> TextEncoderStack:
     """A family's text encoders with their tokenizers."""
+    spec = catalog.component(component_id)
     folder = locate(spec)
     checkpoint = _checkpoint(spec)
     encoders = []

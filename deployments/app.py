@@ -1,0 +1,107 @@
+"""The whole graph on one page: which deployments there are, what they host, how they are bound."""
+
+# No `from __future__ import annotations` here: Serve reads build_app's annotation to parse `args`, and a string says nothing.
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from config.catalog import Catalog, ComponentSpec
+from config.settings import Settings
+from deployments.auth import read_key_hashes
+from deployments.denoiser import DenoiserDeployment
+from deployments.http import HttpLimits
+from deployments.ingress import Ingress, IngressLimits, deployments_not_ready
+from deployments.replica import Runtime
+from deployments.text_encoder import TextEncoderDeployment
+from deployments.vae import VAEDeployment
+from pipelines.plan import PlanLimits
+
+# Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.
+# num_cpus is 0: Ray's default of one CPU a replica would keep two cores from ever starting the graph.
+DEFAULTS: Mapping[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0},
+    "max_ongoing_requests": 64,
+    "max_queued_requests": 256,
+    "health_check_period_s": 10,
+    "health_check_timeout_s": 60,
+}
+
+
+class AppArgs(BaseModel):
+    """Arguments of the graph: `args` in a Serve config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    catalog: str = "embedded"
+    """A folder under config/catalogs, or an absolute path."""
+    grouping: Literal["component", "role"] = "component"
+    """A deployment for each component, or one for each kind of component so that a laptop runs the graph in five."""
+    models: tuple[str, ...] = ()
+    """Serve only these; every available model of the catalog if empty."""
+    max_rows: int = Field(default=16, ge=2)
+    """Row budget of a tick of every denoiser."""
+
+
+def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
+    """Which deployment hosts a component."""
+    if component.kind == "unet" and component.id not in refiners:
+        return f"{component.id}-torch" if grouping == "component" else "unet-torch"
+    if grouping == "component":
+        return component.id
+    return {"text_encoder": "text-encoder", "vae": "vae", "unet": "refiner"}[component.kind]
+
+
+def build_app(args: AppArgs) -> Application:
+    """Build the graph; `import_path` of every Serve config."""
+    _check_checkout()
+    settings = Settings()
+    catalog = Catalog.load(args.catalog)
+    if args.models:
+        catalog = catalog.only(args.models)
+    runtime = Runtime(device=settings.device, torch_threads=settings.torch_threads)
+    refiners = {model.refiner for model in catalog.models if model.refiner}
+
+    hosted: dict[str, list[ComponentSpec]] = {}
+    for component in catalog.served_components():
+        hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
+
+    handles: dict[str, Application] = {}
+    for name, components in hosted.items():
+        ids = [component.id for component in components]
+        match components[0].kind:
+            case "text_encoder":
+                app = _deploy(TextEncoderDeployment, name).bind(ids, catalog, runtime)
+            case "vae":
+                app = _deploy(VAEDeployment, name).bind(ids, catalog, runtime)
+            case _:
+                app = _deploy(DenoiserDeployment, name).bind(ids, catalog, runtime, args.max_rows)
+        handles |= dict.fromkeys(ids, app)
+
+    limits = IngressLimits(
+        http=HttpLimits(max_body_bytes=settings.max_body_bytes),
+        plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
+        max_image_pixels=settings.max_image_pixels,
+        deadline_s=settings.deadline_s,
+    )
+    keys = read_key_hashes(settings.api_keys_file)
+    ingress = _deploy(serve.ingress()(Ingress), "ingress")
+    return ingress.bind(handles, catalog, limits, keys, settings.rate_limit, deployments_not_ready)
+
+
+def _deploy(replica_class: type, name: str) -> Any:
+    return serve.deployment(replica_class, name=name, **DEFAULTS)
+
+
+def _check_checkout() -> None:
+    """Fail early where another package hides ours: PyPI has one named `config`."""
+    root = Path(__file__).resolve().parents[1]
+    for name in ("config", "pipelines", "deployments"):
+        found = Path(str(importlib.import_module(name).__file__)).resolve()
+        if not found.is_relative_to(root):
+            raise RuntimeError(f"package '{name}' comes from {found}; run from {root} with PYTHONPATH set to it")

@@ -1,0 +1,101 @@
+"""The denoiser deployment: an engine loop around step engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from config.catalog import Catalog
+from deployments.observability import Traced, stopwatch
+from deployments.replica import Runtime, Worker
+from pipelines.plan import StagePlan
+
+if TYPE_CHECKING:
+    from pipelines.conditioning import Conditioning
+    from pipelines.latents import Latents
+
+
+@dataclass
+class _Waiting:
+    """A request whose job is in an engine."""
+
+    component: str
+    result: asyncio.Future[Latents]
+
+
+class DenoiserDeployment:
+    """Hosts one UNet, or all of them when components are grouped by role.
+
+    One loop ticks for as long as there are jobs. Engines are touched on the worker's thread alone, so a job that
+    arrives during a tick joins after it, and a cancelled one leaves after it.
+    """
+
+    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime, max_rows: int) -> None:
+        from pipelines.weights import load_engine  # torch is a replica's affair: building the graph goes without
+
+        device = runtime.apply()
+        self._engines = {c: load_engine(catalog, c, device, max_rows) for c in components}
+        self._worker = Worker()
+        self._waiting: dict[str, _Waiting] = {}  # oldest first
+        self._loop: asyncio.Task[None] | None = None
+
+    async def denoise(
+        self, stage: StagePlan, conditioning: Traced[Conditioning], latents: Traced[Latents] | None
+    ) -> Traced[Latents]:
+        """Run one stage, in ticks shared with whoever else is here.
+
+        Args:
+            stage: what to do.
+            conditioning: what the text says.
+            latents: None for a picture from text; else where the stage begins.
+        """
+        job_id = uuid.uuid4().hex
+        engine = self._engines[stage.component]
+        with stopwatch(f"denoise_{stage.component}") as watch:
+            start = latents.value if latents is not None else None
+            waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future())
+            self._waiting[job_id] = waiting
+            try:
+                await self._worker.run(engine.add, job_id, stage, conditioning.value, start)
+                self._ensure_loop()
+                result = await waiting.result
+            except BaseException:  # cancelled, or failed: its rows are free at the next tick
+                self._worker.submit(engine.cancel, job_id)
+                raise
+            finally:
+                self._waiting.pop(job_id, None)
+        return watch.trace(result, conditioning, latents)
+
+    def _ensure_loop(self) -> None:
+        if self._loop is None or self._loop.done():
+            # A fresh context: the loop outlives the request that started it and must not run under its identity.
+            self._loop = asyncio.create_task(self._run(), context=contextvars.Context())
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                oldest = next(iter(self._waiting.values()))
+                report = await self._worker.run(self._engines[oldest.component].tick)
+                for job in report.finished:
+                    if waiting := self._waiting.pop(job.id, None):
+                        _settle(waiting.result, job.result())
+                for job, error in report.failed:
+                    if waiting := self._waiting.pop(job.id, None):
+                        _settle(waiting.result, error)
+        except Exception as error:  # a fault of the loop itself must not leave anybody waiting for ever
+            for waiting in self._waiting.values():
+                _settle(waiting.result, error)
+            raise
+
+
+def _settle(future: asyncio.Future[Latents], outcome: Latents | Exception) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

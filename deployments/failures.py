@@ -1,0 +1,99 @@
+"""Exceptions -> the contract's error table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+
+from deployments.auth import RateLimitedError, UnauthorizedError
+from pipelines.errors import DeadlineError, OverloadedError, RequestError, TooLargeError, UnavailableModelError
+
+logger = logging.getLogger("sdgraph.http")
+
+RETRY_AFTER_OVERLOAD_S = 5
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row of the error table, filled in."""
+
+    status: int
+    code: int
+    type: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    detail: list[dict[str, Any]] | None = None
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What really happened: Ray wraps a replica's exception, once an edge; a task group groups them."""
+    while True:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
+            error = error.cause
+        elif isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            return error
+
+
+def failure_of(error: BaseException, request_id: str) -> Failure:
+    """The answer to an exception. One we do not know is a 500 that tells the request id and nothing of the inside."""
+    error = cause_of(error)
+    match error:
+        case UnavailableModelError():
+            return Failure(400, 40301, "invalid_request_error", error.message, error.param)
+        case TooLargeError():
+            return Failure(413, 40004, "invalid_request_error", error.message, error.param)
+        case RequestError():
+            return Failure(400, 40302, "invalid_request_error", error.message, error.param)
+        case UnauthorizedError():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return Failure(401, 40101, "authentication_error", "missing or wrong API key", headers=headers)
+        case RateLimitedError():
+            headers = {"Retry-After": str(error.retry_after)}
+            message = f"rate limit exceeded; try again in {error.retry_after} s"
+            return Failure(429, 42901, "rate_limit_error", message, headers=headers)
+        case OverloadedError() | BackPressureError():
+            headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
+            return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
+        case DeadlineError():
+            return Failure(504, 50006, "timeout_error", f"deadline passed: {error} (request {request_id})")
+        case HTTPException():
+            return Failure(error.status_code, 40000, "invalid_request_error", str(error.detail), headers=error.headers or {})
+    logger.error("request %s failed", request_id, exc_info=error)
+    return Failure(500, 50001, "server_error", f"internal error; the server's log knows it as request {request_id}")
+
+
+def validation_failure(error: RequestValidationError) -> Failure:
+    """A body that does not fit the schema: a wrong value is 400, a wrong type or broken JSON 422 with `detail`."""
+    # The offending input and pydantic's context stay out: a 20 MB picture, or something that is no JSON.
+    errors = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+    first = errors[0]
+    location = [str(part) for part in first["loc"] if part not in ("body", "hyperbolic", "openai")]
+    param = location[0] if location and first["type"] != "json_invalid" else None
+    message = f"{'.'.join(location)}: {first['msg']}" if param else str(first["msg"])
+    if first["type"] in _VALUE_ERRORS:
+        return Failure(400, 40302, "invalid_request_error", message, param)
+    return Failure(422, 40001, "invalid_request_error", message, param, detail=errors)
+
+
+_VALUE_ERRORS = {
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+    "finite_number",
+    "string_too_short",
+    "string_too_long",
+    "string_pattern_mismatch",
+    "literal_error",
+    "int_parsing_size",
+}

@@ -1,0 +1,111 @@
+"""The ingress: one request in, a chain of deployments composed for it, one picture out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import DeploymentStatus
+
+from config.catalog import Catalog
+from deployments.auth import KeyRing, RateLimit
+from deployments.http import HttpLimits, create_http_app
+from deployments.observability import Span
+from pipelines.errors import DeadlineError
+from pipelines.images import EncodedImage, check_image
+from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, PlanLimits, make_plan
+
+Readiness = Callable[[], Awaitable[Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class IngressLimits:
+    """What the ingress allows, from the settings."""
+
+    http: HttpLimits
+    plan: PlanLimits
+    max_image_pixels: int
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished picture as the HTTP layer needs it."""
+
+    image: EncodedImage
+    plan: GenerationPlan
+    seconds: float
+    spans: tuple[Span, ...]
+
+
+class Ingress:
+    """Composes the graph for each request. Deployments are reached through handles, by component id."""
+
+    def __init__(
+        self,
+        handles: Mapping[str, Any],
+        catalog: Catalog,
+        limits: IngressLimits,
+        keys: Mapping[str, str],
+        rate_limit: str | None,
+        readiness: Readiness,
+    ) -> None:
+        self._handles = handles
+        self.catalog = catalog
+        self.limits = limits
+        self.keys = KeyRing(keys)
+        self.rate = RateLimit(rate_limit)
+        self.readiness = readiness
+
+    def __serve_build_asgi_app__(self) -> Any:  # noqa: PLW3201 - Ray Serve's hook for an app made in the replica
+        return create_http_app(self)
+
+    async def generate(self, params: GenerationParams) -> Generated:
+        """Draw one picture.
+
+        Raises:
+            RequestError: the request cannot be served.
+            DeadlineError: it took too long.
+        """
+        begin = time.perf_counter()
+        plan = make_plan(params, self.catalog, self.limits.plan)
+        if params.image is not None:
+            check_image(params.image, "image", self.limits.max_image_pixels)
+        try:
+            async with asyncio.timeout(self.limits.deadline_s):
+                image = await self._compose(plan, params.image)
+        except TimeoutError:
+            raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
+        return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
+
+    async def generate_series(self, params: GenerationParams, count: int) -> list[Generated]:
+        """`count` pictures of consecutive seeds; they share ticks."""
+        first = make_plan(params, self.catalog, self.limits.plan).seed
+        requests = [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.generate(request)) for request in requests]
+        return [task.result() for task in tasks]
+
+    async def _compose(self, plan: GenerationPlan, image: bytes | None) -> Any:
+        """Chain the calls. Responses are handed on un-awaited, so no tensor passes through this process."""
+        text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
+        latents = vae.encode.remote(plan, image) if image is not None else None
+        for stage in plan.stages:
+            conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
+            latents = self._handles[stage.component].denoise.remote(stage, conditioning, latents)
+        return await vae.decode.remote(plan, latents)
+
+
+async def deployments_not_ready() -> Mapping[str, str]:
+    """Deployments of this application that cannot serve now, with Serve's own words why."""
+    application = serve.get_replica_context().app_name
+    status = serve.status().applications[application]
+    return {
+        name: f"{deployment.status.value}: {deployment.message}".rstrip(": ")
+        for name, deployment in status.deployments.items()
+        if deployment.status not in (DeploymentStatus.HEALTHY, DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
+    }

@@ -1,0 +1,58 @@
+"""Seeing a request on its way: stage times that travel with the data, and one log line a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long one stage worked on one request, waiting inside the stage included."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Traced(Generic[T]):
+    """A stage's result with the spans of everything that led to it.
+
+    Results go from stage to stage without passing the ingress, so their times travel with them.
+    """
+
+    value: T
+    spans: tuple[Span, ...] = ()
+
+
+class Stopwatch:
+    """Collects the span of a stage's own work."""
+
+    def __init__(self) -> None:
+        self.span: Span | None = None
+
+    def trace(self, value: T, *inputs: Traced[object] | None) -> Traced[T]:
+        """Wrap a result: the spans of its inputs, each once, then this one."""
+        spans = [span for item in inputs if item is not None for span in item.spans]
+        if self.span is not None:
+            spans.append(self.span)
+        return Traced(value, tuple(dict.fromkeys(spans)))
+
+
+@contextmanager
+def stopwatch(name: str) -> Iterator[Stopwatch]:
+    """Time a block as the stage `name`."""
+    watch = Stopwatch()
+    begin = time.perf_counter()
+    yield watch
+    watch.span = Span(name, time.perf_counter() - begin)
+
+
+def server_timing(spans: tuple[Span, ...]) -> str:
+    """The `server-timing` header (W3C Server Timing): one entry a stage, milliseconds."""
+    return ", ".join(f"{span.name};dur={span.seconds * 1000:.1f}" for span in spans)

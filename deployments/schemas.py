@@ -1,0 +1,168 @@
+"""What a client may say and what it hears: the wire contract, field by field."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+
+from pipelines.errors import InvalidValueError
+from pipelines.plan import MAX_SIDE, MIN_SIDE, SEED_LIMIT, GenerationParams, OutputFormat
+
+_DATA_URI = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+
+class GenerationRequest(BaseModel):
+    """Hyperbolic's image request. Unknown fields are ignored and `null` means absent: real clients send both."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="ignore")
+
+    model_name: str = Field(max_length=200, examples=["SDXL1.0-base"])
+    prompt: str = Field(min_length=1, max_length=20_000)
+    prompt_2: str | None = Field(None, max_length=20_000, description="For the second text encoder; SDXL family only.")
+    negative_prompt: str | None = Field(None, max_length=20_000)
+    negative_prompt_2: str | None = Field(None, max_length=20_000, description="SDXL family only.")
+    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024).")
+    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024).")
+    backend: str | None = Field(None, max_length=200, description="auto, tvm or torch.")
+    image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI: the picture to start from.")
+    strength: FiniteFloat | None = Field(None, ge=0, le=1, description="How much of `image` is repainted; default 0.8.")
+    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="Random if absent; always returned.")
+    cfg_scale: FiniteFloat | None = Field(
+        None, ge=0, le=50, validation_alias=AliasChoices("cfg_scale", "guidance_scale"), description="Default 5."
+    )
+    sampler: str | None = Field(None, max_length=200, description="See /v1/samplers; default DPM++ 2M SDE Heun Karras.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, validation_alias=AliasChoices("steps", "num_inference_steps"), description="Default 30."
+    )
+    style_preset: str | None = Field(None, max_length=200, description="See /v1/styles.")
+    enable_refiner: bool | None = Field(None, description="The SDXL refiner runs the last fifth of the schedule.")
+    controlnet_name: str | None = Field(None, max_length=200)
+    controlnet_image: str | None = None
+    controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
+    loras: dict[str, FiniteFloat] | None = Field(None, validation_alias=AliasChoices("loras", "lora"))
+    output_format: OutputFormat | None = Field(None, description="Default jpeg.")
+
+    def to_params(self) -> GenerationParams:
+        """The request without HTTP; raises InvalidValueError for broken base64."""
+        return GenerationParams(
+            model_name=self.model_name,
+            prompt=self.prompt,
+            prompt_2=self.prompt_2,
+            negative_prompt=self.negative_prompt,
+            negative_prompt_2=self.negative_prompt_2,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            sampler=self.sampler,
+            seed=self.seed,
+            style_preset=self.style_preset,
+            backend=self.backend or "auto",
+            image=decode_base64(self.image, "image"),
+            strength=self.strength,
+            enable_refiner=bool(self.enable_refiner),
+            controlnet_name=self.controlnet_name,
+            controlnet_image=decode_base64(self.controlnet_image, "controlnet_image"),
+            loras=self.loras or {},
+            output_format=self.output_format or "jpeg",
+        )
+
+
+class OpenAIImageRequest(BaseModel):
+    """The OpenAI Images shape, so that its clients reach the same models."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="ignore")
+
+    model: str = Field(max_length=200)
+    prompt: str = Field(min_length=1, max_length=20_000)
+    n: int | None = Field(None, ge=1, le=10, description="Pictures, of consecutive seeds; default 1.")
+    size: str | None = Field(None, pattern=r"^(auto|\d{3,4}x\d{3,4})$", description="WIDTHxHEIGHT or auto.")
+    response_format: Literal["b64_json"] | None = Field(None, description="Pictures are always returned inline.")
+    output_format: OutputFormat | None = None
+    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT)
+
+    def to_params(self) -> GenerationParams:
+        """The same request in this project's words."""
+        width, height = (None, None) if self.size in (None, "auto") else map(int, str(self.size).split("x"))
+        return GenerationParams(
+            model_name=self.model,
+            prompt=self.prompt,
+            width=width,
+            height=height,
+            seed=self.seed,
+            output_format=self.output_format or "jpeg",
+        )
+
+
+def _shape(body: Any) -> str:
+    return "openai" if isinstance(body, dict) and "model" in body and "model_name" not in body else "hyperbolic"
+
+
+AnyImageRequest = Annotated[
+    Annotated[GenerationRequest, Tag("hyperbolic")] | Annotated[OpenAIImageRequest, Tag("openai")],
+    Discriminator(_shape),
+]
+
+
+class GeneratedImage(BaseModel):
+    """One picture of a reply."""
+
+    index: int
+    image: str
+    """Base64, no data-URI prefix."""
+    random_seed: int
+
+
+class GenerationResponse(BaseModel):
+    """Hyperbolic's image reply: these fields, always all of them."""
+
+    images: list[GeneratedImage]
+    inference_time: float
+    """Seconds between the parsed request and the finished picture."""
+
+
+class OpenAIImage(BaseModel):
+    """One picture of an OpenAI Images reply."""
+
+    b64_json: str
+
+
+class OpenAIImageResponse(BaseModel):
+    """OpenAI's image reply."""
+
+    created: int
+    data: list[OpenAIImage]
+
+
+class ErrorDetail(BaseModel):
+    """What every error says."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(ErrorDetail):
+    """One body that every known client can read: some look at the top, some under `error`."""
+
+    object: Literal["error"] = "error"
+    error: ErrorDetail
+    detail: list[dict[str, Any]] | None = None
+
+
+def decode_base64(text: str | None, param: str) -> bytes | None:
+    """Bytes of a raw base64 string or a data URI."""
+    if text is None:
+        return None
+    try:
+        data = base64.b64decode("".join(_DATA_URI.sub("", text).split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidValueError(f"{param} is not valid base64", param) from None
+    if not data:
+        raise InvalidValueError(f"{param} is empty", param)
+    return data

@@ -1,0 +1,31 @@
+"""The text-encoder deployment: stage plans -> conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from config.catalog import Catalog
+from deployments.observability import Traced, stopwatch
+from deployments.replica import Runtime, Worker
+from pipelines.plan import StagePlan
+
+if TYPE_CHECKING:
+    from pipelines.conditioning import Conditioning
+
+
+class TextEncoderDeployment:
+    """Hosts one text-encoder component, or all of them when components are grouped by role."""
+
+    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
+        from pipelines.weights import load_text_encoders  # torch is a replica's affair: building the graph goes without
+
+        device = runtime.apply()
+        self._stacks = {c: load_text_encoders(catalog, c, device) for c in components}
+        self._worker = Worker()
+
+    async def encode(self, component: str, stage: StagePlan) -> Traced[Conditioning]:
+        """Conditioning of one stage."""
+        with stopwatch("text_encoder") as watch:
+            conditioning = await self._worker.run(self._stacks[component].encode, stage)
+        return watch.trace(conditioning)

@@ -1,0 +1,44 @@
+"""The VAE deployment: picture bytes -> latents, latents -> encoded picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from config.catalog import Catalog
+from deployments.observability import Traced, stopwatch
+from deployments.replica import Runtime, Worker
+from pipelines.images import EncodedImage, read_image, write_image
+from pipelines.plan import GenerationPlan
+
+if TYPE_CHECKING:
+    from pipelines.latents import Latents
+
+
+class VAEDeployment:
+    """Hosts one VAE, or all of them when components are grouped by role. JPEGs are made here: tensors stop here."""
+
+    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
+        from pipelines.weights import load_vae  # torch is a replica's affair: building the graph goes without
+
+        device = runtime.apply()
+        self._vaes = {c: load_vae(catalog, c, device) for c in components}
+        self._worker = Worker()
+
+    async def encode(self, plan: GenerationPlan, image: bytes) -> Traced[Latents]:
+        """Latents of the picture an img2img request starts from."""
+        with stopwatch("vae_encode") as watch:
+            latents = await self._worker.run(self._encode, plan, image)
+        return watch.trace(latents)
+
+    async def decode(self, plan: GenerationPlan, latents: Traced[Latents]) -> Traced[EncodedImage]:
+        """The finished file, with the plan inside."""
+        with stopwatch("vae_decode") as watch:
+            image = await self._worker.run(self._decode, plan, latents.value)
+        return watch.trace(image, latents)
+
+    def _encode(self, plan: GenerationPlan, data: bytes) -> Latents:
+        return self._vaes[plan.vae].encode(read_image(data, "image", plan.width, plan.height), plan.seed)
+
+    def _decode(self, plan: GenerationPlan, latents: Latents) -> EncodedImage:
+        return write_image(self._vaes[plan.vae].decode(latents), plan.output_format, plan.model_dump_json())
