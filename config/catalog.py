@@ -65,7 +65,7 @@ class FolderSource(Spec):
 
 
 class CheckpointSource(Spec):
-    """A single `.safetensors` checkpoint in the original layout, with the diffusers folder its configuration comes from.
+    """A single `.safetensors` checkpoint in the original layout, and the diffusers folder of its configuration.
 
     The folder needs only the small files: `config.json` of each component, the tokenizers, the scheduler.
     """
@@ -253,7 +253,9 @@ class Catalog(Spec):
 
     def style_choices(self) -> Choices:
         """Every style preset with its aliases."""
-        return Choices("style_preset", [s.name for s in self.styles], {a: s.name for s in self.styles for a in s.aliases})
+        return Choices(
+            "style_preset", [s.name for s in self.styles], {a: s.name for s in self.styles for a in s.aliases}
+        )
 
     def available_models(self) -> tuple[ModelSpec, ...]:
         """Models a request may name now."""

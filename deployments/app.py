@@ -1,6 +1,6 @@
 """The whole graph on one page: which deployments there are, what they host, how they are bound."""
 
-# No `from __future__ import annotations` here: Serve reads build_app's annotation to parse `args`, and a string says nothing.
+# No `from __future__ import annotations` here: Serve parses `args` by build_app's annotation, which must be a type.
 
 import importlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from config.settings import Settings
 from deployments.auth import read_key_hashes
 from deployments.denoiser import DenoiserDeployment
 from deployments.http import HttpLimits
-from deployments.ingress import Ingress, IngressLimits, deployments_not_ready
+from deployments.ingress import Ingress, IngressLimits, deployment_states
 from deployments.replica import Runtime
 from deployments.text_encoder import TextEncoderDeployment
 from deployments.vae import VAEDeployment
@@ -65,13 +65,26 @@ def build_app(args: AppArgs) -> Application:
     if args.models:
         catalog = catalog.only(args.models)
     runtime = Runtime(device=settings.device, torch_threads=settings.torch_threads)
-    refiners = {model.refiner for model in catalog.models if model.refiner}
+    limits = IngressLimits(
+        http=HttpLimits(max_body_bytes=settings.max_body_bytes),
+        plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
+        max_image_pixels=settings.max_image_pixels,
+        deadline_s=settings.deadline_s,
+    )
+    keys = read_key_hashes(settings.api_keys_file)
+    ingress = _deploy(serve.ingress()(Ingress), "ingress")
+    components = bind_components(args, catalog, runtime)
+    return ingress.bind(components, catalog, limits, keys, settings.rate_limit, deployment_states)
 
+
+def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[str, Application]:
+    """Component id -> the deployment that hosts it, for every component some available model needs."""
+    refiners = {model.refiner for model in catalog.models if model.refiner}
     hosted: dict[str, list[ComponentSpec]] = {}
     for component in catalog.served_components():
         hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
 
-    handles: dict[str, Application] = {}
+    bound: dict[str, Application] = {}
     for name, components in hosted.items():
         ids = [component.id for component in components]
         match components[0].kind:
@@ -81,17 +94,8 @@ def build_app(args: AppArgs) -> Application:
                 app = _deploy(VAEDeployment, name).bind(ids, catalog, runtime)
             case _:
                 app = _deploy(DenoiserDeployment, name).bind(ids, catalog, runtime, args.max_rows)
-        handles |= dict.fromkeys(ids, app)
-
-    limits = IngressLimits(
-        http=HttpLimits(max_body_bytes=settings.max_body_bytes),
-        plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
-        max_image_pixels=settings.max_image_pixels,
-        deadline_s=settings.deadline_s,
-    )
-    keys = read_key_hashes(settings.api_keys_file)
-    ingress = _deploy(serve.ingress()(Ingress), "ingress")
-    return ingress.bind(handles, catalog, limits, keys, settings.rate_limit, deployments_not_ready)
+        bound |= dict.fromkeys(ids, app)
+    return bound
 
 
 def _deploy(replica_class: type, name: str) -> Any:

@@ -66,8 +66,13 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
         case DeadlineError():
             return Failure(504, 50006, "timeout_error", f"deadline passed: {error} (request {request_id})")
+        case HTTPException(status_code=400):  # FastAPI's only one: bytes that do not decode
+            detail = [{"loc": ["body"], "msg": "not JSON in UTF-8", "type": "json_invalid"}]
+            return Failure(422, 40001, "invalid_request_error", "the body is not JSON in UTF-8", detail=detail)
         case HTTPException():
-            return Failure(error.status_code, 40000, "invalid_request_error", str(error.detail), headers=error.headers or {})
+            return Failure(
+                error.status_code, 40000, "invalid_request_error", str(error.detail), headers=error.headers or {}
+            )
     logger.error("request %s failed", request_id, exc_info=error)
     return Failure(500, 50001, "server_error", f"internal error; the server's log knows it as request {request_id}")
 

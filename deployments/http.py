@@ -44,7 +44,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_BEARER = Annotated[object, Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))]
+_BEARER = Annotated[
+    object, Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app = FastAPI(
         title="sdgraph",
         version="0.1.0",
-        description="Text-to-image over a Ray Serve graph of Stable Diffusion components; speaks Hyperbolic's image API.",
+        description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
     )
     app.add_middleware(Gate, max_body_bytes=ingress.limits.http.max_body_bytes)
 
@@ -275,7 +277,9 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
     async def controlnets() -> dict[str, Any]:
         """ControlNets of the models that are served."""
         served = {model.name for model in catalog.available_models()}
-        return _listing([{"name": c.name, "models": m} for c in catalog.controlnets if (m := sorted(served & set(c.models)))])
+        return _listing(
+            [{"name": c.name, "models": m} for c in catalog.controlnets if (m := sorted(served & set(c.models)))]
+        )
 
     return router
 
@@ -290,9 +294,9 @@ def _health_routes(ingress: Ingress) -> APIRouter:
 
     @router.get("/readyz")
     async def readyz(response: Response) -> dict[str, Any]:
-        """Every deployment can serve; 503 names the ones that cannot, and why."""
-        waiting = dict(await ingress.readiness())
-        response.status_code = 503 if waiting else 200
-        return {"status": "waiting" if waiting else "ready", "deployments": waiting}
+        """200 when every deployment can serve, else 503; the state of each, and why."""
+        ready, states = await ingress.readiness()
+        response.status_code = 200 if ready else 503
+        return {"status": "ready" if ready else "waiting", "deployments": dict(states)}
 
     return router

@@ -19,7 +19,7 @@ from pipelines.errors import DeadlineError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, PlanLimits, make_plan
 
-Readiness = Callable[[], Awaitable[Mapping[str, str]]]
+Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Ingress:
         self.rate = RateLimit(rate_limit)
         self.readiness = readiness
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: PLW3201 - Ray Serve's hook for an app made in the replica
+    def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
 
     async def generate(self, params: GenerationParams) -> Generated:
@@ -100,12 +100,12 @@ class Ingress:
         return await vae.decode.remote(plan, latents)
 
 
-async def deployments_not_ready() -> Mapping[str, str]:
-    """Deployments of this application that cannot serve now, with Serve's own words why."""
+_SERVING = (DeploymentStatus.HEALTHY, DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
+
+
+async def deployment_states() -> tuple[bool, Mapping[str, str]]:
+    """Whether every deployment of this application can serve, and the state of each in Serve's own words."""
     application = serve.get_replica_context().app_name
-    status = serve.status().applications[application]
-    return {
-        name: f"{deployment.status.value}: {deployment.message}".rstrip(": ")
-        for name, deployment in status.deployments.items()
-        if deployment.status not in (DeploymentStatus.HEALTHY, DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
-    }
+    deployments = serve.status().applications[application].deployments
+    states = {name: f"{d.status.value}: {d.message}".rstrip(": ") for name, d in deployments.items()}
+    return all(d.status in _SERVING for d in deployments.values()), states

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Traced(Generic[T]):
+class Traced(Generic[T_co]):
     """A stage's result with the spans of everything that led to it.
 
     Results go from stage to stage without passing the ingress, so their times travel with them.
     """
 
-    value: T
+    value: T_co
     spans: tuple[Span, ...] = ()
 
 

@@ -25,8 +25,12 @@ class GenerationRequest(BaseModel):
     prompt_2: str | None = Field(None, max_length=20_000, description="For the second text encoder; SDXL family only.")
     negative_prompt: str | None = Field(None, max_length=20_000)
     negative_prompt_2: str | None = Field(None, max_length=20_000, description="SDXL family only.")
-    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024).")
-    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024).")
+    width: int | None = Field(
+        None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024)."
+    )
+    height: int | None = Field(
+        None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024)."
+    )
     backend: str | None = Field(None, max_length=200, description="auto, tvm or torch.")
     image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI: the picture to start from.")
     strength: FiniteFloat | None = Field(None, ge=0, le=1, description="How much of `image` is repainted; default 0.8.")

@@ -1,7 +1,7 @@
-"""Write the tiny seeded models: the real diffusers and transformers classes at toy sizes, in ordinary diffusers folders.
+"""Write the tiny seeded models: the real classes at toy sizes, in ordinary diffusers folders.
 
 They draw noise, not pictures. They exist so that parity with diffusers can be proved, and the graph run, on any machine
-with no download. One folder for each of SD1.5, SD2, SDXL base, SSD, turbo and the refiner; seeds fixed; a few MB in all.
+with no download. One folder for each of SD1.5, SD2, SDXL base, SSD, turbo and the refiner; seeds fixed; a few MB.
 The shapes differ on purpose (downscale 8, 16 and 32; 4 and 8 latent channels; epsilon and v-prediction), so that code
 which assumes a shape instead of reading the config fails.
 
@@ -183,7 +183,7 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 def ssd() -> StableDiffusionXLPipeline:
-    """SSD: SDXL with transformer layers removed, differently on the way down and up, and a mid block without attention."""
+    """SSD: SDXL with transformer layers removed, differently on the way down and up, a mid block without attention."""
     unet = sdxl_unet(
         96,
         6,

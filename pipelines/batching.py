@@ -39,10 +39,7 @@ def select_rows(jobs: Iterable[J], max_rows: int) -> list[J]:
     chosen: list[J] = []
     free = max_rows
     for job in jobs:
-        if not chosen:
-            chosen.append(job)
-            free -= job.rows
-        elif job.batch_key == chosen[0].batch_key and job.rows <= free:
+        if not chosen or (job.batch_key == chosen[0].batch_key and job.rows <= free):
             chosen.append(job)
             free -= job.rows
         if free <= 0:

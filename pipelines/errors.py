@@ -1,14 +1,14 @@
 """Every exception this project raises on purpose.
 
-    SdgraphError
-    ├── RequestError            the caller's fault; `param` names the request field
-    │   ├── InvalidValueError       out of range, or not allowed for this model
-    │   ├── UnavailableModelError   unknown or unserved model
-    │   └── TooLargeError           a body or a picture over the limit
-    ├── OverloadedError         queues are full; try again
-    ├── DeadlineError           it took longer than the server allows
-    ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
-    └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
+SdgraphError
+├── RequestError            the caller's fault; `param` names the request field
+│   ├── InvalidValueError       out of range, or not allowed for this model
+│   ├── UnavailableModelError   unknown or unserved model
+│   └── TooLargeError           a body or a picture over the limit
+├── OverloadedError         queues are full; try again
+├── DeadlineError           it took longer than the server allows
+├── WeightsError            weights are missing, not safetensors, or not what the catalog says
+└── DenoiseError            a tick failed; reaches the jobs that were in it and no other
 """
 
 from __future__ import annotations

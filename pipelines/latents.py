@@ -39,13 +39,12 @@ class LatentSpace:
             statistics: whether the family's pipelines apply `latents_mean` and `latents_std` (SDXL does, SD does not).
         """
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        used = statistics and mean is not None and std is not None
         return cls(
             channels=config["latent_channels"],
             downscale=2 ** (len(config["block_out_channels"]) - 1),
             scale=config["scaling_factor"],
-            mean=tuple(mean) if used else None,
-            std=tuple(std) if used else None,
+            mean=tuple(mean) if statistics and mean and std else None,
+            std=tuple(std) if statistics and mean and std else None,
         )
 
     def shape(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -95,4 +94,5 @@ def draw_noise(
     shape: tuple[int, ...], generator: torch.Generator, device: str | torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Standard normal noise, drawn on the CPU and moved, so that a seed means the same on every device."""
-    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+    noise: torch.Tensor = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+    return noise

@@ -60,7 +60,7 @@ class _Plan(BaseModel):
 class TextPlan(_Plan):
     """What each text encoder of a stage reads. One entry an encoder, styles applied.
 
-    `negative_prompts` None means a zero embedding in place of an unconditional one (SDXL base without a negative prompt).
+    `negative_prompts` None means a zero embedding as the unconditional one (SDXL base without a negative prompt).
     """
 
     encoders: tuple[int, ...]
@@ -224,7 +224,8 @@ def _check_budget(width: int, height: int, steps: int, limits: PlanLimits) -> No
     if width * height * steps > limits.max_pixel_steps:
         most = limits.max_pixel_steps // (width * height)
         raise InvalidValueError(
-            f"steps {steps} at {width}x{height} is over this server's budget; at this size it allows {most} steps", "steps"
+            f"steps {steps} at {width}x{height} is over this server's budget; at this size it allows {most} steps",
+            "steps",
         )
 
 
@@ -238,7 +239,9 @@ def _check_family(params: GenerationParams, model: ModelSpec) -> None:
 
 def _check_controlnet(params: GenerationParams, model: ModelSpec) -> None:
     if model.requires_controlnet:
-        raise UnavailableModelError(f"model_name '{model.name}' is not available: ControlNet is not served yet", "model_name")
+        raise UnavailableModelError(
+            f"model_name '{model.name}' is not available: ControlNet is not served yet", "model_name"
+        )
     for param in ("controlnet_name", "controlnet_image"):
         if getattr(params, param) is not None:
             raise InvalidValueError(f"{param} is not allowed with {model.name}: it takes no ControlNet", param)
@@ -276,8 +279,12 @@ def choose_backend(wanted: str, model: ModelSpec, width: int, height: int) -> Ba
         return "torch"
     sizes = [str(s) for s in model.tvm_sizes]
     if f"{width}x{height}" not in sizes:
-        raise InvalidValueError(f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend")
-    raise InvalidValueError("backend 'tvm' is not compiled on this server. Only ['auto', 'torch'] allowed now", "backend")
+        raise InvalidValueError(
+            f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
+        )
+    raise InvalidValueError(
+        "backend 'tvm' is not compiled on this server. Only ['auto', 'torch'] allowed now", "backend"
+    )
 
 
 def _styled(params: GenerationParams, catalog: Catalog) -> tuple[str, str | None, str | None, str | None]:
@@ -298,7 +305,7 @@ def _text_plan(
 ) -> TextPlan:
     """Hand each encoder its text as diffusers' `encode_prompt` does: in order, a missing `_2` repeats the first.
 
-    The refiner has one encoder, so it reads `prompt`, as StableDiffusionXLImg2ImgPipeline does without the first encoder.
+    The refiner has one encoder, so it reads `prompt`, as StableDiffusionXLImg2ImgPipeline does.
     """
     count = len(unet.text_encoders)
     prompts = (prompt, prompt_2 or prompt)[:count]

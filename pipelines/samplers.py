@@ -52,7 +52,7 @@ def _dpmpp(algorithm: str, solver_type: str, karras: bool) -> SamplerSpec:
 
 
 # The first DPM-Solver divides by the last sigma; diffusers refuses final_sigmas_type "zero" with it.
-_DPM = {"algorithm_type": "dpmsolver", "solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
+_DPM: dict[str, Any] = {"algorithm_type": "dpmsolver", "solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
 
 SAMPLERS: Mapping[str, SamplerSpec] = {
     "DDIM": _plain("DDIMScheduler"),

@@ -1,4 +1,4 @@
-"""The whole walk of a request in one process, without Ray. Read this first: the deployments do the same, a step each."""
+"""The whole walk of a request in one process, without Ray. Read this first: deployments do the same, a step each."""
 
 from __future__ import annotations
 

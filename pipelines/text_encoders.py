@@ -96,9 +96,7 @@ class TextEncoderStack:
                 pooled_embeds = torch.cat([torch.zeros_like(pooled_embeds), pooled_embeds])
         return Conditioning(prompt_embeds, pooled_embeds)
 
-    def _embed(
-        self, text: TextPlan, rows: list[tuple[str, ...]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _embed(self, text: TextPlan, rows: list[tuple[str, ...]]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         return [
             self._family.embed([self.encoders[e].encode(t) for e, t in zip(text.encoders, row, strict=True)])
             for row in rows

@@ -13,7 +13,7 @@ from pipelines.families import Family
 from pipelines.latents import Latents, LatentSpace, make_generator
 
 TILE_ABOVE_PIXELS = 2048 * 2048
-"""Larger pictures are decoded in overlapping tiles: beyond this an SDXL decode wants more than 12 GB in half precision."""
+"""Larger pictures are coded in overlapping tiles, so that memory stops growing with them."""
 
 
 class VAE:

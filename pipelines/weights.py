@@ -134,7 +134,8 @@ def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: i
     denoiser = TorchDenoiser(_load_model(UNet2DConditionModel, spec, device))
     if denoiser.config["in_channels"] != space.channels:
         raise WeightsError(
-            f"component {component_id} takes {denoiser.config['in_channels']} latent channels, its VAE has {space.channels}"
+            f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
+            f"its VAE has {space.channels}"
         )
     return StepEngine(denoiser, family, read_config(spec, "scheduler"), space, max_rows)
 
@@ -150,7 +151,8 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     for model in catalog.models:
         if model.vae == component_id and model.size_multiple % vae.space.downscale:
             raise WeightsError(
-                f"model {model.name}: size_multiple {model.size_multiple} does not fit its VAE's downscale {vae.space.downscale}"
+                f"model {model.name}: its size_multiple {model.size_multiple} is no multiple of "
+                f"{vae.space.downscale}, the downscale of {component_id}"
             )
     return vae
 

@@ -23,7 +23,7 @@ class Family(Protocol):
     applies_latent_statistics: bool
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Join what the encoders of a stage made of one prompt: embeddings `[1, tokens, width]` and pooled `[1, width]`."""
+        """Join what the encoders of a stage made of one prompt: `[1, tokens, width]`, pooled `[1, width]`."""
         ...
 
     def added_conditions(

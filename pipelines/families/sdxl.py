@@ -44,6 +44,8 @@ class SDXLFamily:
         ids_width = unet_config["projection_class_embeddings_input_dim"] - pooled.shape[-1]
         count = ids_width / unet_config["addition_time_embed_dim"]
         size, crop = (stage.height, stage.width), (0, 0)
+        cond: tuple[float, ...]
+        uncond: tuple[float, ...]
         if count == 6:
             cond = uncond = (*size, *crop, *size)
         elif count == 5:

@@ -91,7 +91,9 @@ def test_sampler_beginning_midway(text2image: Text2Image, photo: bytes, model: s
     check(text2image, **request(model, image=photo, strength=0.6, steps=6, sampler=sampler))
 
 
-@pytest.mark.parametrize("sampler", ["DPM++ 2M SDE Heun Karras", "Euler", "Euler a", "Heun", "DDIM", "DPM SDE", "DPM2 a"])
+@pytest.mark.parametrize(
+    "sampler", ["DPM++ 2M SDE Heun Karras", "Euler", "Euler a", "Heun", "DDIM", "DPM SDE", "DPM2 a"]
+)
 @pytest.mark.parametrize("model", ["SDXL1.0-base", "SSD"])
 def test_refiner(text2image: Text2Image, model: str, sampler: str) -> None:
     check(text2image, **request(model, enable_refiner=True, steps=10, sampler=sampler))
@@ -122,7 +124,10 @@ def test_prompt_pairs(text2image: Text2Image) -> None:
     plain = check(text2image, **request("SDXL1.0-base"))
     paired = check(text2image, **request("SDXL1.0-base", prompt_2="oil painting"))
     assert not np.array_equal(plain, paired)
-    check(text2image, **request("SDXL1.0-base", prompt_2="oil painting", negative_prompt="blurry", negative_prompt_2="text"))
+    check(
+        text2image,
+        **request("SDXL1.0-base", prompt_2="oil painting", negative_prompt="blurry", negative_prompt_2="text"),
+    )
 
 
 def test_long_prompts_are_cut_where_clip_ends(text2image: Text2Image) -> None:
@@ -130,7 +135,9 @@ def test_long_prompts_are_cut_where_clip_ends(text2image: Text2Image) -> None:
         check(text2image, **request(model, prompt="a very long tale " * 60))
 
 
-@pytest.mark.parametrize(("model", "width", "height"), [("SD1.5", 136, 200), ("SD2", 272, 144), ("SDXL1.0-base", 416, 160)])
+@pytest.mark.parametrize(
+    ("model", "width", "height"), [("SD1.5", 136, 200), ("SD2", 272, 144), ("SDXL1.0-base", 416, 160)]
+)
 def test_sizes(text2image: Text2Image, photo: bytes, model: str, width: int, height: int) -> None:
     check(text2image, **request(model, width=width, height=height))
     check(text2image, **request(model, width=width, height=height, image=photo, strength=0.5))

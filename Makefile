@@ -1,0 +1,44 @@
+# One command each. `make` sets up what a command needs; nothing is installed outside .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONPATH := $(CURDIR)
+export RAY_ADDRESS := local
+export RAY_AUTH_MODE := disabled
+export RAY_USAGE_STATS_ENABLED := 0
+export TQDM_DISABLE := 1
+
+.PHONY: setup models demo serve check test bench clients clean
+
+setup: .venv/installed models  ## everything a fresh machine needs
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+models: .venv/installed  ## the tiny seeded models; does nothing when they are up to date
+	$(BIN)/python models/make_tiny.py 2> /dev/null
+
+demo: setup  ## start the graph, send the README's request, leave result.jpg, stop
+	$(BIN)/python -m deployments.local demo
+
+serve: setup  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C
+	$(BIN)/serve run config/serve.local.yaml
+
+check: setup  ## lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## check and every test
+	$(BIN)/pytest
+
+bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/overhead.py
+
+clients: setup  ## other people's clients against a running graph, each in a venv of its own
+	$(BIN)/python tests/clients/run.py
+
+clean:
+	rm -rf .venv models/tiny result.jpg *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,65 @@
+"""The ingress over Serve's local testing mode: real deployments and handles in this process, HTTP through ASGI."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from config.catalog import Catalog
+from deployments.app import AppArgs, bind_components
+from deployments.http import HttpLimits
+from deployments.ingress import Ingress, IngressLimits
+from deployments.replica import Runtime
+from pipelines.plan import PlanLimits
+
+ClientFactory = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture(scope="session")
+def handles(catalog: Catalog) -> dict[str, Any]:
+    """Component id -> local handle, everything but the refiner of two models."""
+    bound = bind_components(AppArgs(grouping="role"), catalog, Runtime(device="cpu", torch_threads=2))
+    started: dict[int, Any] = {}
+    for app in bound.values():
+        if id(app) not in started:
+            name = f"local-{len(started)}"
+            started[id(app)] = serve.run(app, name=name, route_prefix=None, _local_testing_mode=True)
+    return {component: started[id(app)] for component, app in bound.items()}
+
+
+async def ready() -> tuple[bool, Mapping[str, str]]:
+    return True, {"everything": "HEALTHY"}
+
+
+@pytest.fixture
+def connect(handles: dict[str, Any], catalog: Catalog) -> ClientFactory:
+    """A client of an ingress with limits of the test's own."""
+
+    @asynccontextmanager
+    async def open_client(
+        *,
+        keys: Mapping[str, str] | None = None,
+        rate_limit: str | None = None,
+        deadline_s: float = 60,
+        handles: Mapping[str, Any] = handles,
+        max_body_bytes: int = 2**20,
+        max_image_pixels: int = 10**6,
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        limits = IngressLimits(HttpLimits(max_body_bytes), PlanLimits(10**8), max_image_pixels, deadline_s)
+        ingress = Ingress(handles, catalog, limits, keys or {}, rate_limit, ready)
+        transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://sdgraph") as client:
+            yield client
+
+    return open_client
+
+
+@pytest.fixture
+async def client(connect: ClientFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with connect() as opened:
+        yield opened

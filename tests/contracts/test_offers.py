@@ -1,0 +1,68 @@
+"""What the server says it offers is what it accepts."""
+
+from __future__ import annotations
+
+import httpx
+
+from config.catalog import Catalog
+from pipelines.samplers import SAMPLERS
+
+SAMPLER_NAMES = """DDIM, DDPM, DEIS 2M, DPM 2M, DPM 2S, DPM SDE, DPM SDE Karras, DPM++ 2M, DPM++ 2M Karras,
+DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2M SDE Heun Karras, DPM++ 2M SDE Karras, DPM++ 2S, DPM2, DPM2 Karras, DPM2 a,
+DPM2 a Karras, EDM_Euler, Euler, Euler a, Heun, LCM, LMS, LMS Karras, PNDM, UniPC 2M"""
+
+STYLE_NAMES = """monad, base, 3D Model, Analog Film, Anime, Cinematic, Comic Book, Craft Clay, Digital Art, Enhance,
+Fantasy Art, Isometric Style, Line Art, Lowpoly, Neon Punk, Origami, Photographic, Pixel Art, Texture, Advertising, Food
+Photography, Real Estate, Abstract, Cubist, Graffiti, Hyperrealism, Impressionist, Pointillism, Pop Art, Psychedelic,
+Renaissance, Steampunk, Surrealist, Typography, Watercolor, Fighting Game, GTA, Super Mario, Minecraft, Pokemon, Retro
+Arcade, Retro Game, RPG Fantasy Game, Strategy Game, Street Fighter, Legend of Zelda, Architectural, Disco, Dreamscape,
+Dystopian, Fairy Tale, Gothic, Grunge, Horror, Minimalist, Monochrome, Nautical, Space, Stained Glass, Techwear Fashion,
+Tribal, Zentangle, Collage, Flat Papercut, Kirigami, Paper Mache, Paper Quilling, Papercut Collage, Papercut Shadow Box,
+Stacked Papercut, Thick Layered Papercut, Alien, Film Noir, HDR, Long Exposure, Neon Noir, Silhouette, Tilt-Shift"""
+
+
+def names(text: str) -> list[str]:
+    return " ".join(text.split()).split(", ")
+
+
+async def names_at(client: httpx.AsyncClient, path: str, key: str = "name") -> list[str]:
+    body = (await client.get(path)).json()
+    assert body["object"] == "list"
+    return [entry[key] for entry in body["data"]]
+
+
+async def test_the_27_samplers(client: httpx.AsyncClient) -> None:
+    assert sorted(await names_at(client, "/v1/samplers")) == sorted(names(SAMPLER_NAMES)) == sorted(SAMPLERS)
+
+
+async def test_the_78_styles(client: httpx.AsyncClient, catalog: Catalog) -> None:
+    assert await names_at(client, "/v1/styles") == names(STYLE_NAMES)
+    assert catalog.style_choices().resolve("Pokémon") == "Pokemon"
+    for alias, name in {"3d-model": "3D Model", "modeling-compound": "Craft Clay", "tile-texture": "Texture"}.items():
+        assert catalog.style_choices().resolve(alias) == name
+
+
+async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
+    assert await names_at(client, "/v1/models", "id") == ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo"]
+    base = (await client.get("/v1/models")).json()["data"][0]
+    assert base["object"] == "model"
+    assert base["family"] == "sdxl"
+    assert base["defaults"]["width"] == 1024
+    assert "1152x896" in base["sizes"]
+    assert "1344x768" in base["tvm_sizes"]
+    assert base["controlnets"] == base["loras"] == []
+
+
+async def test_loras_say_why_they_are_not_served(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/loras")).json()
+    assert all(not entry["available"] and entry["reason"] for entry in body["data"])
+    assert (await client.get("/v1/controlnets")).json() == {"object": "list", "data": []}
+
+
+async def test_health_and_documentation(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/healthz")).json() == {"status": "ok"}
+    assert (await client.get("/readyz")).json() == {"status": "ready", "deployments": {"everything": "HEALTHY"}}
+    assert "swagger" in (await client.get("/docs")).text
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    schema = paths["/v1/image/generation"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["$ref"].endswith("GenerationRequest")
