@@ -133,6 +133,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app = FastAPI(
         title="sdgraph",
         version="0.1.0",
+        strict_content_type=False,  # curl -d says it sends a form
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
     )
     app.add_middleware(Gate, max_body_bytes=ingress.limits.http.max_body_bytes)

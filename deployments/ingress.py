@@ -74,7 +74,8 @@ class Ingress:
         begin = time.perf_counter()
         plan = make_plan(params, self.catalog, self.limits.plan)
         if params.image is not None:
-            check_image(params.image, "image", self.limits.max_image_pixels)
+            # At the door and in full: a damaged picture must not fail on a GPU replica after it queued there.
+            await asyncio.to_thread(check_image, params.image, "image", self.limits.max_image_pixels)
         try:
             async with asyncio.timeout(self.limits.deadline_s):
                 image = await self._compose(plan, params.image)

@@ -36,17 +36,25 @@ def _open(data: bytes, param: str) -> Image.Image:
         raise InvalidValueError(f"{param} is no readable picture; send one of {list(READABLE)}", param) from error
 
 
+def _load(image: Image.Image, param: str) -> None:
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+        raise InvalidValueError(f"{param} is damaged and cannot be decoded", param) from error
+
+
 def check_image(data: bytes, param: str, max_pixels: int) -> None:
-    """Read the header only: format and size, so that a picture bomb never unfolds.
+    """Whether `data` is a picture this server reads. Size comes from the header, so a picture bomb never unfolds.
 
     Raises:
-        InvalidValueError: not PNG, JPEG or WebP.
+        InvalidValueError: not a complete PNG, JPEG or WebP.
         TooLargeError: more than `max_pixels` once decoded.
     """
     with _open(data, param) as image:
         width, height = image.size
-    if width * height > max_pixels:
-        raise TooLargeError(f"{param} is {width}x{height}; at most {max_pixels} pixels are decoded", param)
+        if width * height > max_pixels:
+            raise TooLargeError(f"{param} is {width}x{height}; at most {max_pixels} pixels are decoded", param)
+        _load(image, param)
 
 
 def read_image(data: bytes, param: str, width: int, height: int) -> Image.Image:
@@ -55,17 +63,13 @@ def read_image(data: bytes, param: str, width: int, height: int) -> Image.Image:
     Raises:
         InvalidValueError: the bytes are no complete picture.
     """
-    try:
-        with _open(data, param) as raw:
-            image = ImageOps.exif_transpose(raw)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            image = image.convert("RGB")
-    except InvalidValueError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
-        raise InvalidValueError(f"{param} is damaged and cannot be decoded", param) from error
+    with _open(data, param) as raw:
+        _load(raw, param)
+        image = ImageOps.exif_transpose(raw)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image

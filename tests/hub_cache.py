@@ -1,0 +1,54 @@
+"""A Hugging Face cache that already holds tiny components under the hub catalog's repository names and revisions."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+from config.catalog import ROOT, Catalog, HubSource
+
+FOLDERS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2": "sd2",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "sdxl-refiner",
+    "stabilityai/sdxl-turbo": "sdxl-turbo",
+    "segmind/SSD-1B": "ssd",
+}
+
+
+def make_tiny_module() -> ModuleType:
+    """The script that makes the tiny models, as a module."""
+    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "models" / "make_tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fill(home: Path, tiny: Path) -> Path:
+    """Write `home`/hub as `huggingface_hub` would after downloading; returns `home`.
+
+    The catalog promises multiples of 8, as the real VAEs take, so the VAEs here have the real downscale of 8.
+    """
+    make_tiny = make_tiny_module()
+    catalog = Catalog.load("hub")
+    for component in catalog.components:
+        assert isinstance(component.source, HubSource)
+        repo, revision, variant = component.source.repo, component.source.revision, component.source.variant
+        snapshot = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
+        if snapshot.exists():
+            continue
+        if repo == "madebyollin/sdxl-vae-fp16-fix":
+            make_tiny.seeded(41, make_tiny.vae((8, 8, 16, 16), 4, 1024, 0.13025)).save_pretrained(snapshot)
+            continue
+        shutil.copytree(tiny / FOLDERS[repo], snapshot)
+        if FOLDERS[repo] == "sd2":
+            make_tiny.seeded(42, make_tiny.vae((8, 8, 16, 16), 8, 768, 0.18215)).save_pretrained(snapshot / "vae")
+        if variant:
+            for file in snapshot.glob("*/*.safetensors"):
+                file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
+    return home

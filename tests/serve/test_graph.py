@@ -1,0 +1,141 @@
+"""The real graph over HTTP: every plain model, eight at once, each component in its own deployment."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from config.catalog import Catalog
+from pipelines.plan import GenerationParams
+from pipelines.text2image import Text2Image
+
+MODELS = {"SD1.5": 128, "SD2": 128, "SDXL1.0-base": 256, "SSD": 256, "SDXL-turbo": 256}
+
+
+def draw(client: httpx.Client, path: str = "/v1/image/generation", **fields: Any) -> tuple[np.ndarray, httpx.Response]:
+    reply = client.post(path, json=fields | {"output_format": "png"})
+    assert reply.status_code == 200, reply.text
+    image = Image.open(io.BytesIO(base64.b64decode(reply.json()["images"][0]["image"])))
+    return np.asarray(image).astype(int), reply
+
+
+def request(model: str, **changes: Any) -> dict[str, Any]:
+    size = MODELS[model]
+    return {
+        "model_name": model,
+        "prompt": "a lighthouse",
+        "width": size,
+        "height": size,
+        "steps": 6,
+        "seed": 5,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def text2image(catalog: Catalog) -> Text2Image:
+    return Text2Image(catalog)
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_eight_at_once_equal_each_alone_in_one_process(
+    client: httpx.Client, text2image: Text2Image, model: str
+) -> None:
+    samplers = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM"]
+    requests = [
+        request(model, seed=i, sampler=samplers[i % 4], steps=3 + i, cfg_scale=float(i), prompt=f"a lighthouse {i}")
+        for i in range(8)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda fields: draw(client, **fields), requests))
+    for fields, (pixels, reply) in zip(requests, answers, strict=True):
+        expected = np.asarray(text2image.generate(GenerationParams(**fields)).image)
+        assert np.abs(pixels - expected).max() <= 1
+        assert reply.json()["images"][0]["random_seed"] == fields["seed"]
+        assert reply.headers["x-backend"] == "torch"
+
+
+def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
+    states = client.get("/readyz").json()
+    assert states["status"] == "ready"
+    assert set(states["deployments"]) == {
+        "ingress",
+        "text-encoder-sd15",
+        "text-encoder-sd2",
+        "text-encoder-sdxl",
+        "unet-sd15-torch",
+        "unet-sd2-torch",
+        "unet-sdxl-base-torch",
+        "unet-ssd-torch",
+        "unet-sdxl-turbo-torch",
+        "refiner-sdxl",
+        "vae-sd15",
+        "vae-sd2",
+        "vae-sdxl",
+    }
+
+
+def test_grouped_by_role_there_are_five(client: httpx.Client) -> None:
+    deployments = client.get("/hub/readyz").json()["deployments"]
+    assert set(deployments) == {"ingress", "text-encoder", "unet-torch", "refiner", "vae"}
+
+
+def test_the_refiner_and_a_starting_picture_pass_through_the_graph(
+    client: httpx.Client, text2image: Text2Image
+) -> None:
+    photo = io.BytesIO()
+    Image.effect_noise((300, 200), 70).convert("RGB").save(photo, "PNG")
+    fields = request(
+        "SDXL1.0-base", enable_refiner=True, strength=0.7, steps=10, sampler="Euler a", negative_prompt="fog"
+    )
+    pixels, reply = draw(client, **fields, image=base64.b64encode(photo.getvalue()).decode())
+    expected = text2image.generate(GenerationParams(**fields, image=photo.getvalue())).image
+    assert np.abs(pixels - np.asarray(expected)).max() <= 1
+    stages = {entry.split(";")[0] for entry in reply.headers["server-timing"].split(", ")}
+    assert stages == {"text_encoder", "vae_encode", "denoise_unet-sdxl-base", "denoise_refiner-sdxl", "vae_decode"}
+
+
+def test_the_hub_catalog_is_served_from_its_cache(client: httpx.Client) -> None:
+    for fields in (request("SD1.5"), request("SDXL1.0-base", enable_refiner=True)):
+        pixels, _ = draw(client, "/hub/v1/image/generation", **fields)
+        again, _ = draw(client, "/hub/v1/image/generation", **fields)
+        assert pixels.std() > 10
+        assert np.abs(pixels - again).max() <= 1
+
+
+def test_what_was_not_chosen_is_not_served(client: httpx.Client) -> None:
+    reply = client.post("/hub/v1/image/generation", json=request("SD2"))
+    assert reply.json()["code"] == 40301
+    assert "['SDXL1.0-base', 'SD1.5']" in reply.json()["message"]
+
+
+def test_the_request_id_goes_round(client: httpx.Client) -> None:
+    fields = request("SD1.5", steps=1)
+    reply = client.post("/v1/image/generation", json=fields, headers={"x-request-id": "my-id-7"})
+    assert reply.headers.get_list("x-request-id") == ["my-id-7"]
+
+
+def test_a_client_that_leaves_does_not_hold_the_unet(client: httpx.Client, url: str) -> None:
+    """A thousand steps at 512x512 would take minutes; the next request of another shape waits for none of them."""
+    draw(client, **request("SD1.5", steps=1))
+    begin = time.monotonic()
+    draw(client, **request("SD1.5", steps=4, width=512, height=512))
+    usual = time.monotonic() - begin
+    with httpx.Client(base_url=url) as leaving, pytest.raises(httpx.ReadTimeout):
+        leaving.post("/v1/image/generation", json=request("SD1.5", steps=1000, width=512, height=512), timeout=1.0)
+    begin = time.monotonic()
+    draw(client, **request("SD1.5", steps=1))
+    assert time.monotonic() - begin < 30 * usual, "the abandoned job still owned the engine"
+
+
+def test_documentation(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/docs").status_code == 200
+    assert "/v1/image/generation" in client.get("/openapi.json").json()["paths"]

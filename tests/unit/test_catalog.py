@@ -1,0 +1,127 @@
+"""The catalog: both built-in ones load, and one that contradicts itself does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config.catalog import HERE, Catalog, CatalogError, CheckpointSource, HubSource
+from config.choices import Choices, UnknownChoiceError
+
+REVISIONS = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "5d4cfe854c9a9a87939ff3653551c2b3c99a4356",
+    "stabilityai/sdxl-turbo": "71153311d3dbb46851df1931d3ca6e939de83304",
+    "segmind/SSD-1B": "60987f37e94cd59c36b1cba832b9f97b57395a10",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "stabilityai/stable-diffusion-2": "1e128c8891e52218b74cde8f26dbfc701cb99d79",
+    "madebyollin/sdxl-vae-fp16-fix": "207b116dae70ace3637169f1ddd2434b91b3a8cd",
+}
+MODELS = ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo", "SDXL-ControlNet", "SD1.5-ControlNet"]
+
+
+@pytest.mark.parametrize("name", ["hub", "embedded"])
+def test_both_catalogs_name_the_seven_models(name: str) -> None:
+    assert [m.name for m in Catalog.load(name).models] == MODELS
+
+
+def test_the_hub_catalog_pins_the_contracts_revisions() -> None:
+    sources = [c.source for c in Catalog.load("hub").components]
+    assert {s.repo: s.revision for s in sources if isinstance(s, HubSource)} == REVISIONS
+
+
+def test_the_hub_catalog_shares_components_by_weights() -> None:
+    catalog = Catalog.load("hub")
+    family = [catalog.model(n) for n in ("SDXL1.0-base", "SSD", "SDXL-turbo", "SDXL-ControlNet")]
+    assert {(m.text_encoder, m.vae, m.refiner) for m in family} == {("text-encoder-sdxl", "vae-sdxl", "refiner-sdxl")}
+    assert catalog.model("SD1.5-ControlNet").unet == catalog.model("SD1.5").unet
+    assert len(catalog.served_components()) == 12
+
+
+def test_the_hub_catalog_offers_the_contracts_controlnets_and_loras() -> None:
+    catalog = Catalog.load("hub")
+    assert catalog.model("SDXL-ControlNet").controlnets == ("canny", "depth", "openpose", "softedge")
+    assert catalog.model("SD1.5-ControlNet").controlnets == ("canny", "depth", "openpose", "softedge", "lineart")
+    assert len(catalog.loras) == 13
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the embedded catalog, to be spoilt."""
+    return Path(shutil.copytree(HERE / "catalogs" / "embedded", tmp_path / "catalog"))
+
+
+def spoil(folder: Path, file: str, index: int, **changes: Any) -> None:
+    path = folder / f"{file}.yaml"
+    entries = yaml.safe_load(path.read_text())
+    entries[index] |= changes
+    path.write_text(yaml.safe_dump(entries))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("models", {"unet": "unet-sd99"}, "unet 'unet-sd99' is no sdxl unet component"),
+        ("models", {"vae": "unet-sdxl-base"}, "vae 'unet-sdxl-base' is no sdxl vae component"),
+        ("models", {"family": "sd"}, "is no sd text_encoder component"),
+        ("models", {"name": "sd2"}, "would mean two names"),
+        ("models", {"sizes": ["1000x1000"]}, "1000x1000 is no multiple of 32"),
+        ("models", {"controlnets": ["canny"]}, "no ControlNet weights"),
+        ("models", {"szies": ["512x512"]}, "Extra inputs are not permitted"),
+        ("components", {"source": {"repo": "a/b", "revision": "main"}}, "should match pattern"),
+        ("components", {"source": {"folder": "x", "repo": "a/b"}}, "Extra inputs are not permitted"),
+        ("components", {"id": "vae-sd15"}, "share an id"),
+    ],
+)
+def test_contradictions(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
+    spoil(folder, file, 0, **changes)
+    with pytest.raises(CatalogError, match=message):
+        Catalog.load(folder)
+
+
+def test_a_refiner_needs_the_sdxl_family(folder: Path) -> None:
+    spoil(folder, "models", 2, refiner="unet-sd2")
+    with pytest.raises(CatalogError, match="refiner belongs to the SDXL family"):
+        Catalog.load(folder)
+
+
+def test_models_of_one_unet_decode_with_one_vae(folder: Path) -> None:
+    spoil(folder, "models", 6, vae="vae-sd2", size_multiple=16)
+    with pytest.raises(CatalogError, match="different VAEs"):
+        Catalog.load(folder)
+
+
+def test_pickled_checkpoints_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"only \.safetensors"):
+        CheckpointSource.model_validate({"checkpoint": "model.ckpt", "configuration": {"folder": "x"}})
+
+
+def test_an_unknown_catalog_names_the_known_ones() -> None:
+    with pytest.raises(CatalogError, match=r"\['embedded', 'hub'\]"):
+        Catalog.load("nowhere")
+
+
+def test_serving_a_part() -> None:
+    part = Catalog.load("embedded").only(("sd1.5",))
+    assert [m.name for m in part.available_models()] == ["SD1.5"]
+    assert [c.id for c in part.served_components()] == ["text-encoder-sd15", "unet-sd15", "vae-sd15"]
+
+
+def test_choices_resolve_without_case_and_suggest() -> None:
+    choices = Choices("sampler", ["Euler", "Euler a"], {"K_EULER": "Euler"})
+    assert choices.resolve(" k_euler ") == "Euler"
+    with pytest.raises(UnknownChoiceError) as caught:
+        choices.resolve("Eular")
+    message = "Unexpected sampler 'Eular'. Did you mean 'Euler'? Only ['Euler', 'Euler a'] allowed now"
+    assert str(caught.value) == message
+
+
+def test_choices_refuse_ambiguity() -> None:
+    with pytest.raises(ValueError, match="would mean two names"):
+        Choices("x", ["a", "A"])
+    with pytest.raises(ValueError, match="which is not a name"):
+        Choices("x", ["a"], {"b": "c"})

@@ -1,0 +1,173 @@
+"""The engine: joining, leaving, cancelling, and faults that reach only whom they concern. Real tiny UNets."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from config.catalog import Catalog
+from pipelines.backends.base import StepBatch
+from pipelines.engine import DenoiseJob, StepEngine
+from pipelines.latents import Latents
+from pipelines.plan import GenerationParams, make_plan
+from pipelines.text_encoders import TextEncoderStack
+from pipelines.weights import load_engine, load_text_encoders
+
+
+@pytest.fixture(scope="module")
+def encoders(catalog: Catalog) -> TextEncoderStack:
+    return load_text_encoders(catalog, "text-encoder-sd15", "cpu")
+
+
+@pytest.fixture
+def engine(catalog: Catalog) -> StepEngine:
+    return load_engine(catalog, "unet-sd15", "cpu", max_rows=4)
+
+
+class Recorder:
+    """Counts the rows of every evaluation, and can be told to fail."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.rows: list[int] = []
+        self.fail = False
+        self.config, self.device, self.dtype = inner.config, inner.device, inner.dtype
+
+    def predict(self, batch: StepBatch) -> torch.Tensor:
+        if self.fail:
+            raise MemoryError("no room")
+        self.rows.append(len(batch.sample))
+        output: torch.Tensor = self.inner.predict(batch)
+        return output
+
+
+@pytest.fixture
+def recorder(engine: StepEngine) -> Recorder:
+    engine._denoiser = Recorder(engine._denoiser)
+    return engine._denoiser
+
+
+def add(
+    engine: StepEngine,
+    encoders: TextEncoderStack,
+    catalog: Catalog,
+    name: str,
+    latents: Latents | None = None,
+    **fields: Any,
+) -> DenoiseJob:
+    request = {"model_name": "SD1.5", "prompt": name, "width": 128, "height": 128, "steps": 4, "seed": 1}
+    (stage,) = make_plan(GenerationParams(**(request | {"sampler": "Euler"} | fields)), catalog).stages
+    return engine.add(name, stage, encoders.encode(stage), latents)
+
+
+def finish(engine: StepEngine) -> dict[str, torch.Tensor]:
+    done: dict[str, torch.Tensor] = {}
+    while len(engine):
+        done |= {job.id: job.latents for job in engine.tick().finished}
+    return done
+
+
+def test_jobs_join_and_leave_between_ticks(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    add(engine, encoders, catalog, "first", steps=3)
+    engine.tick()
+    add(engine, encoders, catalog, "second", steps=3, cfg_scale=1.0)
+    finished = [[job.id for job in engine.tick().finished] for _ in range(3)]
+    assert recorder.rows == [2, 3, 3, 1]
+    assert finished == [[], ["first"], ["second"]]
+
+
+def test_rows_of_neighbours_do_not_leak(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
+    add(engine, encoders, catalog, "alone")
+    alone = finish(engine)["alone"]
+    add(engine, encoders, catalog, "alone")
+    add(engine, encoders, catalog, "other", seed=9, cfg_scale=9.0)
+    together = finish(engine)
+    torch.testing.assert_close(together["alone"], alone, rtol=0, atol=1e-4)
+    assert not torch.allclose(together["other"], alone, atol=1e-2)
+
+
+def test_the_row_budget_holds(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    for name in "abc":
+        add(engine, encoders, catalog, name)
+    assert set(finish(engine)) == set("abc")
+    assert max(recorder.rows) == 4
+
+
+def test_shapes_do_not_mix_and_none_starves(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    add(engine, encoders, catalog, "wide", width=192)
+    add(engine, encoders, catalog, "square")
+    add(engine, encoders, catalog, "wide too", width=192)
+    assert list(finish(engine)) == ["wide", "wide too", "square"]
+    assert recorder.rows == [4] * 4 + [2] * 4
+
+
+def test_a_cancelled_job_frees_its_rows_at_the_next_tick(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    add(engine, encoders, catalog, "kept")
+    add(engine, encoders, catalog, "dropped")
+    engine.tick()
+    assert engine.cancel("dropped")
+    assert not engine.cancel("dropped")
+    assert list(finish(engine)) == ["kept"]
+    assert recorder.rows == [4, 2, 2, 2]
+
+
+def test_a_failing_evaluation_reaches_the_jobs_in_it_and_no_other(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    for name in "abc":
+        add(engine, encoders, catalog, name)
+    recorder.fail = True
+    report = engine.tick()
+    assert [job.id for job, _ in report.failed] == ["a", "b"]
+    assert "MemoryError: no room" in str(report.failed[0][1])
+    recorder.fail = False
+    assert list(finish(engine)) == ["c"]
+
+
+def test_a_failing_sampler_reaches_its_own_job(
+    engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    broken = add(engine, encoders, catalog, "broken")
+    add(engine, encoders, catalog, "sound")
+    broken.sampler.step = None  # type: ignore[assignment, method-assign]
+    report = engine.tick()
+    assert [job.id for job, _ in report.failed] == ["broken"]
+    assert list(finish(engine)) == ["sound"]
+
+
+def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
+    """A refiner can be left with nothing to do: one step, all of it above its share."""
+    (stage,) = make_plan(GenerationParams(model_name="SD1.5", prompt="x", steps=1, sampler="Euler"), catalog).stages
+    stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"start": 0.9999})})
+    latents = Latents(torch.ones(1, 4, 16, 16))
+    engine.add("idle", stage, encoders.encode(stage), latents)
+    report = engine.tick()
+    assert report.rows == 0
+    torch.testing.assert_close(report.finished[0].latents, latents.values)
+
+
+def test_an_id_is_taken_once(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
+    add(engine, encoders, catalog, "a")
+    with pytest.raises(ValueError, match="already here"):
+        add(engine, encoders, catalog, "a")
+
+
+def test_tensor_bundles_travel_as_numpy() -> None:
+    latents = Latents(torch.randn(1, 4, 8, 8).to(torch.float16), torch.Generator().get_state())
+    wire = pickle.dumps(latents, protocol=5)
+    assert b"torch._utils" not in wire
+    back = pickle.loads(wire)
+    assert torch.equal(back.values, latents.values)
+    assert torch.equal(back.generator_state, latents.generator_state)
+    assert pickle.loads(pickle.dumps(Latents(torch.ones(1, dtype=torch.bfloat16)))).values.dtype is torch.float32

@@ -1,0 +1,98 @@
+"""Plans: complete, serialisable, and the same for the same request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from config.catalog import Catalog
+from pipelines.errors import InvalidValueError, UnavailableModelError
+from pipelines.plan import REFINER_SHARE, GenerationParams, GenerationPlan, PlanLimits, ScheduleSlice, make_plan
+
+HUB = Catalog.load("hub")
+BASE = GenerationParams(model_name="SDXL1.0-base", prompt="a cat", seed=1)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = make_plan(replace(BASE, enable_refiner=True, style_preset="Anime", negative_prompt="fog"), HUB)
+    assert GenerationPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_the_wires_defaults() -> None:
+    (stage,) = make_plan(GenerationParams(model_name="sd1.5", prompt="x"), HUB).stages
+    assert (stage.width, stage.height, stage.schedule.steps, stage.guidance_scale) == (1024, 1024, 30, 5.0)
+    assert stage.sampler == "DPM++ 2M SDE Heun Karras"
+    assert stage.backend == "torch"
+
+
+def test_the_refiner_is_the_second_stage() -> None:
+    base, refiner = make_plan(replace(BASE, enable_refiner=True, negative_prompt="fog"), HUB).stages
+    assert base.schedule == ScheduleSlice(steps=30, end=REFINER_SHARE)
+    assert refiner.schedule == ScheduleSlice(steps=30, start=REFINER_SHARE)
+    assert (base.component, refiner.component) == ("unet-sdxl-base", "refiner-sdxl")
+    assert base.text.prompts == ("a cat", "a cat")
+    assert refiner.text.encoders == (1,)
+    assert refiner.text.negative_prompts == ("fog",)
+
+
+def test_absent_and_empty_negative_prompts_differ() -> None:
+    def negatives(**changes: str) -> tuple[str, ...] | None:
+        return make_plan(replace(BASE, **changes), HUB).stages[0].text.negative_prompts
+
+    assert negatives() is None
+    assert negatives(negative_prompt="") == ("", "")
+    assert negatives(negative_prompt="fog") == ("fog", "fog")
+    assert negatives(negative_prompt="fog", negative_prompt_2="ink") == ("fog", "ink")
+    assert negatives(negative_prompt_2="ink") == ("", "ink"), "a lone second one is not dropped"
+
+
+def test_styles_wrap_the_prompt_and_add_their_negative() -> None:
+    style = HUB.style("Film Noir")
+    text = make_plan(replace(BASE, style_preset="film-noir", negative_prompt="fog", prompt_2="ink"), HUB).stages[0].text
+    assert text.prompts == (style.prompt.replace("{prompt}", "a cat"), "ink")
+    assert text.negative_prompts == (f"fog, {style.negative_prompt}", f"fog, {style.negative_prompt}")
+
+
+def test_a_prompt_with_braces_is_only_text() -> None:
+    text = make_plan(replace(BASE, prompt="{prompt} {0}", style_preset="base"), HUB).stages[0].text
+    assert text.prompts[0] == "{prompt} {0}"
+
+
+def test_random_seeds_differ() -> None:
+    seeds = {make_plan(replace(BASE, seed=None), HUB).seed for _ in range(8)}
+    assert len(seeds) == 8
+
+
+def test_strength_counts_only_with_a_picture() -> None:
+    assert make_plan(replace(BASE, strength=0.01), HUB).stages[0].schedule.strength is None
+    assert make_plan(replace(BASE, image=b"x"), HUB).stages[0].schedule.strength == 0.8
+    with pytest.raises(InvalidValueError, match=r"use at least 0\.0333"):
+        make_plan(replace(BASE, image=b"x", strength=0.03), HUB)
+
+
+def test_the_budget_names_the_steps_it_allows() -> None:
+    limits = PlanLimits(max_pixel_steps=1024 * 1024 * 20)
+    with pytest.raises(InvalidValueError, match="allows 20 steps"):
+        make_plan(BASE, HUB, limits)
+    assert make_plan(replace(BASE, steps=20), HUB, limits)
+
+
+@pytest.mark.parametrize("size", [(128, 2496), (2496, 136), (1032, 1000)])
+def test_any_multiple_of_eight_is_a_size(size: tuple[int, int]) -> None:
+    plan = make_plan(replace(BASE, width=size[0], height=size[1], steps=1), HUB)
+    assert (plan.width, plan.height) == size
+
+
+def test_an_edm_model_takes_the_edm_sampler_and_no_other() -> None:
+    models = tuple(m.model_copy(update={"edm": m.name == "SSD"}) for m in HUB.models)
+    catalog = HUB.model_copy(update={"models": models})
+    params = replace(BASE, model_name="SSD")
+    assert make_plan(replace(params, sampler="EDM_Euler"), catalog).stages[0].sampler == "EDM_Euler"
+    with pytest.raises(InvalidValueError, match=r"Only \['EDM_Euler'\] allowed now"):
+        make_plan(replace(params, sampler="Euler"), catalog)
+
+
+def test_controlnet_models_answer_that_they_are_not_served() -> None:
+    with pytest.raises(UnavailableModelError, match=r"Only .* allowed now"):
+        make_plan(replace(BASE, model_name="SDXL-ControlNet", controlnet_name="canny"), HUB)
