@@ -4,6 +4,7 @@ BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local
 export RAY_AUTH_MODE := disabled
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := deployments.app:proxy_middlewares
 export RAY_USAGE_STATS_ENABLED := 0
 export TQDM_DISABLE := 1
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from starlette.middleware import Middleware
 
 from config.catalog import Catalog, ComponentSpec
 from config.settings import Settings
 from deployments.auth import read_key_hashes
 from deployments.denoiser import DenoiserDeployment
-from deployments.http import HttpLimits
 from deployments.ingress import Ingress, IngressLimits, deployment_states
+from deployments.middleware import BodyLimit
 from deployments.replica import Runtime
 from deployments.text_encoder import TextEncoderDeployment
 from deployments.vae import VAEDeployment
@@ -66,8 +67,8 @@ def build_app(args: AppArgs) -> Application:
         catalog = catalog.only(args.models)
     runtime = Runtime(device=settings.device, torch_threads=settings.torch_threads)
     limits = IngressLimits(
-        http=HttpLimits(max_body_bytes=settings.max_body_bytes),
         plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
+        max_body_bytes=settings.max_body_bytes,
         max_image_pixels=settings.max_image_pixels,
         deadline_s=settings.deadline_s,
     )
@@ -96,6 +97,11 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
                 app = _deploy(DenoiserDeployment, name).bind(ids, catalog, runtime, args.max_rows)
         bound |= dict.fromkeys(ids, app)
     return bound
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Serve's HTTP proxies put in front of the graph; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it."""
+    return [Middleware(BodyLimit, max_bytes=Settings().max_body_bytes)]
 
 
 def _deploy(replica_class: type, name: str) -> Any:

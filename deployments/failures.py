@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
 from deployments.auth import RateLimitedError, UnauthorizedError
+from deployments.schemas import ErrorDetail, ErrorResponse
 from pipelines.errors import DeadlineError, OverloadedError, RequestError, TooLargeError, UnavailableModelError
 
 logger = logging.getLogger("sdgraph.http")
@@ -102,3 +104,11 @@ _VALUE_ERRORS = {
     "literal_error",
     "int_parsing_size",
 }
+
+
+def reply(failure: Failure) -> JSONResponse:
+    """The error body of the contract."""
+    said = ErrorDetail(message=failure.message, type=failure.type, param=failure.param, code=failure.code)
+    body = ErrorResponse(**said.model_dump(), error=said, detail=failure.detail)
+    content = body.model_dump(exclude={"detail"} if failure.detail is None else None)
+    return JSONResponse(content, failure.status, headers=failure.headers)

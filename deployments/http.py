@@ -1,4 +1,4 @@
-"""HTTP: routes, the error body, request ids, and a limit on what is read."""
+"""HTTP: the routes of the contract."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import asyncio
 import base64
 import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from deployments.failures import Failure, failure_of, validation_failure
+from deployments.failures import failure_of, reply, validation_failure
+from deployments.middleware import AccessLog, BodyLimit, request_id_of
 from deployments.observability import server_timing
 from deployments.schemas import (
     AnyImageRequest,
-    ErrorDetail,
     ErrorResponse,
     GeneratedImage,
     GenerationRequest,
@@ -30,7 +28,6 @@ from deployments.schemas import (
     OpenAIImageRequest,
     OpenAIImageResponse,
 )
-from pipelines.errors import TooLargeError
 from pipelines.samplers import SAMPLER_CHOICES, SAMPLERS
 
 if TYPE_CHECKING:
@@ -39,93 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sdgraph.http")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-_BEARER = Annotated[
-    object, Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))
-]
-
-
-@dataclass(frozen=True)
-class HttpLimits:
-    """What is read of a request."""
-
-    max_body_bytes: int
-
-
-class Gate:
-    """Outermost ASGI layer: knows a request by its id, reads its body up to the limit, writes one log line.
-
-    Ray Serve has no body limit and a chunked body announces no length, so bytes are counted as they come, and reading
-    stops at the limit. The id is Serve's: its proxy takes `x-request-id` from the client or makes one, hands it on, and
-    sends it back.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {k.lower(): v for k, v in scope["headers"]}
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        begin, status = time.perf_counter(), 0
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        body = await self._read(receive)
-        if body is None:
-            error = TooLargeError(f"the body is larger than {self._max_body_bytes} bytes")
-            await _reply(failure_of(error, request_id))(scope, receive, noted)
-        else:
-            await self._app(scope, _replay(body, receive), noted)
-        taken = (time.perf_counter() - begin) * 1000
-        logger.info("%s %s %d %.0f ms id=%s", scope["method"], scope["path"], status, taken, request_id)
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, None once it is over the limit."""
-        chunks, size = [], 0
-        while True:
-            message = await receive()
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max_body_bytes:
-                return None
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body` once and then whatever comes next (a disconnect)."""
-    handed = False
-
-    async def replayed() -> Message:
-        nonlocal handed
-        if handed:
-            return await receive()
-        handed = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
-
-
-def _reply(failure: Failure) -> JSONResponse:
-    said = {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
-    body = ErrorResponse(**said, error=ErrorDetail(**said), detail=failure.detail)
-    content = body.model_dump(exclude={"detail"} if failure.detail is None else None)
-    return JSONResponse(content, failure.status, headers=failure.headers)
+# For the documentation alone: `_admitting` does the work.
+_DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))
 
 
 def create_http_app(ingress: Ingress) -> FastAPI:
@@ -136,35 +48,46 @@ def create_http_app(ingress: Ingress) -> FastAPI:
         strict_content_type=False,  # curl -d says it sends a form
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
     )
-    app.add_middleware(Gate, max_body_bytes=ingress.limits.http.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=ingress.limits.max_body_bytes)
+    app.add_middleware(AccessLog)
 
     async def fail(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
-            return _reply(validation_failure(error))
-        return _reply(failure_of(error, request.state.request_id))
+            return reply(validation_failure(error))
+        return reply(failure_of(error, request_id_of(request.scope)))
 
     for handled in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(handled, fail)
 
-    async def admit(request: Request, _documented: _BEARER) -> None:
-        caller = ingress.keys.identify(request.headers.get("authorization"))
-        if request.method == "POST":
-            ingress.rate.hit(caller or (request.client.host if request.client else "unknown"))
-
     documented: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 401, 413, 422, 429, 500, 503, 504)
     }
-    app.include_router(_generation_routes(ingress, admit, documented))
-    app.include_router(_listing_routes(ingress), dependencies=[Depends(admit)])
+    app.include_router(_generation_routes(ingress), responses=documented, dependencies=[_DOCUMENTED_KEY])
+    app.include_router(_listing_routes(ingress), dependencies=[_DOCUMENTED_KEY])
     app.include_router(_health_routes(ingress))
     return app
 
 
-def _generation_routes(
-    ingress: Ingress, admit: Callable[..., Awaitable[None]], documented: dict[int | str, dict[str, Any]]
-) -> APIRouter:
-    # Keys are checked before the body is parsed: the dependency hangs on the router.
-    router = APIRouter(prefix="/v1", dependencies=[Depends(admit)], responses=documented, tags=["images"])
+def _admitting(ingress: Ingress) -> type[APIRoute]:
+    """A route that checks key and rate before it parses the body; FastAPI's dependencies come after parsing."""
+
+    class AdmittingRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def admit(request: Request) -> Response:
+                caller = ingress.keys.identify(request.headers.get("authorization"))
+                if request.method == "POST":
+                    ingress.rate.hit(caller or (request.client.host if request.client else "unknown"))
+                return await handle(request)
+
+            return admit
+
+    return AdmittingRoute
+
+
+def _generation_routes(ingress: Ingress) -> APIRouter:
+    router = APIRouter(prefix="/v1", route_class=_admitting(ingress), tags=["images"])
 
     async def hyperbolic(body: GenerationRequest, request: Request, response: Response) -> GenerationResponse:
         made = await _until_disconnect(request, ingress.generate(body.to_params()))
@@ -201,7 +124,7 @@ async def _until_disconnect(request: Request, work: Any) -> Any:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            logger.info("client left, id=%s", request.state.request_id)
+            logger.info("client left, id=%s", request_id_of(request.scope))
             task.cancel()
         return await task
     finally:
@@ -229,7 +152,7 @@ def _listing(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _listing_routes(ingress: Ingress) -> APIRouter:
     """What this server offers, read from the tables that validate requests."""
-    router = APIRouter(prefix="/v1", tags=["offers"])
+    router = APIRouter(prefix="/v1", route_class=_admitting(ingress), tags=["offers"])
     catalog = ingress.catalog
     loras = [entry for entry in catalog.loras if entry.unavailable is None]
 

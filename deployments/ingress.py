@@ -13,7 +13,7 @@ from ray.serve.schema import DeploymentStatus
 
 from config.catalog import Catalog
 from deployments.auth import KeyRing, RateLimit
-from deployments.http import HttpLimits, create_http_app
+from deployments.http import create_http_app
 from deployments.observability import Span
 from pipelines.errors import DeadlineError
 from pipelines.images import EncodedImage, check_image
@@ -26,8 +26,8 @@ Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 class IngressLimits:
     """What the ingress allows, from the settings."""
 
-    http: HttpLimits
     plan: PlanLimits
+    max_body_bytes: int
     max_image_pixels: int
     deadline_s: float
 

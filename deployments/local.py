@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
     "RAY_AUTH_MODE": "disabled",  # unset, a local start may leave a token in the user's home
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.app:proxy_middlewares",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",

@@ -12,7 +12,6 @@ from ray import serve
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
-from deployments.http import HttpLimits
 from deployments.ingress import Ingress, IngressLimits
 from deployments.replica import Runtime
 from pipelines.plan import PlanLimits
@@ -50,7 +49,7 @@ def connect(handles: dict[str, Any], catalog: Catalog) -> ClientFactory:
         max_body_bytes: int = 2**20,
         max_image_pixels: int = 10**6,
     ) -> AsyncIterator[httpx.AsyncClient]:
-        limits = IngressLimits(HttpLimits(max_body_bytes), PlanLimits(10**8), max_image_pixels, deadline_s)
+        limits = IngressLimits(PlanLimits(10**8), max_body_bytes, max_image_pixels, deadline_s)
         ingress = Ingress(handles, catalog, limits, keys or {}, rate_limit, ready)
         transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://sdgraph") as client:
