@@ -36,7 +36,7 @@ test: check  ## check and every test
 	$(BIN)/pytest
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead --real
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py
