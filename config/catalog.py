@@ -149,16 +149,28 @@ class ControlNetSpec(Spec):
     """Index of this control in a union ControlNet."""
 
 
+class LoraWeights(Spec):
+    """One LoRA file and the UNets it was made for."""
+
+    bases: tuple[str, ...] = Field(min_length=1)
+    """Component ids of UNets."""
+    source: HubSource | FolderSource = Field(union_mode="left_to_right")
+    file: str = Field(pattern=r"^[^/]+\.safetensors$")
+
+
 class LoraSpec(Spec):
     """A LoRA by its public name. One name may have weights for several base UNets."""
 
     name: str
-    source: Source | None = None
-    file: str | None = None
-    bases: tuple[str, ...] = ()
-    """Component ids of the UNets it was trained on."""
+    weights: tuple[LoraWeights, ...] = ()
     trigger: str | None = None
+    """Words its training captions used; for people to read."""
     unavailable: str | None = None
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Component ids of the UNets it works on."""
+        return tuple(base for weights in self.weights for base in weights.bases)
 
 
 class StylePreset(Spec):
@@ -222,8 +234,8 @@ class Catalog(Spec):
         for lora in self.loras:
             if unknown := set(lora.bases) - set(components):
                 raise ValueError(f"lora {lora.name}: unknown bases {sorted(unknown)}")
-            if lora.source is None and lora.unavailable is None:
-                raise ValueError(f"lora {lora.name}: give a source, or say in 'unavailable' why there is none")
+            if not lora.weights and lora.unavailable is None:
+                raise ValueError(f"lora {lora.name}: give its weights, or say in 'unavailable' why there are none")
         return self
 
     def _check_model(self, model: ModelSpec, components: dict[str, ComponentSpec]) -> None:
@@ -275,6 +287,11 @@ class Catalog(Spec):
             if component.id == component_id:
                 return component
         raise KeyError(component_id)
+
+    def lora_weights(self, name: str, base: str) -> LoraWeights:
+        """The file of a LoRA for a UNet; StopIteration if the plan let one through that has none."""
+        spec = next(entry for entry in self.loras if entry.name == name)
+        return next(weights for weights in spec.weights if base in weights.bases)
 
     def vae_of(self, unet_id: str) -> str:
         """Id of the VAE whose latents a UNet works on."""

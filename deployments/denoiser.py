@@ -60,7 +60,9 @@ class DenoiserDeployment:
             waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future())
             self._waiting[job_id] = waiting
             try:
-                await self._worker.run(engine.add, job_id, stage, conditioning.value, start)
+                # Reading a LoRA from disk must not hold up the ticks of others.
+                loras = await asyncio.to_thread(engine.loras.mixture, stage) if stage.loras else ()
+                await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras)
                 self._ensure_loop()
                 result = await waiting.result
             except BaseException:  # cancelled, or failed: its rows are free at the next tick

@@ -195,7 +195,12 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
     @router.get("/loras")
     async def lora_names() -> dict[str, Any]:
         """LoRAs: which are served, and why the others are not."""
-        return _listing([{"name": e.name, "available": e in loras, "reason": e.unavailable} for e in catalog.loras])
+        return _listing(
+            [
+                {"name": e.name, "available": e in loras, "reason": e.unavailable, "trigger": e.trigger}
+                for e in catalog.loras
+            ]
+        )
 
     @router.get("/controlnets")
     async def controlnets() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Between ticks jobs join and leave. A tick selects jobs that can share a forward pass, stacks their rows, predicts once,
 guides each job's rows and advances each job's own sampler. Only latent shape and context shape must agree; sampler,
-timestep, number of steps, guidance and seed are free per row. Synchronous: the caller decides when and on which thread.
+timestep, number of steps, guidance, seed and LoRAs are free per row. Synchronous: the caller decides when and where.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipelines.errors import DenoiseError
 from pipelines.families import Family
 from pipelines.guidance import guide
 from pipelines.latents import Latents, LatentSpace, draw_noise, make_generator
+from pipelines.lora import LoraStore, Mixture
 from pipelines.plan import StagePlan
 from pipelines.samplers import Sampler
 
@@ -41,6 +42,7 @@ class DenoiseJob:
     latents: torch.Tensor
     conditioning: Conditioning
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    loras: Mixture = ()
     tick: int = 0
 
     @property
@@ -102,6 +104,7 @@ class StepEngine:
         family: Family,
         scheduler_config: Mapping[str, Any],
         space: LatentSpace,
+        loras: LoraStore,
         max_rows: int = 16,
     ) -> None:
         """Run jobs on `denoiser`.
@@ -111,6 +114,7 @@ class StepEngine:
             family: what else the UNet is told.
             scheduler_config: the model's `scheduler_config.json`, which every sampler starts from.
             space: of the VAE that made and will read the latents.
+            loras: where jobs' LoRAs come from; safe to ask from any thread.
             max_rows: row budget of a tick.
         """
         if max_rows < 1:
@@ -119,6 +123,7 @@ class StepEngine:
         self._family = family
         self._scheduler_config = scheduler_config
         self._space = space
+        self.loras = loras
         self._max_rows = max_rows
         self._jobs: dict[str, DenoiseJob] = {}
 
@@ -127,7 +132,9 @@ class StepEngine:
         return len(self._jobs)
 
     @torch.inference_mode()
-    def add(self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None) -> DenoiseJob:
+    def add(
+        self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None, loras: Mixture
+    ) -> DenoiseJob:
         """Prepare a job as diffusers' pipelines prepare their loop; it joins at the next tick.
 
         Args:
@@ -136,6 +143,7 @@ class StepEngine:
             conditioning: one row, or uncond and cond.
             latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
+            loras: what `self.loras.mixture(plan)` gave, on whatever thread it was loaded.
         """
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is already here")
@@ -151,7 +159,8 @@ class StepEngine:
                 values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
         conditioning = conditioning.to(device, dtype)
         added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
-        job = self._jobs[job_id] = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added)
+        job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras)
+        self._jobs[job_id] = job
         return job
 
     def cancel(self, job_id: str) -> bool:
@@ -196,6 +205,7 @@ class StepEngine:
             added_conditions={
                 name: torch.cat([job.added_conditions[name] for job in jobs]) for name in jobs[0].added_conditions
             },
+            loras=[job.loras for job in jobs for _ in range(job.rows)],
         )
         return list(self._denoiser.predict(batch).split(rows))
 

@@ -81,6 +81,13 @@ class ScheduleSlice(_Plan):
     end: float | None = None
 
 
+class LoraUse(_Plan):
+    """One LoRA of a mixture, by its canonical name."""
+
+    name: str
+    weight: float
+
+
 class StagePlan(_Plan):
     """One visit to one denoiser."""
 
@@ -93,6 +100,7 @@ class StagePlan(_Plan):
     width: int
     height: int
     seed: int
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -141,7 +149,7 @@ def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | N
     _check_budget(width, height, steps, limits or PlanLimits())
     _check_family(params, model)
     _check_controlnet(params, model)
-    _check_loras(params, catalog)
+    loras = _loras(params, model, catalog)
     strength = _strength(params, model, steps)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     if not 0 <= seed < SEED_LIMIT:
@@ -160,6 +168,7 @@ def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | N
             width=width,
             height=height,
             seed=seed,
+            loras=loras if component_id == model.unet else (),
         )
 
     if params.enable_refiner and model.refiner is not None:
@@ -247,16 +256,28 @@ def _check_controlnet(params: GenerationParams, model: ModelSpec) -> None:
             raise InvalidValueError(f"{param} is not allowed with {model.name}: it takes no ControlNet", param)
 
 
-def _check_loras(params: GenerationParams, catalog: Catalog) -> None:
-    if not params.loras:
-        return
+def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tuple[LoraUse, ...]:
+    """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet."""
+    fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
     choices = Choices("loras", [entry.name for entry in catalog.loras])
-    for name, weight in params.loras.items():
+    uses: dict[str, LoraUse] = {}
+    for wanted, weight in params.loras.items():
+        try:
+            name = choices.resolve(wanted)
+        except UnknownChoiceError as error:
+            message = str(UnknownChoiceError("loras", wanted, fitting, error.suggestion))
+            raise InvalidValueError(message, "loras") from None
         if not math.isfinite(weight):
             raise InvalidValueError(f"loras: the weight {weight} of '{name}' is not a finite number", "loras")
-        known = _choose(choices, name)
-        entry = next(e for e in catalog.loras if e.name == known)
-        raise InvalidValueError(f"loras '{known}' is not available: {entry.unavailable}. Only [] allowed now", "loras")
+        if name not in fitting:
+            reason = next(entry for entry in catalog.loras if entry.name == name).unavailable or "made for other models"
+            raise InvalidValueError(
+                f"loras '{name}' is not available with {model.name}: {reason}. Only {fitting} allowed now", "loras"
+            )
+        if name in uses:
+            raise InvalidValueError(f"loras: '{name}' is given twice", "loras")
+        uses[name] = LoraUse(name=name, weight=weight)
+    return tuple(use for use in uses.values() if use.weight)
 
 
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:

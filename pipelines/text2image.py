@@ -70,7 +70,7 @@ class Text2Image:
                 stage = plan.stages[position]
                 conditioning = self.text_encoders(plan.text_encoder).encode(stage)
                 engine = self.engine(stage.component)
-                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index])
+                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index], engine.loras.mixture(stage))
                 engines.add(engine)
                 waiting[job.id] = index
         for engine in engines:

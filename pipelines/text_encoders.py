@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from pipelines.conditioning import Conditioning
 from pipelines.families import Family
-from pipelines.plan import StagePlan, TextPlan
+from pipelines.lora import LoraStore, RowLora, RowLoraHooks
+from pipelines.plan import LoraUse, StagePlan
 
 CACHED_TEXTS = 512
 """Entries of each encoder's cache; an SDXL entry of both encoders is about 0.6 MB in half precision."""
@@ -34,25 +36,35 @@ class EncodedText:
 class TextEncoder:
     """One CLIP text tower and its tokenizer."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel | CLIPTextModelWithProjection) -> None:
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        read: Callable[[str, str], RowLora],
+    ) -> None:
+        """Wrap a loaded model; `read(name, base)` reads the layers a LoRA has for it."""
         self._tokenizer = tokenizer
         self._model = model.eval()
-        self._cache: OrderedDict[str, EncodedText] = OrderedDict()
+        self._hooks = RowLoraHooks(model)
+        self.loras = LoraStore(lambda name, base: self._hooks.fit(read(name, base), model.device, model.dtype))
+        self._cache: OrderedDict[tuple[str, str, tuple[LoraUse, ...]], EncodedText] = OrderedDict()
         self.cache_hits = 0
         self.cache_misses = 0
 
-    def encode(self, text: str) -> EncodedText:
-        """Encode one text; a longer one is cut to the model's context, as CLIP does.
+    def encode(self, text: str, stage: StagePlan) -> EncodedText:
+        """Encode one text under the LoRAs of its stage; a longer one is cut to the model's context, as CLIP does.
 
         One text a forward pass: batched with others its last bits would depend on them, and on what the cache held.
         """
-        cached = self._cache.get(text)
+        key = (text, stage.component if stage.loras else "", stage.loras)
+        cached = self._cache.get(key)
         if cached is not None:
             self.cache_hits += 1
-            self._cache.move_to_end(text)
+            self._cache.move_to_end(key)
             return cached
         self.cache_misses += 1
-        encoded = self._cache[text] = self._forward(text)
+        with self._hooks.active([self.loras.mixture(stage)]):
+            encoded = self._cache[key] = self._forward(text)
         if len(self._cache) > CACHED_TEXTS:
             self._cache.popitem(last=False)
         return encoded
@@ -87,7 +99,7 @@ class TextEncoderStack:
         zero = text.negative_prompts is None
         if stage.guided and text.negative_prompts is not None:
             rows.insert(0, text.negative_prompts)
-        embeds, pooled = zip(*self._embed(text, rows), strict=True)
+        embeds, pooled = zip(*self._embed(stage, rows), strict=True)
         prompt_embeds = torch.cat(embeds)
         pooled_embeds = None if pooled[0] is None else torch.cat([p for p in pooled if p is not None])
         if stage.guided and zero:
@@ -96,8 +108,9 @@ class TextEncoderStack:
                 pooled_embeds = torch.cat([torch.zeros_like(pooled_embeds), pooled_embeds])
         return Conditioning(prompt_embeds, pooled_embeds)
 
-    def _embed(self, text: TextPlan, rows: list[tuple[str, ...]]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _embed(self, stage: StagePlan, rows: list[tuple[str, ...]]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        encoders = [self.encoders[index] for index in stage.text.encoders]
         return [
-            self._family.embed([self.encoders[e].encode(t) for e, t in zip(text.encoders, row, strict=True)])
+            self._family.embed([encoder.encode(text, stage) for encoder, text in zip(encoders, row, strict=True)])
             for row in rows
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -21,6 +23,7 @@ from pipelines.engine import StepEngine
 from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
 from pipelines.latents import LatentSpace
+from pipelines.lora import LoraStore, RowLora, read_lora
 from pipelines.text_encoders import TextEncoder, TextEncoderStack
 from pipelines.vae import VAE
 
@@ -137,7 +140,25 @@ def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: i
             f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
             f"its VAE has {space.channels}"
         )
-    return StepEngine(denoiser, family, read_config(spec, "scheduler"), space, max_rows)
+
+    def fit(name: str, base: str) -> RowLora:
+        return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
+
+    return StepEngine(denoiser, family, read_config(spec, "scheduler"), space, LoraStore(fit), max_rows)
+
+
+def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
+    """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models."""
+    spec, weights = catalog.component(base), catalog.lora_weights(name, base)
+    source = weights.source
+    try:
+        if isinstance(source, FolderSource):
+            path = (source.folder if source.folder.is_absolute() else ROOT / source.folder) / weights.file
+        else:
+            path = Path(hf_hub_download(source.repo, weights.file, revision=source.revision))
+        return read_lora(path, name, part, read_config(spec) if spec.family == "sdxl" else None)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"lora {name}: cannot load {source} {weights.file}: {error}") from error
 
 
 def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
@@ -175,5 +196,6 @@ def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> T
             else:
                 model = model_class.from_pretrained(folder, subfolder=name, **_loading(spec, device))
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True)
-            encoders.append(TextEncoder(tokenizer, model.to(device)))
+            read = functools.partial(load_lora, catalog, part=name)
+            encoders.append(TextEncoder(tokenizer, model.to(device), read))
     return TextEncoderStack(encoders, FAMILIES[spec.family])

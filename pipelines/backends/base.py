@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from pipelines.lora import Mixture
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,14 @@ class StepBatch:
         timesteps: `[rows]` float32; whole numbers below 2^24 are exact in it, so samplers with integer timesteps fit.
         prompt_embeds: `[rows, tokens, width]`.
         added_conditions: `text_embeds` `[rows, projection]` and `time_ids` `[rows, ids]` for SDXL, empty for SD.
+        loras: the LoRAs of each row, `rows` entries.
     """
 
     sample: torch.Tensor
     timesteps: torch.Tensor
     prompt_embeds: torch.Tensor
     added_conditions: Mapping[str, torch.Tensor]
+    loras: Sequence[Mixture]
 
 
 class Denoiser(Protocol):

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from pipelines.backends.base import StepBatch
 from pipelines.errors import WeightsError
+from pipelines.lora import RowLoraHooks
 
 
 class TorchDenoiser:
@@ -27,15 +28,17 @@ class TorchDenoiser:
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
+        self.lora_hooks = RowLoraHooks(unet)
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> torch.Tensor:
         """Evaluate the UNet once for all rows."""
-        output = self._unet(
-            batch.sample,
-            batch.timesteps,
-            encoder_hidden_states=batch.prompt_embeds,
-            added_cond_kwargs=dict(batch.added_conditions) or None,
-            return_dict=False,
-        )
+        with self.lora_hooks.active(batch.loras):
+            output = self._unet(
+                batch.sample,
+                batch.timesteps,
+                encoder_hidden_states=batch.prompt_embeds,
+                added_cond_kwargs=dict(batch.added_conditions) or None,
+                return_dict=False,
+            )
         return cast(torch.Tensor, output[0])

@@ -1,4 +1,4 @@
-"""Other people's clients against a running graph: each installed from PyPI into a venv of its own, pointed at our server.
+"""Other people's clients against a running graph: each from PyPI in a venv of its own, pointed at our server.
 
     make clients        # or: python tests/clients/run.py [llm-hyperbolic] [huggingface_hub]
 

@@ -60,7 +60,7 @@ def add(
 ) -> DenoiseJob:
     request = {"model_name": "SD1.5", "prompt": name, "width": 128, "height": 128, "steps": 4, "seed": 1}
     (stage,) = make_plan(GenerationParams(**(request | {"sampler": "Euler"} | fields)), catalog).stages
-    return engine.add(name, stage, encoders.encode(stage), latents)
+    return engine.add(name, stage, encoders.encode(stage), latents, ())
 
 
 def finish(engine: StepEngine) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: Text
     (stage,) = make_plan(GenerationParams(model_name="SD1.5", prompt="x", steps=1, sampler="Euler"), catalog).stages
     stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"start": 0.9999})})
     latents = Latents(torch.ones(1, 4, 16, 16))
-    engine.add("idle", stage, encoders.encode(stage), latents)
+    engine.add("idle", stage, encoders.encode(stage), latents, ())
     report = engine.tick()
     assert report.rows == 0
     torch.testing.assert_close(report.finished[0].latents, latents.values)
