@@ -98,6 +98,10 @@ class ComponentSpec(Spec):
     """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
     force_zeros_for_empty_prompt: bool = False
     """UNets only: an absent negative prompt is a zero embedding (SDXL base), not the empty text's."""
+    base: str | None = None
+    """ControlNets only: id of the UNet it steers."""
+    union: bool = False
+    """ControlNets only: one set of weights for several controls, told apart by a mode (ControlNetUnionModel)."""
 
 
 class ModelDefaults(Spec):
@@ -128,7 +132,6 @@ class ModelSpec(Spec):
     tvm_sizes: tuple[Size, ...] = ()
     edm: bool = False
     """Trained in the EDM formulation (Karras et al. 2022): takes the EDM samplers and no other."""
-    controlnets: tuple[str, ...] = ()
     requires_controlnet: bool = False
     unavailable: str | None = None
     """Why this server does not serve the name, when it does not."""
@@ -144,9 +147,9 @@ class ControlNetSpec(Spec):
 
     name: str
     models: tuple[str, ...]
-    source: Source
-    union_mode: int | None = None
-    """Index of this control in a union ControlNet."""
+    component: str
+    mode: int | None = None
+    """Control type of this control in a union ControlNet."""
 
 
 class LoraWeights(Spec):
@@ -231,6 +234,13 @@ class Catalog(Spec):
         for control in self.controlnets:
             if unknown := set(control.models) - names:
                 raise ValueError(f"controlnet {control.name}: unknown models {sorted(unknown)}")
+            steering = components.get(control.component)
+            if steering is None or steering.kind != "controlnet" or steering.union != (control.mode is not None):
+                raise ValueError(
+                    f"controlnet {control.name}: '{control.component}' is no ControlNet, or mode and union disagree"
+                )
+            if bases := {self.model(m).unet for m in control.models} - {steering.base}:
+                raise ValueError(f"controlnet {control.name}: {control.component} does not steer {sorted(bases)}")
         for lora in self.loras:
             if unknown := set(lora.bases) - set(components):
                 raise ValueError(f"lora {lora.name}: unknown bases {sorted(unknown)}")
@@ -255,9 +265,8 @@ class Catalog(Spec):
         for size in (*model.sizes, *model.tvm_sizes, default):
             if size.width % model.size_multiple or size.height % model.size_multiple:
                 raise ValueError(f"model {model.name}: size {size} is no multiple of {model.size_multiple}")
-        offered = {c.name for c in self.controlnets if model.name in c.models}
-        if missing := set(model.controlnets) - offered:
-            raise ValueError(f"model {model.name}: no ControlNet weights for {sorted(missing)}")
+        if model.requires_controlnet != bool(self.controls_of(model.name)) and model.unavailable is None:
+            raise ValueError(f"model {model.name}: requires_controlnet and the ControlNets listed for it disagree")
 
     def model_choices(self) -> Choices:
         """Every model name, available or not."""
@@ -288,6 +297,14 @@ class Catalog(Spec):
                 return component
         raise KeyError(component_id)
 
+    def controls_of(self, model: str) -> dict[str, ControlNetSpec]:
+        """What `controlnet_name` may be with a model, in catalog order."""
+        return {control.name: control for control in self.controlnets if model in control.models}
+
+    def controlnets_of(self, unet_id: str) -> tuple[str, ...]:
+        """Ids of the served ControlNets that steer a UNet."""
+        return tuple(c.id for c in self.served_components() if c.base == unet_id)
+
     def lora_weights(self, name: str, base: str) -> LoraWeights:
         """The file of a LoRA for a UNet; StopIteration if the plan let one through that has none."""
         spec = next(entry for entry in self.loras if entry.name == name)
@@ -300,6 +317,7 @@ class Catalog(Spec):
     def served_components(self) -> tuple[ComponentSpec, ...]:
         """Components that some available model needs, each once, in catalog order."""
         needed = {i for m in self.available_models() for i in m.components}
+        needed |= {c.component for m in self.available_models() for c in self.controls_of(m.name).values()}
         return tuple(c for c in self.components if c.id in needed)
 
     def only(self, names: tuple[str, ...]) -> Catalog:

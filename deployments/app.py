@@ -15,13 +15,14 @@ from starlette.middleware import Middleware
 from config.catalog import Catalog, ComponentSpec
 from config.settings import Settings
 from deployments.auth import read_key_hashes
+from deployments.controlnet import ControlNetDeployment
 from deployments.denoiser import DenoiserDeployment
 from deployments.ingress import Ingress, IngressLimits, deployment_states
 from deployments.middleware import BodyLimit
 from deployments.replica import Runtime
 from deployments.text_encoder import TextEncoderDeployment
 from deployments.vae import VAEDeployment
-from pipelines.plan import PlanLimits
+from pipelines.planning import PlanLimits
 
 # Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.
 # num_cpus is 0: Ray's default of one CPU a replica would keep two cores from ever starting the graph.
@@ -47,10 +48,15 @@ class AppArgs(BaseModel):
     """Serve only these; every available model of the catalog if empty."""
     max_rows: int = Field(default=16, ge=2)
     """Row budget of a tick of every denoiser."""
+    controlnet_placement: Literal["deployment", "colocated"] = "deployment"
+    """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
 
 
 def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
     """Which deployment hosts a component."""
+    if component.kind == "controlnet":
+        steered = str(component.base).removeprefix("unet-").removesuffix("-base")
+        return f"controlnet-{steered}" if grouping == "component" else "controlnet"
     if component.kind == "unet" and component.id not in refiners:
         return f"{component.id}-torch" if grouping == "component" else "unet-torch"
     if grouping == "component":
@@ -82,8 +88,10 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
     """Component id -> the deployment that hosts it, for every component some available model needs."""
     refiners = {model.refiner for model in catalog.models if model.refiner}
     hosted: dict[str, list[ComponentSpec]] = {}
-    for component in catalog.served_components():
-        hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
+    colocated = args.controlnet_placement == "colocated"
+    for component in sorted(catalog.served_components(), key=lambda c: c.kind != "controlnet"):
+        if not (colocated and component.kind == "controlnet"):
+            hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
 
     bound: dict[str, Application] = {}
     for name, components in hosted.items():
@@ -93,8 +101,15 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
                 app = _deploy(TextEncoderDeployment, name).bind(ids, catalog, runtime)
             case "vae":
                 app = _deploy(VAEDeployment, name).bind(ids, catalog, runtime)
+            case "controlnet":
+                app = _deploy(ControlNetDeployment, name).bind(ids, catalog, runtime)
             case _:
-                app = _deploy(DenoiserDeployment, name).bind(ids, catalog, runtime, args.max_rows)
+                nets = {unet: bound[own[0]] for unet in ids if not colocated and (own := catalog.controlnets_of(unet))}
+                app = _deploy(DenoiserDeployment, name).bind(
+                    ids, catalog, runtime, args.max_rows, None if colocated else nets
+                )
+                if colocated:
+                    bound |= {net: app for unet in ids for net in catalog.controlnets_of(unet)}
         bound |= dict.fromkeys(ids, app)
     return bound
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config.catalog import Catalog
 from deployments.observability import Traced, stopwatch
 from deployments.replica import Runtime, Worker
-from pipelines.plan import StagePlan
+from pipelines.plan import GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
+    from pipelines.controlnet import ControlBatch, ControlHint, PendingResiduals, Residuals
     from pipelines.latents import Latents
 
 
@@ -34,17 +35,54 @@ class DenoiserDeployment:
     arrives during a tick joins after it, and a cancelled one leaves after it.
     """
 
-    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime, max_rows: int) -> None:
-        from pipelines.weights import load_engine  # torch is a replica's affair: building the graph goes without
+    def __init__(
+        self,
+        components: Sequence[str],
+        catalog: Catalog,
+        runtime: Runtime,
+        max_rows: int,
+        controlnets: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load the UNets.
+
+        Args:
+            components: ids of the UNets.
+            catalog: says what they are.
+            runtime: how this process computes.
+            max_rows: row budget of a tick.
+            controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
+        """
+        # torch is a replica's affair: building the graph goes without
+        from pipelines.controlnet import ColocatedControl
+        from pipelines.weights import load_controlnets, load_engine
 
         device = runtime.apply()
         self._engines = {c: load_engine(catalog, c, device, max_rows) for c in components}
+        for component, engine in self._engines.items():
+            if controlnets is None and (own := catalog.controlnets_of(component)):
+                engine.control = ColocatedControl(load_controlnets(catalog, own, device))
+            elif controlnets and component in controlnets:
+                engine.control = RemoteControl(controlnets[component])
         self._worker = Worker()
         self._waiting: dict[str, _Waiting] = {}  # oldest first
         self._loop: asyncio.Task[None] | None = None
 
+    async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
+        """The control map of a request, where ControlNets live in this process."""
+        from pipelines.controlnet import prepare_hint
+
+        stage = plan.stages[0]
+        assert stage.control is not None
+        with stopwatch("controlnet_prepare") as watch:
+            hint = await asyncio.to_thread(prepare_hint, photo, stage.control, plan.width, plan.height)
+        return watch.trace(hint)
+
     async def denoise(
-        self, stage: StagePlan, conditioning: Traced[Conditioning], latents: Traced[Latents] | None
+        self,
+        stage: StagePlan,
+        conditioning: Traced[Conditioning],
+        latents: Traced[Latents] | None,
+        hint: Traced[ControlHint] | None = None,
     ) -> Traced[Latents]:
         """Run one stage, in ticks shared with whoever else is here.
 
@@ -52,6 +90,7 @@ class DenoiserDeployment:
             stage: what to do.
             conditioning: what the text says.
             latents: None for a picture from text; else where the stage begins.
+            hint: the control map, where the stage has a ControlNet.
         """
         job_id = uuid.uuid4().hex
         engine = self._engines[stage.component]
@@ -62,7 +101,8 @@ class DenoiserDeployment:
             try:
                 # Reading a LoRA from disk must not hold up the ticks of others.
                 loras = await asyncio.to_thread(engine.loras.mixture, stage) if stage.loras else ()
-                await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras)
+                control = hint.value if hint is not None and stage.control else None
+                await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
                 self._ensure_loop()
                 result = await waiting.result
             except BaseException:  # cancelled, or failed: its rows are free at the next tick
@@ -70,7 +110,7 @@ class DenoiserDeployment:
                 raise
             finally:
                 self._waiting.pop(job_id, None)
-        return watch.trace(result, conditioning, latents)
+        return watch.trace(result, conditioning, latents, hint)
 
     def _ensure_loop(self) -> None:
         if self._loop is None or self._loop.done():
@@ -92,6 +132,25 @@ class DenoiserDeployment:
             for waiting in self._waiting.values():
                 _settle(waiting.result, error)
             raise
+
+
+class RemoteControl:
+    """ControlNets in their own deployment. The call runs on the replica's event loop while the UNet goes down."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._loop = asyncio.get_event_loop()
+
+    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
+        """Begin the call; a replica that has not seen the maps asks for them once."""
+        return asyncio.run_coroutine_threadsafe(self._call(batch, hints), self._loop)
+
+    async def _call(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
+        residuals: Residuals | None = await self._handle.residuals.remote(batch, {})
+        if residuals is None:
+            residuals = await self._handle.residuals.remote(batch, dict(hints))
+        assert residuals is not None, "the maps were sent along"
+        return residuals
 
 
 def _settle(future: asyncio.Future[Latents], outcome: Latents | Exception) -> None:

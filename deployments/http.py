@@ -168,7 +168,7 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
             "sizes": [str(size) for size in model.sizes],
             "tvm_sizes": [str(size) for size in model.tvm_sizes],
             "refiner": model.refiner is not None,
-            "controlnets": list(model.controlnets),
+            "controlnets": list(catalog.controls_of(model.name)),
             "loras": [entry.name for entry in loras if model.unet in entry.bases],
         }
 

@@ -17,7 +17,8 @@ from deployments.http import create_http_app
 from deployments.observability import Span
 from pipelines.errors import DeadlineError
 from pipelines.images import EncodedImage, check_image
-from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, PlanLimits, make_plan
+from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan
+from pipelines.planning import PlanLimits, make_plan
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
@@ -73,12 +74,13 @@ class Ingress:
         """
         begin = time.perf_counter()
         plan = make_plan(params, self.catalog, self.limits.plan)
-        if params.image is not None:
-            # At the door and in full: a damaged picture must not fail on a GPU replica after it queued there.
-            await asyncio.to_thread(check_image, params.image, "image", self.limits.max_image_pixels)
+        for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
+            if data is not None:
+                # At the door and in full: a damaged picture must not fail on a GPU replica after it queued there.
+                await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
         try:
             async with asyncio.timeout(self.limits.deadline_s):
-                image = await self._compose(plan, params.image)
+                image = await self._compose(plan, params.image, params.controlnet_image)
         except TimeoutError:
             raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
         return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
@@ -91,13 +93,14 @@ class Ingress:
             tasks = [group.create_task(self.generate(request)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def _compose(self, plan: GenerationPlan, image: bytes | None) -> Any:
+    async def _compose(self, plan: GenerationPlan, image: bytes | None, photo: bytes | None) -> Any:
         """Chain the calls. Responses are handed on un-awaited, so no tensor passes through this process."""
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
         latents = vae.encode.remote(plan, image) if image is not None else None
         for stage in plan.stages:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
-            latents = self._handles[stage.component].denoise.remote(stage, conditioning, latents)
+            hint = self._handles[stage.control.component].prepare.remote(plan, photo) if stage.control else None
+            latents = self._handles[stage.component].denoise.remote(stage, conditioning, latents, hint)
         return await vae.decode.remote(plan, latents)
 
 

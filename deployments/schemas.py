@@ -71,6 +71,7 @@ class GenerationRequest(BaseModel):
             enable_refiner=bool(self.enable_refiner),
             controlnet_name=self.controlnet_name,
             controlnet_image=decode_base64(self.controlnet_image, "controlnet_image"),
+            controlnet_preprocess=self.controlnet_preprocess is not False,
             loras=self.loras or {},
             output_format=self.output_format or "jpeg",
         )

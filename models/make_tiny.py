@@ -11,6 +11,7 @@ which assumes a shape instead of reading the config fails.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,8 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
+    ControlNetUnionModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -218,7 +221,34 @@ def refiner() -> StableDiffusionXLImg2ImgPipeline:
     )
 
 
+def controlnet(seed: int) -> ControlNetModel:
+    """A ControlNet of the tiny SD1.5; its map is 8 times the latents' size."""
+    unet = sd_unet(4, 32, 64)
+    return seeded(seed, ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16)))
+
+
+def controlnet_union() -> ControlNetUnionModel:
+    """A union ControlNet of the tiny SDXL, six control types; its map is 32 times the latents' size."""
+    unet = sdxl_unet(96, 6, 48)
+    shape = {k: v for k, v in unet.config.items() if k in inspect.signature(ControlNetUnionModel).parameters}
+    shape |= {"num_trans_head": 4, "num_trans_channel": 32, "num_proj_channel": 32}
+    shape["conditioning_embedding_out_channels"] = (8, 8, 8, 8, 8, 16)
+    return seeded(53, ControlNetUnionModel(**shape))
+
+
+def controlnet_sdxl() -> ControlNetModel:
+    """A plain ControlNet of the tiny SDXL."""
+    channels = (8, 8, 8, 8, 8, 16)
+    return seeded(54, ControlNetModel.from_unet(sdxl_unet(96, 6, 48), conditioning_embedding_out_channels=channels))
+
+
 MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
+MODELS |= {
+    "controlnet-sd15-canny": lambda: controlnet(51),
+    "controlnet-sd15-soft": lambda: controlnet(52),
+    "controlnet-sdxl-union": controlnet_union,
+    "controlnet-sdxl": controlnet_sdxl,
+}
 
 
 def fingerprint() -> str:

@@ -8,7 +8,7 @@ timestep, number of steps, guidance, seed and LoRAs are free per row. Synchronou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from pipelines.backends.base import Denoiser, StepBatch
 from pipelines.batching import BatchKey, select_rows
 from pipelines.conditioning import Conditioning
+from pipelines.controlnet import ControlBatch, ControlHint, ControlledRows, ControlSource
 from pipelines.errors import DenoiseError
 from pipelines.families import Family
 from pipelines.guidance import guide
@@ -43,6 +44,7 @@ class DenoiseJob:
     conditioning: Conditioning
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loras: Mixture = ()
+    hint: ControlHint | None = None
     tick: int = 0
 
     @property
@@ -105,6 +107,7 @@ class StepEngine:
         scheduler_config: Mapping[str, Any],
         space: LatentSpace,
         loras: LoraStore,
+        control: ControlSource | None = None,
         max_rows: int = 16,
     ) -> None:
         """Run jobs on `denoiser`.
@@ -115,6 +118,7 @@ class StepEngine:
             scheduler_config: the model's `scheduler_config.json`, which every sampler starts from.
             space: of the VAE that made and will read the latents.
             loras: where jobs' LoRAs come from; safe to ask from any thread.
+            control: where residuals come from, for jobs that bring a hint.
             max_rows: row budget of a tick.
         """
         if max_rows < 1:
@@ -124,6 +128,7 @@ class StepEngine:
         self._scheduler_config = scheduler_config
         self._space = space
         self.loras = loras
+        self.control = control
         self._max_rows = max_rows
         self._jobs: dict[str, DenoiseJob] = {}
 
@@ -133,7 +138,13 @@ class StepEngine:
 
     @torch.inference_mode()
     def add(
-        self, job_id: str, plan: StagePlan, conditioning: Conditioning, latents: Latents | None, loras: Mixture
+        self,
+        job_id: str,
+        plan: StagePlan,
+        conditioning: Conditioning,
+        latents: Latents | None,
+        loras: Mixture = (),
+        hint: ControlHint | None = None,
     ) -> DenoiseJob:
         """Prepare a job as diffusers' pipelines prepare their loop; it joins at the next tick.
 
@@ -144,6 +155,7 @@ class StepEngine:
             latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
             loras: what `self.loras.mixture(plan)` gave, on whatever thread it was loaded.
+            hint: the control map, where the plan has a ControlNet.
         """
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is already here")
@@ -159,7 +171,7 @@ class StepEngine:
                 values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
         conditioning = conditioning.to(device, dtype)
         added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
-        job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras)
+        job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras, hint)
         self._jobs[job_id] = job
         return job
 
@@ -207,7 +219,26 @@ class StepEngine:
             },
             loras=[job.loras for job in jobs for _ in range(job.rows)],
         )
+        hints = [job.hint for job in jobs for _ in range(job.rows)]
+        if any(hints):
+            batch = replace(batch, controlled=self._start_control(batch, hints))
         return list(self._denoiser.predict(batch).split(rows))
+
+    def _start_control(self, batch: StepBatch, hints: list[ControlHint | None]) -> ControlledRows:
+        """Ask for the residuals of every row that has a hint, in one call, without waiting for them."""
+        if self.control is None:
+            raise ValueError("a job brought a control hint, but this engine has no ControlNet")
+        rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
+        index = torch.tensor(rows, device=batch.sample.device)
+        own = [hint for hint in hints if hint is not None]
+        request = ControlBatch(
+            hints=tuple((hint.id, hint.component, hint.mode) for hint in own),
+            sample=batch.sample[index],
+            timesteps=batch.timesteps[index],
+            prompt_embeds=batch.prompt_embeds[index],
+            **{name: tensor[index] for name, tensor in batch.added_conditions.items()},
+        )
+        return ControlledRows(rows, self.control.start(request, {hint.id: hint for hint in own}))
 
 
 def _denoise_error(error: Exception) -> DenoiseError:

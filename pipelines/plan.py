@@ -1,30 +1,21 @@
-"""GenerationParams -> GenerationPlan: every decision about a picture, made before any tensor exists.
+"""What is asked (GenerationParams) and what was decided (GenerationPlan): no tensors, no decisions here.
 
 A plan is frozen, serialisable and complete: the same plan gives the same picture. The refiner is the second StagePlan.
 """
 
 from __future__ import annotations
 
-import math
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from config.catalog import Catalog, ComponentSpec, ModelSpec
-from config.choices import Choices, UnknownChoiceError
-from pipelines.errors import InvalidValueError, UnavailableModelError
-from pipelines.samplers import SAMPLER_CHOICES, check_sampler
-
 BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
 
 SEED_LIMIT = 2**32
 MIN_SIDE, MAX_SIDE = 128, 2496
-REFINER_SHARE = 0.8
-"""The base runs this share of the schedule, the refiner the rest: the ensemble of experts of SDXL, arXiv:2307.01952."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +40,7 @@ class GenerationParams:
     enable_refiner: bool = False
     controlnet_name: str | None = None
     controlnet_image: bytes | None = None
+    controlnet_preprocess: bool = True
     loras: Mapping[str, float] = field(default_factory=dict)
     output_format: OutputFormat = "jpeg"
 
@@ -88,6 +80,18 @@ class LoraUse(_Plan):
     weight: float
 
 
+class ControlUse(_Plan):
+    """The ControlNet that steers a stage.
+
+    `preprocess` False: the picture sent already is the control map.
+    """
+
+    name: str
+    component: str
+    mode: int | None
+    preprocess: bool
+
+
 class StagePlan(_Plan):
     """One visit to one denoiser."""
 
@@ -101,6 +105,7 @@ class StagePlan(_Plan):
     height: int
     seed: int
     loras: tuple[LoraUse, ...] = ()
+    control: ControlUse | None = None
 
     @property
     def guided(self) -> bool:
@@ -119,221 +124,3 @@ class GenerationPlan(_Plan):
     vae: str
     stages: tuple[StagePlan, ...]
     output_format: OutputFormat = "jpeg"
-
-
-@dataclass(frozen=True)
-class PlanLimits:
-    """What a server allows one request."""
-
-    max_pixel_steps: int = 100 * 2048 * 2048
-
-
-def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | None = None) -> GenerationPlan:
-    """Validate `params` against the catalog and decide every open question.
-
-    Raises:
-        UnavailableModelError: unknown or unserved model.
-        InvalidValueError: any other value this model cannot take; the message names the allowed ones.
-    """
-    model = _model(params.model_name, catalog)
-    defaults = model.defaults
-    width = params.width if params.width is not None else defaults.width
-    height = params.height if params.height is not None else defaults.height
-    steps = params.steps if params.steps is not None else defaults.steps
-    guidance = params.cfg_scale if params.cfg_scale is not None else defaults.cfg_scale
-    sampler = _choose(SAMPLER_CHOICES, params.sampler if params.sampler is not None else defaults.sampler)
-    _check_size(width, height, model)
-    _check_range("steps", steps, 1, 1000)
-    _check_range("cfg_scale", guidance, 0, 50)
-    check_sampler(sampler, steps, model.edm)
-    _check_budget(width, height, steps, limits or PlanLimits())
-    _check_family(params, model)
-    _check_controlnet(params, model)
-    loras = _loras(params, model, catalog)
-    strength = _strength(params, model, steps)
-    seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
-    if not 0 <= seed < SEED_LIMIT:
-        raise InvalidValueError(f"seed {seed} is out of range: 0 to {SEED_LIMIT - 1}", "seed")
-    backend = choose_backend(params.backend, model, width, height)
-    prompts = _styled(params, catalog)
-
-    def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
-        return StagePlan(
-            component=component_id,
-            backend=backend,
-            sampler=sampler,
-            schedule=schedule,
-            guidance_scale=guidance,
-            text=_text_plan(catalog.component(component_id), *prompts),
-            width=width,
-            height=height,
-            seed=seed,
-            loras=loras if component_id == model.unet else (),
-        )
-
-    if params.enable_refiner and model.refiner is not None:
-        stages: tuple[StagePlan, ...] = (
-            stage(model.unet, ScheduleSlice(steps=steps, strength=strength, end=REFINER_SHARE)),
-            stage(model.refiner, ScheduleSlice(steps=steps, start=REFINER_SHARE)),
-        )
-    else:
-        stages = (stage(model.unet, ScheduleSlice(steps=steps, strength=strength)),)
-    return GenerationPlan(
-        model=model.name,
-        seed=seed,
-        width=width,
-        height=height,
-        text_encoder=model.text_encoder,
-        vae=model.vae,
-        stages=stages,
-        output_format=params.output_format,
-    )
-
-
-def _choose(choices: Choices, value: str) -> str:
-    try:
-        return choices.resolve(value)
-    except UnknownChoiceError as error:
-        raise InvalidValueError(str(error), error.field) from None
-
-
-def _model(name: str, catalog: Catalog) -> ModelSpec:
-    served = [m.name for m in catalog.available_models()]
-    try:
-        model = catalog.model(catalog.model_choices().resolve(name))
-    except UnknownChoiceError as error:
-        served_error = UnknownChoiceError(error.field, error.value, served, error.suggestion)
-        raise UnavailableModelError(str(served_error), "model_name") from None
-    if model.unavailable is not None:
-        raise UnavailableModelError(
-            f"model_name '{model.name}' is not available: {model.unavailable}. Only {served} allowed now", "model_name"
-        )
-    return model
-
-
-def _check_range(param: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidValueError(f"{param} {value} is out of range: {low} to {high}", param)
-
-
-def _check_size(width: int, height: int, model: ModelSpec) -> None:
-    for param, value in (("width", width), ("height", height)):
-        _check_range(param, value, MIN_SIDE, MAX_SIDE)
-        if value % model.size_multiple:
-            below = value // model.size_multiple * model.size_multiple
-            nearest = [v for v in (below, below + model.size_multiple) if MIN_SIDE <= v <= MAX_SIDE]
-            raise InvalidValueError(
-                f"{param} {value} is no multiple of {model.size_multiple}, which {model.name} needs; "
-                f"the nearest valid values are {nearest}",
-                param,
-            )
-
-
-def _check_budget(width: int, height: int, steps: int, limits: PlanLimits) -> None:
-    if width * height * steps > limits.max_pixel_steps:
-        most = limits.max_pixel_steps // (width * height)
-        raise InvalidValueError(
-            f"steps {steps} at {width}x{height} is over this server's budget; at this size it allows {most} steps",
-            "steps",
-        )
-
-
-def _check_family(params: GenerationParams, model: ModelSpec) -> None:
-    for param in ("prompt_2", "negative_prompt_2"):
-        if getattr(params, param) is not None and model.family != "sdxl":
-            raise InvalidValueError(f"{param} needs a model with two text encoders; {model.name} has one", param)
-    if params.enable_refiner and model.refiner is None:
-        raise InvalidValueError(f"enable_refiner: {model.name} has no refiner", "enable_refiner")
-
-
-def _check_controlnet(params: GenerationParams, model: ModelSpec) -> None:
-    if model.requires_controlnet:
-        raise UnavailableModelError(
-            f"model_name '{model.name}' is not available: ControlNet is not served yet", "model_name"
-        )
-    for param in ("controlnet_name", "controlnet_image"):
-        if getattr(params, param) is not None:
-            raise InvalidValueError(f"{param} is not allowed with {model.name}: it takes no ControlNet", param)
-
-
-def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tuple[LoraUse, ...]:
-    """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet."""
-    fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
-    choices = Choices("loras", [entry.name for entry in catalog.loras])
-    uses: dict[str, LoraUse] = {}
-    for wanted, weight in params.loras.items():
-        try:
-            name = choices.resolve(wanted)
-        except UnknownChoiceError as error:
-            message = str(UnknownChoiceError("loras", wanted, fitting, error.suggestion))
-            raise InvalidValueError(message, "loras") from None
-        if not math.isfinite(weight):
-            raise InvalidValueError(f"loras: the weight {weight} of '{name}' is not a finite number", "loras")
-        if name not in fitting:
-            reason = next(entry for entry in catalog.loras if entry.name == name).unavailable or "made for other models"
-            raise InvalidValueError(
-                f"loras '{name}' is not available with {model.name}: {reason}. Only {fitting} allowed now", "loras"
-            )
-        if name in uses:
-            raise InvalidValueError(f"loras: '{name}' is given twice", "loras")
-        uses[name] = LoraUse(name=name, weight=weight)
-    return tuple(use for use in uses.values() if use.weight)
-
-
-def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:
-    """Strength of an img2img request, None without a picture."""
-    strength = params.strength if params.strength is not None else model.defaults.strength
-    _check_range("strength", strength, 0, 1)
-    if params.image is None:
-        return None
-    if int(steps * strength) < 1:
-        raise InvalidValueError(
-            f"strength {strength} with {steps} steps leaves no denoising step; use at least {1 / steps:.4f}", "strength"
-        )
-    return strength
-
-
-def choose_backend(wanted: str, model: ModelSpec, width: int, height: int) -> BackendName:
-    """Resolve `auto | tvm | torch`. No TVM artifacts exist yet, so `auto` is torch and `tvm` is refused."""
-    name = _choose(Choices("backend", ["auto", "tvm", "torch"]), wanted)
-    if name != "tvm":
-        return "torch"
-    sizes = [str(s) for s in model.tvm_sizes]
-    if f"{width}x{height}" not in sizes:
-        raise InvalidValueError(
-            f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
-        )
-    raise InvalidValueError(
-        "backend 'tvm' is not compiled on this server. Only ['auto', 'torch'] allowed now", "backend"
-    )
-
-
-def _styled(params: GenerationParams, catalog: Catalog) -> tuple[str, str | None, str | None, str | None]:
-    """The four prompts with the style applied: its template to `prompt`, its negative text after the caller's.
-
-    The `_2` prompts are left as they came: who writes one wants that encoder to read exactly it.
-    """
-    prompt, negative = params.prompt, params.negative_prompt
-    if params.style_preset is not None:
-        style = catalog.style(_choose(catalog.style_choices(), params.style_preset))
-        prompt = style.prompt.replace("{prompt}", prompt)
-        negative = ", ".join(t for t in (negative, style.negative_prompt) if t) or negative
-    return prompt, params.prompt_2, negative, params.negative_prompt_2
-
-
-def _text_plan(
-    unet: ComponentSpec, prompt: str, prompt_2: str | None, negative: str | None, negative_2: str | None
-) -> TextPlan:
-    """Hand each encoder its text as diffusers' `encode_prompt` does: in order, a missing `_2` repeats the first.
-
-    The refiner has one encoder, so it reads `prompt`, as StableDiffusionXLImg2ImgPipeline does.
-    """
-    count = len(unet.text_encoders)
-    prompts = (prompt, prompt_2 or prompt)[:count]
-    if negative is None and negative_2:
-        negative = ""  # diffusers drops a lone negative_prompt_2; here it is read, as if negative_prompt were ""
-    if negative is None and unet.force_zeros_for_empty_prompt:
-        negatives = None
-    else:
-        negatives = (negative or "", negative_2 or negative or "")[:count]
-    return TextPlan(encoders=unet.text_encoders, prompts=prompts, negative_prompts=negatives)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from config.catalog import Catalog
+from pipelines.controlnet import ColocatedControl, ControlHint, prepare_hint
 from pipelines.engine import StepEngine
 from pipelines.images import read_image
 from pipelines.latents import Latents
-from pipelines.plan import GenerationParams, GenerationPlan, PlanLimits, make_plan
-from pipelines.weights import Device, load_engine, load_text_encoders, load_vae
+from pipelines.plan import GenerationParams, GenerationPlan
+from pipelines.planning import PlanLimits, make_plan
+from pipelines.weights import Device, load_controlnets, load_engine, load_text_encoders, load_vae
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Text2Image:
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
         self.engine = functools.cache(functools.partial(load_engine, catalog, device=device))
+        self.controlnets = functools.cache(functools.partial(load_controlnets, catalog, device=device))
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
 
     def generate(self, params: GenerationParams) -> Picture:
@@ -44,8 +47,9 @@ class Text2Image:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
         plans = [make_plan(params, self._catalog, self._limits) for params in requests]
         latents = [self._encode_image(plan, params) for plan, params in zip(plans, requests, strict=True)]
+        hints = [self._prepare_hint(plan, params) for plan, params in zip(plans, requests, strict=True)]
         for position in range(max(len(plan.stages) for plan in plans)):
-            latents = self._denoise(plans, latents, position)
+            latents = self._denoise(plans, latents, hints, position)
         return [
             Picture(self.vae(plan.vae).decode(result), plan)
             for plan, result in zip(plans, latents, strict=True)
@@ -58,8 +62,21 @@ class Text2Image:
         image = read_image(params.image, "image", plan.width, plan.height)
         return self.vae(plan.vae).encode(image, plan.seed)
 
+    def _prepare_hint(self, plan: GenerationPlan, params: GenerationParams) -> ControlHint | None:
+        first = plan.stages[0]
+        if first.control is None or params.controlnet_image is None:
+            return None
+        engine = self.engine(first.component)
+        if engine.control is None:
+            engine.control = ColocatedControl(self.controlnets(self._catalog.controlnets_of(first.component)))
+        return prepare_hint(params.controlnet_image, first.control, plan.width, plan.height)
+
     def _denoise(
-        self, plans: list[GenerationPlan], latents: list[Latents | None], position: int
+        self,
+        plans: list[GenerationPlan],
+        latents: list[Latents | None],
+        hints: list[ControlHint | None],
+        position: int,
     ) -> list[Latents | None]:
         """Run the stage at `position` of every plan that has one."""
         results = list(latents)
@@ -70,7 +87,9 @@ class Text2Image:
                 stage = plan.stages[position]
                 conditioning = self.text_encoders(plan.text_encoder).encode(stage)
                 engine = self.engine(stage.component)
-                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index], engine.loras.mixture(stage))
+                loras = engine.loras.mixture(stage)
+                hint = hints[index] if stage.control else None
+                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index], loras, hint)
                 engines.add(engine)
                 waiting[job.id] = index
         for engine in engines:

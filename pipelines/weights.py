@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from config.catalog import ROOT, Catalog, CheckpointSource, ComponentSpec, FolderSource, HubSource
 from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.controlnet import ControlNets
 from pipelines.engine import StepEngine
 from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
@@ -28,7 +29,12 @@ from pipelines.text_encoders import TextEncoder, TextEncoderStack
 from pipelines.vae import VAE
 
 Device = Literal["cpu", "cuda"]
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "controlnet": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -144,7 +150,17 @@ def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: i
     def fit(name: str, base: str) -> RowLora:
         return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
-    return StepEngine(denoiser, family, read_config(spec, "scheduler"), space, LoraStore(fit), max_rows)
+    scheduler = read_config(spec, "scheduler")
+    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), max_rows=max_rows)
+
+
+def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:
+    """ControlNets of one UNet."""
+    models = {}
+    for component_id in component_ids:
+        spec = catalog.component(component_id)
+        models[component_id] = _load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
+    return ControlNets(models)
 
 
 def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:

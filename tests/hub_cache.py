@@ -37,6 +37,8 @@ def fill(home: Path, tiny: Path) -> Path:
     make_tiny = make_tiny_module()
     catalog = Catalog.load("hub")
     for component in catalog.components:
+        if component.kind == "controlnet":
+            continue
         assert isinstance(component.source, HubSource)
         repo, revision, variant = component.source.repo, component.source.revision, component.source.variant
         snapshot = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / revision

@@ -30,7 +30,7 @@ def run(code: str) -> str:
     [
         ("config.catalog", ["torch", "ray", "diffusers", "fastapi"]),
         ("pipelines.text2image", ["ray", "fastapi"]),
-        ("pipelines.plan", ["torch", "diffusers"]),
+        ("pipelines.planning", ["torch", "diffusers"]),
         ("deployments.app", ["torch", "diffusers", "transformers"]),
     ],
 )

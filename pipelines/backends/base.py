@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipelines.controlnet import ControlledRows
 from pipelines.lora import Mixture
 
 
@@ -21,6 +22,7 @@ class StepBatch:
         prompt_embeds: `[rows, tokens, width]`.
         added_conditions: `text_embeds` `[rows, projection]` and `time_ids` `[rows, ids]` for SDXL, empty for SD.
         loras: the LoRAs of each row, `rows` entries.
+        controlled: the rows a ControlNet steers, and their residuals under way.
     """
 
     sample: torch.Tensor
@@ -28,6 +30,7 @@ class StepBatch:
     prompt_embeds: torch.Tensor
     added_conditions: Mapping[str, torch.Tensor]
     loras: Sequence[Mixture]
+    controlled: ControlledRows | None = None
 
 
 class Denoiser(Protocol):

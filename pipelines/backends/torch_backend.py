@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pipelines.backends.base import StepBatch
+from pipelines.controlnet import LateBinding
 from pipelines.errors import WeightsError
 from pipelines.lora import RowLoraHooks
 
@@ -29,11 +30,12 @@ class TorchDenoiser:
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
         self.lora_hooks = RowLoraHooks(unet)
+        self._late_binding = LateBinding(unet)
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> torch.Tensor:
         """Evaluate the UNet once for all rows."""
-        with self.lora_hooks.active(batch.loras):
+        with self.lora_hooks.active(batch.loras), self._late_binding.bound(batch.controlled):
             output = self._unet(
                 batch.sample,
                 batch.timesteps,

@@ -14,7 +14,7 @@ from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.ingress import Ingress, IngressLimits
 from deployments.replica import Runtime
-from pipelines.plan import PlanLimits
+from pipelines.planning import PlanLimits
 
 ClientFactory = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 

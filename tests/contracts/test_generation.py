@@ -71,6 +71,8 @@ async def test_the_graph_draws_what_one_process_draws(client: httpx.AsyncClient,
         ("SDXL1.0-base", {"enable_refiner": True, "sampler": "Heun"}),
         ("SDXL1.0-base", {"image": photo.getvalue(), "strength": 0.5, "enable_refiner": True}),
         ("SDXL-turbo", {"style_preset": "Pixel Art"}),
+        ("SD1.5-ControlNet", {"controlnet_name": "canny", "controlnet_image": photo.getvalue()}),
+        ("SDXL-ControlNet", {"controlnet_name": "canny", "controlnet_image": photo.getvalue(), "enable_refiner": True}),
     ]:
         fields = common | extra
         wire = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in fields.items()}

@@ -21,6 +21,10 @@ Tribal, Zentangle, Collage, Flat Papercut, Kirigami, Paper Mache, Paper Quilling
 Stacked Papercut, Thick Layered Papercut, Alien, Film Noir, HDR, Long Exposure, Neon Noir, Silhouette, Tilt-Shift"""
 
 
+MODELS = ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo", "SDXL-ControlNet", "SD1.5-ControlNet"]
+CONTROLS = ["canny", "depth", "openpose", "softedge", "lineart"]
+
+
 def names(text: str) -> list[str]:
     return " ".join(text.split()).split(", ")
 
@@ -43,7 +47,7 @@ async def test_the_78_styles(client: httpx.AsyncClient, catalog: Catalog) -> Non
 
 
 async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
-    assert await names_at(client, "/v1/models", "id") == ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo"]
+    assert await names_at(client, "/v1/models", "id") == MODELS
     base = (await client.get("/v1/models")).json()["data"][0]
     assert base["object"] == "model"
     assert base["family"] == "sdxl"
@@ -56,7 +60,12 @@ async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
 async def test_loras_say_why_they_are_not_served(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/loras")).json()
     assert all(not entry["available"] and entry["reason"] for entry in body["data"])
-    assert (await client.get("/v1/controlnets")).json() == {"object": "list", "data": []}
+
+
+async def test_controlnets(client: httpx.AsyncClient) -> None:
+    data = (await client.get("/v1/controlnets")).json()["data"]
+    assert [entry["name"] for entry in data if entry["models"] == ["SD1.5-ControlNet"]] == CONTROLS
+    assert [entry["name"] for entry in data if entry["models"] == ["SDXL-ControlNet"]] == CONTROLS[:4]
 
 
 async def test_health_and_documentation(client: httpx.AsyncClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,6 @@ SIZE = {"SD1.5": 128, "SD2": 128, "SDXL1.0-base": 256, "SSD": 256, "SDXL-turbo":
 @pytest.fixture(scope="module")
 def text2image(catalog: Catalog) -> Text2Image:
     return Text2Image(catalog)
-
-
-@pytest.fixture(scope="module")
-def photo() -> bytes:
-    """A smooth picture with edges, larger than what it is resized to."""
-    y, x = np.mgrid[0:300, 0:400]
-    pixels = np.stack([x * 255 / 400, y * 255 / 300, 128 + 127 * np.sin(x / 40)], axis=-1).astype(np.uint8)
-    pixels[80:200, 120:240] = (250, 30, 60)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def request(model: str, **changes: Any) -> dict[str, Any]:

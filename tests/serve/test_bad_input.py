@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import time
@@ -25,7 +26,7 @@ def test_every_bad_value(client: httpx.Client) -> None:
         check(reply, 400, 40302, param)
 
 
-@pytest.mark.parametrize("name", ["nope", "SDXL-ControlNet"])
+@pytest.mark.parametrize("name", ["nope", "SDXL"])
 def test_models_not_served(client: httpx.Client, name: str) -> None:
     check(client.post("/v1/image/generation", json=request("SD1.5") | {"model_name": name}), 400, 40301, "model_name")
 
@@ -66,13 +67,15 @@ def test_a_chunked_body_of_100_mb_is_refused_while_it_is_read(client: httpx.Clie
         )
         for _ in range(10):
             connection.sendall(chunk)
-        answer = connection.recv(65536)  # the body is not finished, and never will be
+        with connection.makefile("rb") as reader:  # the body is not finished, and never will be
+            status = reader.readline()
+            headers = http.client.parse_headers(reader)
+            body = json.loads(reader.read(int(headers["content-length"])))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(90):
                 connection.sendall(chunk)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 413")
-    assert json.loads(body)["code"] == 40004
+    assert status.startswith(b"HTTP/1.1 413")
+    assert body["code"] == 40004
     grown = resident("ray::ServeReplica:sdgraph:ingress") + resident("ray::ProxyActor") - before
     assert grown < 40 * 2**20, f"grew by {grown} bytes"
     draw(client, **request("SD1.5", steps=1))

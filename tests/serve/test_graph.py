@@ -76,6 +76,8 @@ def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
         "unet-ssd-torch",
         "unet-sdxl-turbo-torch",
         "refiner-sdxl",
+        "controlnet-sd15",
+        "controlnet-sdxl",
         "vae-sd15",
         "vae-sd2",
         "vae-sdxl",
@@ -100,6 +102,27 @@ def test_the_refiner_and_a_starting_picture_pass_through_the_graph(
     assert np.abs(pixels - np.asarray(expected)).max() <= 1
     stages = {entry.split(";")[0] for entry in reply.headers["server-timing"].split(", ")}
     assert stages == {"text_encoder", "vae_encode", "denoise_unet-sdxl-base", "denoise_refiner-sdxl", "vae_decode"}
+
+
+@pytest.mark.parametrize("model", ["SD1.5", "SDXL1.0-base"])
+def test_controlled_and_plain_requests_share_the_unet(client: httpx.Client, text2image: Text2Image, model: str) -> None:
+    """Residuals come from another process and meet the UNet on its way up, only in the rows that asked for them."""
+    photo = io.BytesIO()
+    Image.effect_noise((300, 200), 70).convert("RGB").save(photo, "PNG")
+    controlled = {"SD1.5": "SD1.5-ControlNet", "SDXL1.0-base": "SDXL-ControlNet"}[model]
+    requests = [request(model, seed=i, steps=8, sampler="Euler") for i in range(2)]
+    for seed, name in enumerate(["canny", "softedge", "depth"]):
+        steered = {"model_name": controlled, "controlnet_name": name, "controlnet_preprocess": name == "canny"}
+        requests.append(request(model, seed=seed, steps=6, sampler="Euler a") | steered)
+    with ThreadPoolExecutor(len(requests)) as pool:
+        wire = {"controlnet_image": base64.b64encode(photo.getvalue()).decode()}
+        sent = [r | wire if "controlnet_name" in r else r for r in requests]
+        answers = list(pool.map(lambda fields: draw(client, **fields), sent))
+    for fields, (pixels, reply) in zip(requests, answers, strict=True):
+        extra = {"controlnet_image": photo.getvalue()} if "controlnet_name" in fields else {}
+        expected = text2image.generate(GenerationParams(**fields, **extra)).image
+        assert np.abs(pixels - np.asarray(expected)).max() <= 1
+        assert ("controlnet_prepare" in reply.headers["server-timing"]) == bool(extra)
 
 
 def test_the_hub_catalog_is_served_from_its_cache(client: httpx.Client) -> None:

@@ -14,7 +14,8 @@ from deployments.observability import Traced
 from deployments.replica import Runtime
 from pipelines.conditioning import Conditioning
 from pipelines.errors import DenoiseError
-from pipelines.plan import GenerationParams, StagePlan, make_plan
+from pipelines.plan import GenerationParams, StagePlan
+from pipelines.planning import make_plan
 from pipelines.weights import load_text_encoders
 
 

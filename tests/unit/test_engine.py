@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
-from config.catalog import Catalog
+from config.catalog import ROOT, Catalog
 from pipelines.backends.base import StepBatch
+from pipelines.controlnet import ColocatedControl, ControlBatch, ControlHint, ControlNets
 from pipelines.engine import DenoiseJob, StepEngine
 from pipelines.latents import Latents
-from pipelines.plan import GenerationParams, make_plan
+from pipelines.plan import GenerationParams
+from pipelines.planning import make_plan
 from pipelines.text_encoders import TextEncoderStack
 from pipelines.weights import load_engine, load_text_encoders
 
@@ -155,6 +159,48 @@ def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: Text
     report = engine.tick()
     assert report.rows == 0
     torch.testing.assert_close(report.finished[0].latents, latents.values)
+
+
+class CountingControl:
+    """A ControlNet of zeros that counts its calls and rows; what a source answers is not under test here."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
+        self.rows.append(len(batch.sample))
+        assert {hint for hint, _, _ in batch.hints} == set(hints)
+        nets = ControlNets({"net": ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")})
+        return ColocatedControl(nets).start(batch, hints)
+
+
+def test_a_tick_of_controlled_and_plain_rows_makes_one_controlnet_call(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    engine._max_rows = 16
+    engine.control = counting = CountingControl()
+    for index in range(5):
+        job = add(engine, encoders, catalog, str(index), cfg_scale=1.0, steps=2)
+        if index < 3:
+            job.hint = ControlHint(f"hint {index}", "net", None, torch.rand(1, 3, 128, 128))
+    finish(engine)
+    assert recorder.rows == [5, 5]
+    assert counting.rows == [3, 3]
+
+
+def test_a_failing_controlnet_reaches_the_jobs_of_its_tick(
+    engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    class Broken:
+        def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
+            raise ConnectionError("the ControlNet is gone")
+
+    engine.control = Broken()
+    add(engine, encoders, catalog, "a").hint = ControlHint("hint", "net", None, torch.rand(1, 3, 128, 128))
+    report = engine.tick()
+    assert "the ControlNet is gone" in str(report.failed[0][1])
+    add(engine, encoders, catalog, "b")
+    assert list(finish(engine)) == ["b"]
 
 
 def test_an_id_is_taken_once(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from config.catalog import Catalog
 from pipelines.errors import InvalidValueError, UnavailableModelError
-from pipelines.plan import REFINER_SHARE, GenerationParams, GenerationPlan, PlanLimits, ScheduleSlice, make_plan
+from pipelines.plan import ControlUse, GenerationParams, GenerationPlan, LoraUse, ScheduleSlice
+from pipelines.planning import REFINER_SHARE, PlanLimits, make_plan
 
 HUB = Catalog.load("hub")
 BASE = GenerationParams(model_name="SDXL1.0-base", prompt="a cat", seed=1)
@@ -93,6 +94,25 @@ def test_an_edm_model_takes_the_edm_sampler_and_no_other() -> None:
         make_plan(replace(params, sampler="Euler"), catalog)
 
 
-def test_controlnet_models_answer_that_they_are_not_served() -> None:
-    with pytest.raises(UnavailableModelError, match=r"Only .* allowed now"):
-        make_plan(replace(BASE, model_name="SDXL-ControlNet", controlnet_name="canny"), HUB)
+def test_a_controlnet_steers_the_first_stage_alone() -> None:
+    params = replace(BASE, model_name="SDXL-ControlNet", controlnet_name="Canny", controlnet_image=b"x")
+    base, refiner = make_plan(replace(params, enable_refiner=True), HUB).stages
+    assert base.control == ControlUse(name="canny", component="controlnet-sdxl-union", mode=3, preprocess=True)
+    assert refiner.control is None
+
+
+def test_models_taken_out_of_service_answer_so() -> None:
+    with pytest.raises(UnavailableModelError, match=r"not served by this graph. Only \['SD2'\] allowed now"):
+        make_plan(BASE, HUB.only(("SD2",)))
+
+
+def test_loras_are_resolved_checked_and_kept_from_the_refiner() -> None:
+    base, refiner = make_plan(replace(BASE, enable_refiner=True, loras={"pixel_art": 0.5}), HUB).stages
+    assert base.loras == (LoraUse(name="Pixel_Art", weight=0.5),)
+    assert refiner.loras == ()
+    assert make_plan(replace(BASE, loras={"Pixel_Art": 0.0}), HUB).stages[0].loras == ()
+    for name, reason in {"Logo": "pin a revision", "Superhero": "no public weights"}.items():
+        with pytest.raises(InvalidValueError, match=rf"{reason}.*Only \['Pixel_Art'\] allowed now"):
+            make_plan(replace(BASE, loras={name: 1.0}), HUB)
+    with pytest.raises(InvalidValueError, match="given twice"):
+        make_plan(replace(BASE, loras={"Pixel_Art": 1.0, "pixel_art": 1.0}), HUB)

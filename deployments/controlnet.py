@@ -1,0 +1,56 @@
+"""The ControlNet deployment: photos -> control maps once a request, rows -> residuals once a tick."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from config.catalog import Catalog
+from deployments.observability import Traced, stopwatch
+from deployments.replica import Runtime, Worker
+from pipelines.plan import GenerationPlan
+
+if TYPE_CHECKING:
+    from pipelines.controlnet import ControlBatch, ControlHint, Residuals
+
+REMEMBERED_HINTS = 64
+"""Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""
+
+
+class ControlNetDeployment:
+    """Hosts the ControlNets that steer one UNet, or all of them when components are grouped by role."""
+
+    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
+        from pipelines.weights import load_controlnets  # torch is a replica's affair: building the graph goes without
+
+        device = runtime.apply()
+        self._nets = load_controlnets(catalog, components, device)
+        self._worker = Worker()
+        self._hints: OrderedDict[str, ControlHint] = OrderedDict()
+
+    async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
+        """The control map of a request; remembered here under its id, so that ticks only name it."""
+        from pipelines.controlnet import prepare_hint
+
+        stage = plan.stages[0]
+        assert stage.control is not None
+        with stopwatch("controlnet_prepare") as watch:
+            hint = await self._worker.run(prepare_hint, photo, stage.control, plan.width, plan.height)
+        self._remember({hint.id: hint})
+        return watch.trace(hint)
+
+    async def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
+        """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got."""
+        from pipelines.controlnet import MissingHintsError
+
+        self._remember(hints)
+        try:
+            return await self._worker.run(self._nets.residuals, batch, dict(self._hints))
+        except MissingHintsError:
+            return None
+
+    def _remember(self, hints: Mapping[str, ControlHint]) -> None:
+        self._hints.update(hints)
+        while len(self._hints) > REMEMBERED_HINTS:
+            self._hints.popitem(last=False)

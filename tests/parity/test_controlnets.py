@@ -1,0 +1,196 @@
+"""ControlNets against diffusers: plain and union, from text and from a picture, before the refiner, in a batch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteScheduler
+from PIL import Image
+
+from config.catalog import Catalog
+from pipelines.controlnet import ControlledRows, LateBinding, Residuals, _Done
+from pipelines.errors import InvalidValueError
+from pipelines.plan import GenerationParams
+from pipelines.text2image import Text2Image
+from tests.parity import oracle
+from tests.parity.test_pictures import assert_same, request
+
+SD, XL, PLAIN_XL = "SD1.5-ControlNet", "SDXL-ControlNet", "plain"
+PIPELINES = {
+    SD: ("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    XL: ("StableDiffusionXLControlNetUnionPipeline", "StableDiffusionXLControlNetUnionImg2ImgPipeline"),
+    PLAIN_XL: ("StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
+}
+MODES = {"openpose": 0, "depth": 1, "softedge": 2, "canny": 3}
+
+
+@pytest.fixture(scope="module")
+def text2image(catalog: Catalog) -> Text2Image:
+    return Text2Image(catalog)
+
+
+@pytest.fixture(scope="module")
+def plain_xl(catalog: Catalog) -> Text2Image:
+    """The embedded catalog with a plain ControlNet in the place of SDXL's union one."""
+    data = catalog.model_dump()
+    for component in data["components"]:
+        if component["id"] == "controlnet-sdxl-union":
+            component |= {"union": False, "source": {"folder": "models/tiny/controlnet-sdxl"}}
+    for control in data["controlnets"]:
+        if control["component"] == "controlnet-sdxl-union":
+            control["mode"] = None
+    return Text2Image(Catalog.model_validate(data))
+
+
+def control_map(data: bytes, side: int, canny: bool) -> Image.Image:
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    if not canny:
+        return image
+    return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
+
+
+def draw(
+    tiny: Path, model: str, name: str, control: Image.Image, image: bytes | None = None, **fields: Any
+) -> np.ndarray:
+    """The picture of diffusers' own ControlNet pipeline."""
+    union, sd = model == XL, model == SD
+    folder = {SD: f"controlnet-sd15-{'canny' if name == 'canny' else 'soft'}", XL: "controlnet-sdxl-union"}
+    net_class = ControlNetUnionModel if union else ControlNetModel
+    net = net_class.from_pretrained(tiny / folder.get(model, "controlnet-sdxl"))
+    base = oracle.pipeline(*oracle.PIPELINES["SD1.5" if sd else "SDXL1.0-base"][:2])
+    extra: dict[str, Any] = {"requires_safety_checker": False} if sd else {"add_watermarker": False}
+    pipe = getattr(diffusers, PIPELINES[model][image is not None])(**base.components, controlnet=net, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(base.default_scheduler_config)
+    generator = torch.Generator().manual_seed(fields["seed"])
+    arguments: dict[str, Any] = {
+        "prompt": fields["prompt"],
+        "num_inference_steps": fields["steps"],
+        "guidance_scale": fields["cfg_scale"],
+        "generator": generator,
+        "controlnet_conditioning_scale": 1.0,
+    }
+    if union:
+        arguments["control_mode"] = [MODES[name]]
+    if image is None:
+        arguments |= {"width": control.width, "height": control.height, "control_image" if union else "image": control}
+    else:
+        picture = control_map(image, control.width, canny=False)
+        arguments |= {"image": picture, "control_image": control, "strength": fields["strength"]}
+    return np.asarray(pipe(**arguments).images[0])
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["canny", "softedge"])
+@pytest.mark.parametrize("model", [SD, XL, PLAIN_XL])
+def test_from_text(
+    text2image: Text2Image,
+    plain_xl: Text2Image,
+    tiny_models: Path,
+    photo: bytes,
+    model: str,
+    name: str,
+    cfg_scale: float,
+) -> None:
+    ours = plain_xl if model == PLAIN_XL else text2image
+    fields = request("SD1.5" if model == SD else "SDXL1.0-base", sampler="Euler", steps=4, cfg_scale=cfg_scale)
+    fields["model_name"] = XL if model == PLAIN_XL else model
+    canny = name == "canny"
+    control = {"controlnet_name": name, "controlnet_image": photo, "controlnet_preprocess": canny}
+    drawn = ours.generate(GenerationParams(**fields, **control)).image
+    assert_same(drawn, draw(tiny_models, model, name, control_map(photo, fields["width"], canny), **fields))
+    plain = ours.generate(GenerationParams(**fields | {"model_name": "SD1.5" if model == SD else "SDXL1.0-base"})).image
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(plain)).mean() > 1, "the ControlNet must show"
+
+
+@pytest.mark.parametrize("model", [SD, XL, PLAIN_XL])
+def test_from_a_picture(
+    text2image: Text2Image, plain_xl: Text2Image, tiny_models: Path, photo: bytes, model: str
+) -> None:
+    ours = plain_xl if model == PLAIN_XL else text2image
+    fields = request("SD1.5" if model == SD else "SDXL1.0-base", sampler="Euler", steps=6, strength=0.6, image=photo)
+    fields["model_name"] = XL if model == PLAIN_XL else model
+    drawn = ours.generate(GenerationParams(**fields, controlnet_name="canny", controlnet_image=photo)).image
+    assert_same(drawn, draw(tiny_models, model, "canny", control_map(photo, fields["width"], canny=True), **fields))
+
+
+def test_the_refiner_follows(text2image: Text2Image, photo: bytes) -> None:
+    """The ControlNet steers the base's stage; the refiner runs as after a plain base."""
+    fields = request("SDXL1.0-base", sampler="Euler", steps=10)
+    fields |= {"model_name": XL, "enable_refiner": True, "controlnet_name": "canny", "controlnet_image": photo}
+    refined = text2image.generate(GenerationParams(**fields))
+    assert [stage.control is not None for stage in refined.plan.stages] == [True, False]
+    base_only = text2image.generate(GenerationParams(**fields | {"enable_refiner": False})).image
+    assert np.abs(np.asarray(refined.image).astype(int) - np.asarray(base_only)).mean() > 1
+
+
+def test_eight_that_differ_in_everything_share_ticks(text2image: Text2Image, photo: bytes) -> None:
+    control = {"controlnet_image": photo}
+    base = {"prompt": "a fox", "width": 128, "height": 128}
+    requests: list[dict[str, Any]] = [
+        base | {"model_name": SD, "seed": 1, "steps": 4, "sampler": "Euler", "controlnet_name": "canny"} | control,
+        base | {"model_name": "SD1.5", "seed": 2, "steps": 6, "sampler": "Heun"},
+        base
+        | {"model_name": SD, "seed": 3, "steps": 5, "sampler": "DDIM", "controlnet_name": "canny", "cfg_scale": 1.0}
+        | control,
+        base
+        | {"model_name": SD, "seed": 4, "steps": 4, "sampler": "Euler a", "controlnet_name": "depth"}
+        | control
+        | {"controlnet_preprocess": False},
+        base | {"model_name": "SD1.5", "seed": 5, "steps": 7, "sampler": "DPM++ 2M SDE Karras", "cfg_scale": 8.0},
+        base | {"model_name": "SD1.5", "seed": 6, "steps": 3, "sampler": "UniPC 2M", "cfg_scale": 0.0},
+        base
+        | {"model_name": SD, "seed": 7, "steps": 6, "sampler": "LMS", "controlnet_name": "canny", "image": photo}
+        | control,
+        base | {"model_name": "SD1.5", "seed": 8, "steps": 5, "sampler": "DPM SDE", "negative_prompt": "fog"},
+    ]
+    params = [GenerationParams(**fields) for fields in requests]
+    together = text2image.generate_many(params)
+    for picture, one in zip(together, params, strict=True):
+        assert_same(picture.image, np.asarray(text2image.generate(one).image))
+
+
+def test_late_binding_is_bit_equal_to_arguments(tiny_models: Path) -> None:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_models / "sd15" / "unet").eval()
+    net = ControlNetModel.from_pretrained(tiny_models / "controlnet-sd15-canny").eval()
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 4, 16, 16, generator=generator)
+    text = torch.randn(2, 77, 32, generator=generator)
+    timesteps = torch.tensor([7.0, 300.0])
+    with torch.inference_mode():
+        image = torch.rand(2, 3, 128, 128, generator=generator)
+        down, mid = net(sample, timesteps, encoder_hidden_states=text, controlnet_cond=image, return_dict=False)
+        expected = unet(
+            sample,
+            timesteps,
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
+        late = LateBinding(unet)
+        with late.bound(ControlledRows((0, 1), _Done(Residuals.pack([*down, mid])))):
+            assert torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
+        assert not torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
+
+
+def test_what_a_controlnet_request_needs(text2image: Text2Image, photo: bytes) -> None:
+    fields = request("SD1.5") | {"model_name": SD}
+    with pytest.raises(InvalidValueError, match="controlnet_name is required"):
+        text2image.generate(GenerationParams(**fields, controlnet_image=photo))
+    with pytest.raises(InvalidValueError, match="controlnet_image is required"):
+        text2image.generate(GenerationParams(**fields, controlnet_name="canny"))
+    with pytest.raises(InvalidValueError, match=r"Unexpected controlnet_name 'cany'. Did you mean 'canny'\? Only \["):
+        text2image.generate(GenerationParams(**fields, controlnet_name="cany", controlnet_image=photo))
+    with pytest.raises(InvalidValueError, match=r"no annotator .* controlnet_preprocess false"):
+        text2image.generate(GenerationParams(**fields, controlnet_name="openpose", controlnet_image=photo))
+    with pytest.raises(InvalidValueError, match=r"Only \['canny', 'depth', 'openpose', 'softedge'\]"):
+        text2image.generate(
+            GenerationParams(**fields | {"model_name": XL}, controlnet_name="lineart", controlnet_image=photo)
+        )
