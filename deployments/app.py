@@ -50,6 +50,8 @@ class AppArgs(BaseModel):
     """Row budget of a tick of every denoiser."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
+    reproducible: Literal["rounding", "strict"] = "rounding"
+    """Whether a picture may differ by rounding (1/255 at most) with the company it was drawn in, or not by a byte."""
 
 
 def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
@@ -106,7 +108,7 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
             case _:
                 nets = {unet: bound[own[0]] for unet in ids if not colocated and (own := catalog.controlnets_of(unet))}
                 app = _deploy(DenoiserDeployment, name).bind(
-                    ids, catalog, runtime, args.max_rows, None if colocated else nets
+                    ids, catalog, runtime, args.max_rows, None if colocated else nets, args.reproducible == "strict"
                 )
                 if colocated:
                     bound |= {net: app for unet in ids for net in catalog.controlnets_of(unet)}

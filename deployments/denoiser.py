@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from config.catalog import Catalog
-from deployments.observability import Traced, stopwatch
+from deployments.observability import Progress, Traced, stopwatch
 from deployments.replica import Runtime, Worker
 from pipelines.plan import GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.controlnet import ControlBatch, ControlHint, PendingResiduals, Residuals
+    from pipelines.engine import TickReport
     from pipelines.latents import Latents
 
 
@@ -26,6 +28,10 @@ class _Waiting:
 
     component: str
     result: asyncio.Future[Latents]
+    added: bool = False
+    progress: asyncio.Queue[Progress] | None = None
+    previews: bool = False
+    position: int | None = None
 
 
 class DenoiserDeployment:
@@ -42,6 +48,7 @@ class DenoiserDeployment:
         runtime: Runtime,
         max_rows: int,
         controlnets: Mapping[str, Any] | None = None,
+        strict: bool = False,
     ) -> None:
         """Load the UNets.
 
@@ -51,13 +58,14 @@ class DenoiserDeployment:
             runtime: how this process computes.
             max_rows: row budget of a tick.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
+            strict: equal bytes whatever the neighbours.
         """
         # torch is a replica's affair: building the graph goes without
         from pipelines.controlnet import ColocatedControl
         from pipelines.weights import load_controlnets, load_engine
 
         device = runtime.apply()
-        self._engines = {c: load_engine(catalog, c, device, max_rows) for c in components}
+        self._engines = {c: load_engine(catalog, c, device, max_rows, strict) for c in components}
         for component, engine in self._engines.items():
             if controlnets is None and (own := catalog.controlnets_of(component)):
                 engine.control = ColocatedControl(load_controlnets(catalog, own, device))
@@ -92,25 +100,61 @@ class DenoiserDeployment:
             latents: None for a picture from text; else where the stage begins.
             hint: the control map, where the stage has a ControlNet.
         """
+        with stopwatch(f"denoise_{stage.component}") as watch:
+            async with self._job(stage, conditioning, latents, hint) as waiting:
+                result = await waiting.result
+        return watch.trace(result, conditioning, latents, hint)
+
+    async def denoise_watched(
+        self,
+        stage: StagePlan,
+        conditioning: Traced[Conditioning],
+        latents: Traced[Latents] | None,
+        hint: Traced[ControlHint] | None = None,
+        previews: bool = False,
+    ) -> AsyncIterator[Progress | Traced[Latents]]:
+        """The same, telling its progress on the way; the last item is the result."""
+        with stopwatch(f"denoise_{stage.component}") as watch:
+            async with self._job(stage, conditioning, latents, hint) as waiting:
+                progress: asyncio.Queue[Progress] = asyncio.Queue()
+                waiting.progress = progress
+                waiting.previews = previews
+                while not waiting.result.done() or not progress.empty():
+                    news = asyncio.ensure_future(progress.get())
+                    await asyncio.wait((news, waiting.result), return_when=asyncio.FIRST_COMPLETED)
+                    if news.done():
+                        yield news.result()
+                    news.cancel()
+                result = waiting.result.result()
+        yield watch.trace(result, conditioning, latents, hint)
+
+    @asynccontextmanager
+    async def _job(
+        self,
+        stage: StagePlan,
+        conditioning: Traced[Conditioning],
+        latents: Traced[Latents] | None,
+        hint: Traced[ControlHint] | None,
+    ) -> AsyncIterator[_Waiting]:
+        """A job in its engine for as long as the block; leaving early frees its rows at the next tick."""
         job_id = uuid.uuid4().hex
         engine = self._engines[stage.component]
-        with stopwatch(f"denoise_{stage.component}") as watch:
+        waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future())
+        self._waiting[job_id] = waiting
+        try:
+            # Reading a LoRA from disk must not hold up the ticks of others.
+            loras = await asyncio.to_thread(engine.loras.mixture, stage) if stage.loras else ()
             start = latents.value if latents is not None else None
-            waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future())
-            self._waiting[job_id] = waiting
-            try:
-                # Reading a LoRA from disk must not hold up the ticks of others.
-                loras = await asyncio.to_thread(engine.loras.mixture, stage) if stage.loras else ()
-                control = hint.value if hint is not None and stage.control else None
-                await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
-                self._ensure_loop()
-                result = await waiting.result
-            except BaseException:  # cancelled, or failed: its rows are free at the next tick
-                self._worker.submit(engine.cancel, job_id)
-                raise
-            finally:
-                self._waiting.pop(job_id, None)
-        return watch.trace(result, conditioning, latents, hint)
+            control = hint.value if hint is not None and stage.control else None
+            await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
+            waiting.added = True
+            self._ensure_loop()
+            yield waiting
+        except BaseException:  # cancelled, or failed
+            self._worker.submit(engine.cancel, job_id)
+            raise
+        finally:
+            self._waiting.pop(job_id, None)
 
     def _ensure_loop(self) -> None:
         if self._loop is None or self._loop.done():
@@ -119,9 +163,9 @@ class DenoiserDeployment:
 
     async def _run(self) -> None:
         try:
-            while self._waiting:
-                oldest = next(iter(self._waiting.values()))
+            while oldest := next((w for w in self._waiting.values() if w.added), None):
                 report = await self._worker.run(self._engines[oldest.component].tick)
+                self._tell(oldest.component, report)
                 for job in report.finished:
                     if waiting := self._waiting.pop(job.id, None):
                         _settle(waiting.result, job.result())
@@ -132,6 +176,18 @@ class DenoiserDeployment:
             for waiting in self._waiting.values():
                 _settle(waiting.result, error)
             raise
+
+    def _tell(self, component: str, report: TickReport) -> None:
+        """Tell the watchers: step i of n to those who ran, their place to those who wait."""
+        ran = {job.id for job in report.advanced}
+        for job in report.advanced:
+            if (waiting := self._waiting.get(job.id)) and waiting.progress is not None:
+                preview = job.result() if waiting.previews and not job.done else None
+                waiting.progress.put_nowait(Progress(component, job.steps_done, job.steps, latents=preview))
+        for position, (job_id, waiting) in enumerate(self._waiting.items()):
+            if job_id not in ran and waiting.progress is not None and waiting.position != position:
+                waiting.position = position
+                waiting.progress.put_nowait(Progress(waiting.component, 0, 0, position))
 
 
 class RemoteControl:

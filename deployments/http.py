@@ -7,21 +7,22 @@ import base64
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from deployments.events import events
 from deployments.failures import failure_of, reply, validation_failure
 from deployments.middleware import AccessLog, BodyLimit, request_id_of
-from deployments.observability import server_timing
+from deployments.observability import Progress, server_timing
 from deployments.schemas import (
     AnyImageRequest,
     ErrorResponse,
-    GeneratedImage,
     GenerationRequest,
     GenerationResponse,
     OpenAIImage,
@@ -89,30 +90,38 @@ def _admitting(ingress: Ingress) -> type[APIRoute]:
 def _generation_routes(ingress: Ingress) -> APIRouter:
     router = APIRouter(prefix="/v1", route_class=_admitting(ingress), tags=["images"])
 
-    async def hyperbolic(body: GenerationRequest, request: Request, response: Response) -> GenerationResponse:
+    async def hyperbolic(
+        body: GenerationRequest, request: Request, response: Response
+    ) -> GenerationResponse | StreamingResponse:
+        if body.stream:
+            items = ingress.watch(body.to_params(), bool(body.preview))
+            first = await anext(items)  # a bad request is refused here, with a status of its own
+            assert isinstance(first, Progress)
+            stream = events(first, items, request_id_of(request.scope))
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
         made = await _until_disconnect(request, ingress.generate(body.to_params()))
         _describe(response, made)
-        image = GeneratedImage(index=0, image=_base64(made), random_seed=made.plan.seed)
-        return GenerationResponse(images=[image], inference_time=round(made.seconds, 4))
+        return cast(GenerationResponse, made.response())
 
-    @router.post("/image/generation")
+    @router.post("/image/generation", response_model=GenerationResponse)
     async def generate(
         body: Annotated[GenerationRequest, Body()], request: Request, response: Response
-    ) -> GenerationResponse:
-        """Draw one picture."""
+    ) -> GenerationResponse | StreamingResponse:
+        """Draw one picture; with `stream`, tell its progress as server-sent events."""
         return await hyperbolic(body, request, response)
 
-    @router.post("/images/generations")
+    @router.post("/images/generations", response_model=GenerationResponse | OpenAIImageResponse)
     async def generate_either(
         body: Annotated[AnyImageRequest, Body()], request: Request, response: Response
-    ) -> GenerationResponse | OpenAIImageResponse:
+    ) -> GenerationResponse | OpenAIImageResponse | StreamingResponse:
         """The same with `model_name`; with `model`, the OpenAI Images request and reply."""
         if isinstance(body, GenerationRequest):
             return await hyperbolic(body, request, response)
         assert isinstance(body, OpenAIImageRequest)
         made = await _until_disconnect(request, ingress.generate_series(body.to_params(), body.n or 1))
         _describe(response, made[0])
-        return OpenAIImageResponse(created=int(time.time()), data=[OpenAIImage(b64_json=_base64(m)) for m in made])
+        data = [OpenAIImage(b64_json=base64.b64encode(m.image.data).decode()) for m in made]
+        return OpenAIImageResponse(created=int(time.time()), data=data)
 
     return router
 
@@ -135,10 +144,6 @@ async def _until_disconnect(request: Request, work: Any) -> Any:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _base64(made: Generated) -> str:
-    return base64.b64encode(made.image.data).decode()
 
 
 def _describe(response: Response, made: Generated) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from ray.serve.schema import DeploymentStatus
 from config.catalog import Catalog
 from deployments.auth import KeyRing, RateLimit
 from deployments.http import create_http_app
-from deployments.observability import Span
+from deployments.observability import Progress, Span
+from deployments.schemas import GeneratedImage, GenerationResponse
 from pipelines.errors import DeadlineError
 from pipelines.images import EncodedImage, check_image
-from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan
+from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
@@ -41,6 +43,12 @@ class Generated:
     plan: GenerationPlan
     seconds: float
     spans: tuple[Span, ...]
+
+    def response(self) -> GenerationResponse:
+        """The reply of the contract."""
+        picture = base64.b64encode(self.image.data).decode()
+        image = GeneratedImage(index=0, image=picture, random_seed=self.plan.seed)
+        return GenerationResponse(images=[image], inference_time=round(self.seconds, 4))
 
 
 class Ingress:
@@ -73,17 +81,43 @@ class Ingress:
             DeadlineError: it took too long.
         """
         begin = time.perf_counter()
-        plan = make_plan(params, self.catalog, self.limits.plan)
-        for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
-            if data is not None:
-                # At the door and in full: a damaged picture must not fail on a GPU replica after it queued there.
-                await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+        plan = await self._admit(params)
         try:
             async with asyncio.timeout(self.limits.deadline_s):
                 image = await self._compose(plan, params.image, params.controlnet_image)
         except TimeoutError:
             raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
         return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
+
+    async def watch(self, params: GenerationParams, previews: bool) -> AsyncIterator[Progress | bytes | Generated]:
+        """Draw one picture, telling progress on the way: Progress, preview JPEGs, and at last the picture.
+
+        The plan is made before this returns its first item, so that a bad request is refused at once. Latents of each
+        stage pass through this process, which those of `generate` do not: a watcher costs that.
+        """
+        begin = time.perf_counter()
+        plan = await self._admit(params)
+        text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
+        yield Progress(plan.stages[0].component, 0, 0)
+        try:
+            async with asyncio.timeout(self.limits.deadline_s):
+                latents = vae.encode.remote(plan, params.image) if params.image is not None else None
+                for stage in plan.stages:
+                    conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
+                    hint = self._hint(plan, stage, params.controlnet_image)
+                    denoiser = self._handles[stage.component].options(stream=True)
+                    items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews)
+                    async for item in items:
+                        if isinstance(item, Progress):
+                            yield replace(item, latents=None)
+                            if item.latents is not None:
+                                yield await vae.preview.remote(plan, item.latents)
+                        else:
+                            latents = item
+                image = await vae.decode.remote(plan, latents)
+        except TimeoutError:
+            raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
+        yield Generated(image.value, plan, time.perf_counter() - begin, image.spans)
 
     async def generate_series(self, params: GenerationParams, count: int) -> list[Generated]:
         """`count` pictures of consecutive seeds; they share ticks."""
@@ -93,13 +127,25 @@ class Ingress:
             tasks = [group.create_task(self.generate(request)) for request in requests]
         return [task.result() for task in tasks]
 
+    async def _admit(self, params: GenerationParams) -> GenerationPlan:
+        """Decide, and look at the pictures: a damaged one must not fail on a GPU replica after it queued there."""
+        plan = make_plan(params, self.catalog, self.limits.plan)
+        for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
+            if data is not None:
+                await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+        return plan
+
+    def _hint(self, plan: GenerationPlan, stage: StagePlan, photo: bytes | None) -> Any:
+        """The control map under way, None for a stage without ControlNet."""
+        return self._handles[stage.control.component].prepare.remote(plan, photo) if stage.control else None
+
     async def _compose(self, plan: GenerationPlan, image: bytes | None, photo: bytes | None) -> Any:
         """Chain the calls. Responses are handed on un-awaited, so no tensor passes through this process."""
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
         latents = vae.encode.remote(plan, image) if image is not None else None
         for stage in plan.stages:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
-            hint = self._handles[stage.control.component].prepare.remote(plan, photo) if stage.control else None
+            hint = self._hint(plan, stage, photo)
             latents = self._handles[stage.component].denoise.remote(stage, conditioning, latents, hint)
         return await vae.decode.remote(plan, latents)
 

@@ -6,7 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from pipelines.latents import Latents
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -29,6 +32,25 @@ class Traced(Generic[T_co]):
 
     value: T_co
     spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage stands.
+
+    Attributes:
+        stage: the component.
+        step: sampler steps done.
+        steps: sampler steps of the stage.
+        position: jobs that go first, while the job waits for rows; None while it runs.
+        latents: where the picture stands, if the watcher asked for previews.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    position: int | None = None
+    latents: Latents | None = None
 
 
 class Stopwatch:

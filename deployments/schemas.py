@@ -49,6 +49,8 @@ class GenerationRequest(BaseModel):
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
     loras: dict[str, FiniteFloat] | None = Field(None, validation_alias=AliasChoices("loras", "lora"))
     output_format: OutputFormat | None = Field(None, description="Default jpeg.")
+    stream: bool | None = Field(None, description="Answer server-sent events: progress, then the reply.")
+    preview: bool | None = Field(None, description="With stream: small JPEGs of the picture in the making.")
 
     def to_params(self) -> GenerationParams:
         """The request without HTTP; raises InvalidValueError for broken base64."""

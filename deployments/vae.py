@@ -37,6 +37,13 @@ class VAEDeployment:
             image = await self._worker.run(self._decode, plan, latents.value)
         return watch.trace(image, latents)
 
+    async def preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
+        """A small JPEG of a picture in the making."""
+        return await self._worker.run(self._preview, plan, latents)
+
+    def _preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
+        return write_image(self._vaes[plan.vae].preview(latents), "jpeg", "").data
+
     def _encode(self, plan: GenerationPlan, data: bytes) -> Latents:
         return self._vaes[plan.vae].encode(read_image(data, "image", plan.width, plan.height), plan.seed)
 

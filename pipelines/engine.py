@@ -7,6 +7,8 @@ timestep, number of steps, guidance, seed and LoRAs are free per row. Synchronou
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +26,8 @@ from pipelines.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.lora import LoraStore, Mixture
 from pipelines.plan import StagePlan
 from pipelines.samplers import Sampler
+
+logger = logging.getLogger("sdgraph.engine")
 
 
 @dataclass
@@ -63,6 +67,16 @@ class DenoiseJob:
         return self.tick >= len(self.sampler.timesteps)
 
     @property
+    def steps_done(self) -> int:
+        """Sampler steps taken; a step of a second-order sampler is two ticks."""
+        return math.ceil(self.tick / self.sampler.order)
+
+    @property
+    def steps(self) -> int:
+        """Sampler steps of this stage."""
+        return math.ceil(len(self.sampler.timesteps) / self.sampler.order)
+
+    @property
     def timestep(self) -> torch.Tensor:
         """What the UNet is asked next, a scalar."""
         return self.sampler.timesteps[self.tick]
@@ -88,11 +102,13 @@ class TickReport:
 
     Attributes:
         rows: UNet batch entries evaluated.
+        advanced: jobs that took part, those that left included.
         finished: jobs that left with a result.
         failed: jobs that left with an exception.
     """
 
     rows: int = 0
+    advanced: tuple[DenoiseJob, ...] = ()
     finished: tuple[DenoiseJob, ...] = ()
     failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
 
@@ -109,6 +125,7 @@ class StepEngine:
         loras: LoraStore,
         control: ControlSource | None = None,
         max_rows: int = 16,
+        strict: bool = False,
     ) -> None:
         """Run jobs on `denoiser`.
 
@@ -119,7 +136,8 @@ class StepEngine:
             space: of the VAE that made and will read the latents.
             loras: where jobs' LoRAs come from; safe to ask from any thread.
             control: where residuals come from, for jobs that bring a hint.
-            max_rows: row budget of a tick.
+            max_rows: row budget of a tick; halved when memory runs out.
+            strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows}: at least 1")
@@ -130,6 +148,7 @@ class StepEngine:
         self.loras = loras
         self.control = control
         self._max_rows = max_rows
+        self._strict = strict
         self._jobs: dict[str, DenoiseJob] = {}
 
     def __len__(self) -> int:
@@ -184,13 +203,18 @@ class StepEngine:
         """Evaluate the UNet once and advance the jobs that were in it.
 
         An exception of the evaluation fails every job of this tick; one of a job's own sampler fails that job alone.
+        When memory runs out, the row budget is halved for good and the tick tried once more with fewer jobs.
         """
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
         selected = select_rows((job for job in self._jobs.values() if not job.done), self._max_rows)
         failed: list[tuple[DenoiseJob, DenoiseError]] = []
         if selected:
             try:
-                outputs = self._predict(selected)
+                try:
+                    outputs = self._predict(selected)
+                except (torch.OutOfMemoryError, MemoryError):
+                    selected = self._retreat(selected)
+                    outputs = self._predict(selected)
             except Exception as error:  # whatever it is, it belongs to the jobs in the batch
                 failed = [(job, _denoise_error(error)) for job in selected]
                 outputs = []
@@ -205,9 +229,23 @@ class StepEngine:
         # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
         left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
         broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
-        return TickReport(sum(job.rows for job in selected), tuple(left), tuple(broken))
+        return TickReport(sum(job.rows for job in selected), tuple(selected), tuple(left), tuple(broken))
+
+    def _retreat(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
+        """Halve the row budget and free what can be freed; the jobs that fit now."""
+        self._max_rows = max(1, sum(job.rows for job in jobs) // 2)
+        logger.warning("out of memory: the row budget is %d from now on", self._max_rows)
+        if self._denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return select_rows(jobs, self._max_rows)
 
     def _predict(self, jobs: list[DenoiseJob]) -> list[torch.Tensor]:
+        """Each job's rows of the model output."""
+        if self._strict:
+            return [self._evaluate([job])[0] for job in jobs]
+        return self._evaluate(jobs)
+
+    def _evaluate(self, jobs: list[DenoiseJob]) -> list[torch.Tensor]:
         """Stack the jobs' rows, evaluate once, and hand each job its rows back."""
         rows = [job.rows for job in jobs]
         batch = StepBatch(

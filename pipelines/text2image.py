@@ -30,12 +30,14 @@ class Picture:
 class Text2Image:
     """Every component of a catalog in this process, loaded when first needed."""
 
-    def __init__(self, catalog: Catalog, device: Device = "cpu", limits: PlanLimits | None = None) -> None:
+    def __init__(
+        self, catalog: Catalog, device: Device = "cpu", limits: PlanLimits | None = None, strict: bool = False
+    ) -> None:
         self._catalog = catalog
         self._limits = limits
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
-        self.engine = functools.cache(functools.partial(load_engine, catalog, device=device))
+        self.engine = functools.cache(functools.partial(load_engine, catalog, device=device, strict=strict))
         self.controlnets = functools.cache(functools.partial(load_controlnets, catalog, device=device))
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
 

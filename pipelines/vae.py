@@ -16,6 +16,10 @@ TILE_ABOVE_PIXELS = 2048 * 2048
 """Larger pictures are coded in overlapping tiles, so that memory stops growing with them."""
 
 
+PREVIEW_LATENTS, PREVIEW_PIXELS = 32, 256
+"""A preview decodes at most so many latents a side and shows at most so many pixels."""
+
+
 class VAE:
     """An AutoencoderKL with its latent space."""
 
@@ -48,6 +52,17 @@ class VAE:
         self._tile(values.shape[-1] * values.shape[-2] * self.space.downscale**2)
         pixels = self._model.decode(self.space.denormalise(values), return_dict=False)[0]
         return cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
+
+    @torch.inference_mode()
+    def preview(self, latents: Latents) -> Image.Image:
+        """A rough picture of unfinished latents, at most 32 latents a side, for progress."""
+        values = latents.values.to(self._model.device, self._model.dtype)
+        scale = min(1.0, PREVIEW_LATENTS / max(values.shape[-2:]))
+        small = torch.nn.functional.interpolate(values, scale_factor=scale, mode="area") if scale < 1 else values
+        pixels = self._model.decode(self.space.denormalise(small), return_dict=False)[0]
+        image = cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
+        image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+        return image
 
     def _tile(self, pixels: int) -> None:
         if pixels > self._tile_above_pixels:

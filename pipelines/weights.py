@@ -134,7 +134,9 @@ def _load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
     return model.to(device)
 
 
-def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: int = 16) -> StepEngine:
+def load_engine(
+    catalog: Catalog, component_id: str, device: Device, max_rows: int = 16, strict: bool = False
+) -> StepEngine:
     """A UNet component on the torch backend, in an engine ready for jobs."""
     spec = catalog.component(component_id)
     family = FAMILIES[spec.family]
@@ -151,7 +153,7 @@ def load_engine(catalog: Catalog, component_id: str, device: Device, max_rows: i
         return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
     scheduler = read_config(spec, "scheduler")
-    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), max_rows=max_rows)
+    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), max_rows=max_rows, strict=strict)
 
 
 def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -156,6 +157,33 @@ def test_a_client_that_leaves_does_not_hold_the_unet(client: httpx.Client, url: 
     begin = time.monotonic()
     draw(client, **request("SD1.5", steps=1))
     assert time.monotonic() - begin < 30 * usual, "the abandoned job still owned the engine"
+
+
+def test_a_watched_request_streams_through_the_proxy(client: httpx.Client) -> None:
+    body = request("SDXL1.0-base", steps=8, enable_refiner=True) | {"stream": True, "preview": True}
+    with client.stream("POST", "/v1/image/generation", json=body) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        names = [line.removeprefix("event: ") for line in reply.iter_lines() if line.startswith("event: ")]
+    assert names[0] == "progress"
+    assert names[-1] == "result"
+    assert names.count("progress") >= 9
+    assert "preview" in names
+
+
+def test_closing_a_stream_frees_its_rows(client: httpx.Client) -> None:
+    """The abandoned job is the older one and of another shape: while it lived, the next request would not get a tick."""
+    long = request("SD1.5", steps=1000, width=512, height=512) | {"stream": True}
+    with client.stream("POST", "/v1/image/generation", json=long) as reply:
+        for line in reply.iter_lines():
+            if '"denoising"' in line:
+                break
+    step = json.loads(line.removeprefix("data: "))["step"]
+    assert step < 1000
+    with client.stream("POST", "/v1/image/generation", json=request("SD1.5", steps=3) | {"stream": True}) as reply:
+        told = [json.loads(x.removeprefix("data: ")) for x in reply.iter_lines() if x.startswith("data: ")]
+    waited = [data["position"] for data in told if data.get("state") == "queued"]
+    assert "images" in told[-1]
+    assert waited.count(1) <= 1, "it waited behind the abandoned job for one tick at most"
 
 
 def test_documentation(client: httpx.Client) -> None:

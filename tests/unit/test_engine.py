@@ -42,7 +42,7 @@ class Recorder:
 
     def predict(self, batch: StepBatch) -> torch.Tensor:
         if self.fail:
-            raise MemoryError("no room")
+            raise ArithmeticError("broken")
         self.rows.append(len(batch.sample))
         output: torch.Tensor = self.inner.predict(batch)
         return output
@@ -134,7 +134,7 @@ def test_a_failing_evaluation_reaches_the_jobs_in_it_and_no_other(
     recorder.fail = True
     report = engine.tick()
     assert [job.id for job, _ in report.failed] == ["a", "b"]
-    assert "MemoryError: no room" in str(report.failed[0][1])
+    assert "ArithmeticError: broken" in str(report.failed[0][1])
     recorder.fail = False
     assert list(finish(engine)) == ["c"]
 
@@ -159,6 +159,61 @@ def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: Text
     report = engine.tick()
     assert report.rows == 0
     torch.testing.assert_close(report.finished[0].latents, latents.values)
+
+
+def test_running_out_of_memory_halves_the_budget_and_retries_once(
+    engine: StepEngine,
+    recorder: Recorder,
+    encoders: TextEncoderStack,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine._max_rows = 8
+    for name in "abcd":
+        add(engine, encoders, catalog, name, steps=2)
+    whole = recorder.predict
+
+    def small_memory(batch: StepBatch) -> torch.Tensor:
+        if len(batch.sample) > 4:
+            raise torch.OutOfMemoryError("8 rows do not fit")
+        return whole(batch)
+
+    monkeypatch.setattr(recorder, "predict", small_memory)
+    assert set(finish(engine)) == set("abcd")
+    assert recorder.rows == [4, 4, 4, 4]
+
+
+def test_a_job_that_never_fits_fails_alone(
+    engine: StepEngine,
+    recorder: Recorder,
+    encoders: TextEncoderStack,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add(engine, encoders, catalog, "huge")
+    monkeypatch.setattr(recorder, "predict", lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    assert "no room" in str(engine.tick().failed[0][1])
+    assert len(engine) == 0
+
+
+def test_strict_gives_equal_bytes_whatever_the_neighbours(encoders: TextEncoderStack, catalog: Catalog) -> None:
+    engine = load_engine(catalog, "unet-sd15", "cpu", strict=True)
+    samplers = ["Euler", "DPM++ 2M SDE Karras", "Heun", "DDIM"]
+    for trial in range(20):
+        fields: dict[str, Any] = {
+            "seed": trial,
+            "steps": 3,
+            "sampler": samplers[trial % 4],
+            "cfg_scale": 1.0 + trial % 3,
+        }
+        add(engine, encoders, catalog, "it", **fields)
+        alone = finish(engine)["it"]
+        for neighbour in range(3):
+            add(engine, encoders, catalog, f"before {neighbour}", seed=100 + neighbour, steps=4)
+        add(engine, encoders, catalog, "it", **fields)
+        for neighbour in range(4):
+            add(engine, encoders, catalog, f"after {neighbour}", seed=200 + neighbour, steps=2, cfg_scale=1.0)
+        assert torch.equal(finish(engine)["it"], alone)
 
 
 class CountingControl:
