@@ -171,7 +171,7 @@ def test_a_watched_request_streams_through_the_proxy(client: httpx.Client) -> No
 
 
 def test_closing_a_stream_frees_its_rows(client: httpx.Client) -> None:
-    """The abandoned job is the older one and of another shape: while it lived, the next request would not get a tick."""
+    """The abandoned job is older and of another shape: while it lived, the next request would not get a tick."""
     long = request("SD1.5", steps=1000, width=512, height=512) | {"stream": True}
     with client.stream("POST", "/v1/image/generation", json=long) as reply:
         for line in reply.iter_lines():

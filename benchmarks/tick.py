@@ -1,0 +1,184 @@
+"""What a tick costs: rows, company, LoRAs, ControlNets, strict mode; and how long a LoRA takes that was never seen.
+
+One process, the embedded SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
+
+    python -m benchmarks.tick [--repeats N] [--real-lora]      # --real-lora: a LoRA of SD1.5's true size from disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.real_models import write_sd15, write_sd15_catalog
+from config.catalog import Catalog
+from pipelines.controlnet import ColocatedControl, ControlHint
+from pipelines.engine import StepEngine
+from pipelines.lora import LoraLayer, Mixture, RowLora
+from pipelines.plan import GenerationParams, StagePlan
+from pipelines.planning import make_plan
+from pipelines.text_encoders import TextEncoderStack
+from pipelines.weights import load_controlnets, load_engine, load_text_encoders
+
+SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "LMS", "DPM++ 2M", "DPM2 a"]
+
+
+class Bench:
+    """An engine of the embedded SDXL and jobs for it."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.encoders: TextEncoderStack = load_text_encoders(catalog, "text-encoder-sdxl", "cpu")
+        self.engine = load_engine(catalog, "unet-sdxl-base", "cpu", max_rows=64)
+        self.strict = load_engine(catalog, "unet-sdxl-base", "cpu", max_rows=64, strict=True)
+        nets = ColocatedControl(load_controlnets(catalog, ["controlnet-sdxl-union"], "cpu"))
+        self.engine.control = nets
+        self.jobs = 0
+
+    def stage(self, index: int, guided: bool = False) -> StagePlan:
+        """The plan of a job: another sampler for each, so that company is always mixed."""
+        fields = {"prompt": f"a fox {index}", "seed": index, "steps": 200 + index, "cfg_scale": 5.0 if guided else 1.0}
+        fields |= {"sampler": SAMPLERS[index % len(SAMPLERS)]}
+        return make_plan(GenerationParams(model_name="SDXL1.0-base", **fields), self.catalog).stages[0]
+
+    def fill(self, engine: StepEngine, jobs: int, loras: Mixture = (), controlled: int = 0) -> None:
+        """Replace the engine's jobs."""
+        for job_id in list(engine._jobs):
+            engine.cancel(job_id)
+        for index in range(jobs):
+            stage = self.stage(index)
+            hint = ControlHint(str(index), "controlnet-sdxl-union", 3, torch.rand(1, 3, 1024, 1024))
+            self.jobs += 1
+            conditioning = self.encoders.encode(stage)
+            engine.add(str(self.jobs), stage, conditioning, None, loras, hint if index < controlled else None)
+
+
+def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each side, alternated after a warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        run()
+    for _ in range(repeats):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - begin)
+    return {name: round(statistics.median(values) * 1000, 2) for name, values in taken.items()}
+
+
+def rows(bench: Bench, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a tick by its rows, and for each row."""
+    result = {}
+    for count in (1, 2, 4, 8, 16):
+        bench.fill(bench.engine, count)
+        tick = alternate({"tick": bench.engine.tick}, repeats)["tick"]
+        result[str(count)] = {"tick_ms": tick, "ms_a_row": round(tick / count, 2)}
+    return result
+
+
+def company(bench: Bench, repeats: int) -> dict[str, Any]:
+    """Eight jobs of eight samplers: one shared tick against eight ticks, one after the other."""
+    bench.fill(bench.engine, 8)
+    alone = [load_engine(bench.catalog, "unet-sdxl-base", "cpu") for _ in range(8)]
+    for index, engine in enumerate(alone):
+        stage = bench.stage(index)
+        engine.add("job", stage, bench.encoders.encode(stage), None)
+    medians = alternate({"shared": bench.engine.tick, "sequential": lambda: [e.tick() for e in alone]}, repeats)
+    return medians | {"speedup": round(medians["sequential"] / medians["shared"], 2), "goal": 1.8}
+
+
+def prices(bench: Bench, repeats: int) -> dict[str, Any]:
+    """A tick of eight rows: plain, with a LoRA on every attention layer of every row, with ControlNet, strict."""
+    unet = bench.engine._denoiser._unet  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    layers = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            out, inner = module.weight.shape
+            down = torch.randn(8, inner, generator=generator) * 0.01
+            layers[name] = LoraLayer(down, torch.randn(out, 8, generator=generator) * 0.01, 1.0)
+    mixture: Mixture = ((RowLora("bench", layers), 0.7),)
+    variants: dict[str, tuple[StepEngine, dict[str, Any]]] = {
+        "plain": (bench.engine, {}),
+        "lora_on_all_8": (bench.engine, {"loras": mixture}),
+        "controlnet_on_4_of_8": (bench.engine, {"controlled": 4}),
+        "strict": (bench.strict, {}),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, (engine, options) in variants.items():
+            bench.fill(engine, 8, **options)
+            engine.tick()  # every variant pays its set-up outside the measurement
+            begin = time.perf_counter()
+            engine.tick()
+            taken[name].append(time.perf_counter() - begin)
+    return {name: round(statistics.median(values) * 1000, 2) for name, values in taken.items()}
+
+
+def unseen_lora(repeats: int) -> dict[str, Any]:
+    """Time from a LoRA file on disk to the mixture a job is added with, at SD1.5's true size: rank 16, attention."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        catalog_folder = write_sd15_catalog(folder / "catalog", write_sd15(folder / "weights"))
+        engine = load_engine(Catalog.load(catalog_folder), "unet-sd15", "cpu")
+        state = {}
+        for name, module in engine._denoiser._unet.named_modules():  # type: ignore[attr-defined]
+            if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+                out, inner = module.weight.shape
+                state[f"unet.{name}.lora_A.weight"] = torch.randn(16, inner)
+                state[f"unet.{name}.lora_B.weight"] = torch.randn(out, 16)
+        entries = []
+        for index in range(repeats):
+            save_file(state, folder / f"{index}.safetensors")
+            weights = [{"bases": ["unet-sd15"], "source": {"folder": str(folder)}, "file": f"{index}.safetensors"}]
+            entries.append({"name": f"lora {index}", "weights": weights})
+        (catalog_folder / "loras.yaml").write_text(json.dumps(entries))
+        catalog = Catalog.load(catalog_folder)
+        del engine
+        engine = load_engine(catalog, "unet-sd15", "cpu")
+        taken = []
+        for index in range(repeats):
+            params = GenerationParams(
+                model_name="SD1.5", prompt="x", loras={f"lora {index}": 1.0}, width=512, height=512
+            )
+            stage = make_plan(params, catalog).stages[0]
+            begin = time.perf_counter()
+            engine.loras.mixture(stage)
+            taken.append(time.perf_counter() - begin)
+        size = sum(tensor.nbytes for tensor in state.values())
+    return {"file_mib": round(size / 2**20, 1), "ms": round(statistics.median(taken) * 1000, 1), "goal_ms": 150}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--real-lora", action="store_true", help="a LoRA of SD1.5's true size from disk")
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    bench = Bench(Catalog.load("embedded"))
+    results = {
+        "threads": torch.get_num_threads(),
+        "rows": rows(bench, options.repeats),
+        "heterogeneous_batch_of_8_rows_ms": company(bench, options.repeats),
+        "prices_of_a_tick_of_8_rows_ms": prices(bench, options.repeats),
+    }
+    if options.real_lora:
+        results["lora_never_seen"] = unseen_lora(min(options.repeats, 5))
+    json.dump(results, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
