@@ -1,6 +1,6 @@
 """The catalog: which models this server offers, of which components they are made, and where the weights lie.
 
-A catalog is a folder of YAML files (`components`, `models`, `controlnets`, `loras`). Everything the ingress needs to
+A catalog is a folder of YAML files, one for each field of `Catalog` but the styles. Everything the ingress needs to
 validate a request stands here, so that it never has to open weights.
 """
 
@@ -152,6 +152,13 @@ class ControlNetSpec(Spec):
     """Control type of this control in a union ControlNet."""
 
 
+class AnnotatorSpec(Spec):
+    """Weights that turn a photo into the control map of one ControlNet name."""
+
+    name: Literal["depth"]
+    source: HubSource | FolderSource = Field(union_mode="left_to_right")
+
+
 class LoraWeights(Spec):
     """One LoRA file and the UNets it was made for."""
 
@@ -197,6 +204,7 @@ class Catalog(Spec):
     components: tuple[ComponentSpec, ...]
     models: tuple[ModelSpec, ...]
     controlnets: tuple[ControlNetSpec, ...] = ()
+    annotators: tuple[AnnotatorSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
     styles: tuple[StylePreset, ...] = ()
 
@@ -300,6 +308,10 @@ class Catalog(Spec):
     def controls_of(self, model: str) -> dict[str, ControlNetSpec]:
         """What `controlnet_name` may be with a model, in catalog order."""
         return {control.name: control for control in self.controlnets if model in control.models}
+
+    def annotator_names(self) -> tuple[str, ...]:
+        """Controls that a photo can be turned into here: canny needs no weights."""
+        return ("canny", *(spec.name for spec in self.annotators))
 
     def controlnets_of(self, unet_id: str) -> tuple[str, ...]:
         """Ids of the served ControlNets that steer a UNet."""

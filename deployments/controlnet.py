@@ -31,12 +31,10 @@ class ControlNetDeployment:
 
     async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
         """The control map of a request; remembered here under its id, so that ticks only name it."""
-        from pipelines.controlnet import prepare_hint
-
         stage = plan.stages[0]
         assert stage.control is not None
         with stopwatch("controlnet_prepare") as watch:
-            hint = await self._worker.run(prepare_hint, photo, stage.control, plan.width, plan.height)
+            hint = await self._worker.run(self._nets.prepare, photo, stage.control, plan.width, plan.height)
         self._remember({hint.id: hint})
         return watch.trace(hint)
 

@@ -17,7 +17,7 @@ from pipelines.plan import GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
-    from pipelines.controlnet import ControlBatch, ControlHint, PendingResiduals, Residuals
+    from pipelines.controlnet import ControlBatch, ControlHint, ControlNets, PendingResiduals, Residuals
     from pipelines.engine import TickReport
     from pipelines.latents import Latents
 
@@ -66,9 +66,11 @@ class DenoiserDeployment:
 
         device = runtime.apply()
         self._engines = {c: load_engine(catalog, c, device, max_rows, strict) for c in components}
+        self._colocated: dict[str, ControlNets] = {}
         for component, engine in self._engines.items():
             if controlnets is None and (own := catalog.controlnets_of(component)):
-                engine.control = ColocatedControl(load_controlnets(catalog, own, device))
+                self._colocated[component] = load_controlnets(catalog, own, device)
+                engine.control = ColocatedControl(self._colocated[component])
             elif controlnets and component in controlnets:
                 engine.control = RemoteControl(controlnets[component])
         self._worker = Worker()
@@ -77,12 +79,11 @@ class DenoiserDeployment:
 
     async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
         """The control map of a request, where ControlNets live in this process."""
-        from pipelines.controlnet import prepare_hint
-
         stage = plan.stages[0]
+        nets = self._colocated[stage.component]
         assert stage.control is not None
         with stopwatch("controlnet_prepare") as watch:
-            hint = await asyncio.to_thread(prepare_hint, photo, stage.control, plan.width, plan.height)
+            hint = await self._worker.run(nets.prepare, photo, stage.control, plan.width, plan.height)
         return watch.trace(hint)
 
     async def denoise(

@@ -34,7 +34,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+)
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -242,12 +251,40 @@ def controlnet_sdxl() -> ControlNetModel:
     return seeded(54, ControlNetModel.from_unet(sdxl_unet(96, 6, 48), conditioning_embedding_out_channels=channels))
 
 
+class DepthAnnotator:
+    """A tiny Depth Anything with its image processor, to be saved like a pipeline."""
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write both into one folder, as on the hub."""
+        backbone = Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            mlp_ratio=2,
+            image_size=56,
+            patch_size=14,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+            reshape_hidden_states=False,
+        )
+        config = DepthAnythingConfig(
+            backbone_config=backbone,
+            reassemble_hidden_size=32,
+            neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=8,
+            head_hidden_size=8,
+        )
+        seeded(61, DepthAnythingForDepthEstimation(config)).save_pretrained(folder)
+        size = {"height": 56, "width": 56}
+        DPTImageProcessorPil(size=size, ensure_multiple_of=14, keep_aspect_ratio=True).save_pretrained(folder)
+
+
 MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
 MODELS |= {
     "controlnet-sd15-canny": lambda: controlnet(51),
     "controlnet-sd15-soft": lambda: controlnet(52),
     "controlnet-sdxl-union": controlnet_union,
     "controlnet-sdxl": controlnet_sdxl,
+    "annotator-depth": DepthAnnotator,
 }
 
 

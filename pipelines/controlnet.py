@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 
-from pipelines.annotators import annotate
+from pipelines.annotators import Annotators
 from pipelines.images import read_image
 from pipelines.plan import ControlUse
 from pipelines.tensors import TensorBundle
@@ -107,24 +107,24 @@ class MissingHintsError(LookupError):
     """A ControlNet was asked about maps it has not got: it was started, or it forgot them. Send them along."""
 
 
-def prepare_hint(photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:
-    """The control map of a photo, annotated here unless the request says it already is one; 0..1, not normalised.
-
-    Raises:
-        InvalidValueError: the bytes are no picture, or there is no annotator for this control.
-    """
-    image = read_image(photo, "controlnet_image", width, height)
-    if control.preprocess:
-        image = annotate(control.name, image)
-    pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)[None]
-    return ControlHint(uuid.uuid4().hex, control.component, control.mode, pixels)
-
-
 class ControlNets:
-    """The ControlNets of one family on one device."""
+    """The ControlNets of one UNet on one device, and what prepares their maps."""
 
-    def __init__(self, models: Mapping[str, ControlNetModel | ControlNetUnionModel]) -> None:
+    def __init__(self, models: Mapping[str, ControlNetModel | ControlNetUnionModel], annotators: Annotators) -> None:
         self._models = {component: model.eval() for component, model in models.items()}
+        self._annotators = annotators
+
+    def prepare(self, photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:
+        """The control map of a photo, annotated here unless the request says it already is one; 0..1, not normalised.
+
+        Raises:
+            InvalidValueError: the bytes are no picture, or there is no annotator for this control.
+        """
+        image = read_image(photo, "controlnet_image", width, height)
+        if control.preprocess:
+            image = self._annotators.annotate(control.name, image)
+        pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)[None]
+        return ControlHint(uuid.uuid4().hex, control.component, control.mode, pixels)
 
     @torch.inference_mode()
     def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
@@ -173,11 +173,11 @@ class ColocatedControl:
     """ControlNets in the denoiser's own process, for hosts with one GPU: nothing travels, nothing overlaps."""
 
     def __init__(self, nets: ControlNets) -> None:
-        self._nets = nets
+        self.nets = nets
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
         """Compute now."""
-        return _Done(self._nets.residuals(batch, hints))
+        return _Done(self.nets.residuals(batch, hints))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from config.catalog import Catalog, ComponentSpec, ModelSpec
 from config.choices import Choices, UnknownChoiceError
-from pipelines.annotators import check_annotator
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.plan import (
     MAX_SIDE,
@@ -167,8 +166,13 @@ def _control(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> Co
         return None
     controls = catalog.controls_of(model.name)
     spec = controls[_choose(Choices("controlnet_name", controls), params.controlnet_name)]
-    if params.controlnet_preprocess:
-        check_annotator(spec.name)
+    if params.controlnet_preprocess and spec.name not in catalog.annotator_names():
+        raise InvalidValueError(
+            f"controlnet_name '{spec.name}': no annotator weights are configured for it (annotators.yaml of the "
+            f"catalog). Send a ready control map with controlnet_preprocess false, or use one of "
+            f"{list(catalog.annotator_names())}",
+            "controlnet_name",
+        )
     return ControlUse(name=spec.name, component=spec.component, mode=spec.mode, preprocess=params.controlnet_preprocess)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.controlnet import ColocatedControl, ControlHint, prepare_hint
+from pipelines.controlnet import ColocatedControl, ControlHint
 from pipelines.engine import StepEngine
 from pipelines.images import read_image
 from pipelines.latents import Latents
@@ -68,10 +68,9 @@ class Text2Image:
         first = plan.stages[0]
         if first.control is None or params.controlnet_image is None:
             return None
-        engine = self.engine(first.component)
-        if engine.control is None:
-            engine.control = ColocatedControl(self.controlnets(self._catalog.controlnets_of(first.component)))
-        return prepare_hint(params.controlnet_image, first.control, plan.width, plan.height)
+        nets = self.controlnets(self._catalog.controlnets_of(first.component))
+        self.engine(first.component).control = ColocatedControl(nets)
+        return nets.prepare(params.controlnet_image, first.control, plan.width, plan.height)
 
     def _denoise(
         self,

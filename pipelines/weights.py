@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from config.catalog import ROOT, Catalog, CheckpointSource, ComponentSpec, FolderSource, HubSource
+from config.catalog import ROOT, Catalog, CheckpointSource, ComponentSpec, HubSource
+from pipelines.annotators import Annotators
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.controlnet import ControlNets
 from pipelines.engine import StepEngine
@@ -25,6 +25,7 @@ from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
 from pipelines.latents import LatentSpace
 from pipelines.lora import LoraStore, RowLora, read_lora
+from pipelines.sources import fetch
 from pipelines.text_encoders import TextEncoder, TextEncoderStack
 from pipelines.vae import VAE
 
@@ -81,22 +82,10 @@ def _patterns(spec: ComponentSpec, variant: str | None) -> list[str]:
 
 
 def locate(spec: ComponentSpec) -> Path:
-    """The local folder of a component's source; fetched from the hub at its pinned revision unless it is cached.
-
-    Set `HF_HUB_OFFLINE=1` where the cache is filled beforehand: nothing is asked of the network then.
-
-    Raises:
-        WeightsError: there is no such folder, or the hub does not have it.
-    """
+    """The local folder of a component's source, of a checkpoint its configuration's; raises WeightsError."""
     source = spec.source.configuration if isinstance(spec.source, CheckpointSource) else spec.source
-    if isinstance(source, FolderSource):
-        folder = source.folder if source.folder.is_absolute() else ROOT / source.folder
-        if not folder.is_dir():
-            raise WeightsError(f"component {spec.id}: folder {source.folder} does not exist; `make models` writes ours")
-        return folder
-    with _explained(spec):
-        patterns = _patterns(spec, source.variant)
-        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+    variant = source.variant if isinstance(source, HubSource) else None
+    return fetch(f"component {spec.id}", source, _patterns(spec, variant))
 
 
 def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any]:
@@ -162,21 +151,17 @@ def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Dev
     for component_id in component_ids:
         spec = catalog.component(component_id)
         models[component_id] = _load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
-    return ControlNets(models)
+    return ControlNets(models, Annotators(catalog, device))
 
 
 def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
     """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models."""
     spec, weights = catalog.component(base), catalog.lora_weights(name, base)
-    source = weights.source
+    folder = fetch(f"lora {name}", weights.source, [weights.file])
     try:
-        if isinstance(source, FolderSource):
-            path = (source.folder if source.folder.is_absolute() else ROOT / source.folder) / weights.file
-        else:
-            path = Path(hf_hub_download(source.repo, weights.file, revision=source.revision))
-        return read_lora(path, name, part, read_config(spec) if spec.family == "sdxl" else None)
+        return read_lora(folder / weights.file, name, part, read_config(spec) if spec.family == "sdxl" else None)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"lora {name}: cannot load {source} {weights.file}: {error}") from error
+        raise WeightsError(f"lora {name}: cannot read {weights.file}: {error}") from error
 
 
 def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:

@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel
 
 from config.catalog import ROOT, Catalog
+from pipelines.annotators import Annotators
 from pipelines.backends.base import StepBatch
 from pipelines.controlnet import ColocatedControl, ControlBatch, ControlHint, ControlNets
 from pipelines.engine import DenoiseJob, StepEngine
@@ -225,7 +226,8 @@ class CountingControl:
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
         self.rows.append(len(batch.sample))
         assert {hint for hint, _, _ in batch.hints} == set(hints)
-        nets = ControlNets({"net": ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")})
+        model = ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")
+        nets = ControlNets({"net": model}, Annotators(Catalog.load("embedded"), "cpu"))
         return ColocatedControl(nets).start(batch, hints)
 
 
