@@ -7,6 +7,7 @@ and pre-hooks of the up blocks add what came back: bit-equal to passing them as 
 from __future__ import annotations
 
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 
 from pipelines.annotators import Annotators
+from pipelines.errors import WeightsError
 from pipelines.images import read_image
 from pipelines.plan import ControlUse
 from pipelines.tensors import TensorBundle
+
+REMEMBERED_EMBEDDINGS = 64
+"""Embedded maps a ControlNet keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,21 @@ class ControlNets:
     """The ControlNets of one UNet on one device, and what prepares their maps."""
 
     def __init__(self, models: Mapping[str, ControlNetModel | ControlNetUnionModel], annotators: Annotators) -> None:
+        """Host `models`, by component id.
+
+        A map's embedding depends on nothing else, so it is made once a map and the model's own layer stands aside: at
+        1024 px it would be most of a tick.
+
+        Raises:
+            WeightsError: a ControlNet that wants its maps in another channel order than RGB.
+        """
         self._models = {component: model.eval() for component, model in models.items()}
+        self._embedders = {component: model.controlnet_cond_embedding for component, model in models.items()}
+        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+        for component, model in models.items():
+            if model.config.controlnet_conditioning_channel_order != "rgb":
+                raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")
+            model.controlnet_cond_embedding = torch.nn.Identity()
         self._annotators = annotators
 
     def prepare(self, photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:
@@ -142,6 +161,18 @@ class ControlNets:
         order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
         return Residuals.pack([torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)])
 
+    def _embed(self, hint: ControlHint) -> torch.Tensor:
+        """Embedding `[1, channels, height, width]` of a map, in the latents' size."""
+        embedding = self._embeddings.get(hint.id)
+        if embedding is None:
+            model = self._models[hint.component]
+            embedding = self._embedders[hint.component](hint.image.to(model.device, model.dtype))
+            self._embeddings[hint.id] = embedding
+            if len(self._embeddings) > REMEMBERED_EMBEDDINGS:
+                self._embeddings.popitem(last=False)
+        self._embeddings.move_to_end(hint.id)
+        return embedding
+
     def _forward(
         self, component: str, mode: int | None, rows: list[int], batch: ControlBatch, hints: Mapping[str, ControlHint]
     ) -> list[torch.Tensor]:
@@ -151,7 +182,7 @@ class ControlNets:
         def pick(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[rows].to(**like)
 
-        condition = torch.cat([hints[batch.hints[row][0]].image.to(**like) for row in rows])
+        condition = torch.cat([self._embed(hints[batch.hints[row][0]]) for row in rows])
         added = {"text_embeds": batch.text_embeds, "time_ids": batch.time_ids}
         arguments: dict[str, Any] = {
             "encoder_hidden_states": pick(batch.prompt_embeds),
