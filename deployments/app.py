@@ -43,7 +43,7 @@ class AppArgs(BaseModel):
     catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
     grouping: Literal["component", "role"] = "component"
-    """A deployment for each component, or one for each kind of component so that a laptop runs the graph in six replicas."""
+    """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas."""
     models: tuple[str, ...] = ()
     """Serve only these; every available model of the catalog if empty."""
     max_rows: int = Field(default=16, ge=2)
