@@ -38,6 +38,7 @@ test: check  ## check and every test
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real
 	$(BIN)/python -m benchmarks.tick --real-lora
+	$(BIN)/python -m benchmarks.goodput
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py
