@@ -44,7 +44,7 @@ class ControlNetDeployment:
 
         self._remember(hints)
         try:
-            return await self._worker.run(self._nets.residuals, batch, dict(self._hints))
+            return await self._worker.run(self._nets.residuals, batch, {**self._hints, **hints})
         except MissingHintsError:
             return None
 
