@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
+from config.settings import Settings
 from deployments.app import AppArgs, build_app
-from deployments.local import ENVIRONMENT, LOCAL_CONFIG
+from deployments.local import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
 
 SOURCES = [p for room in ("config", "pipelines", "deployments") for p in sorted((ROOT / room).rglob("*.py"))]
 
@@ -75,6 +77,17 @@ def test_serve_configs_build(name: str) -> None:
             assert set(deployment["autoscaling_config"]) <= set(AutoscalingConfig.model_fields)
             AutoscalingConfig(**deployment["autoscaling_config"])
         assert tuned <= names, f"{tuned - names} are no deployments of {name}"
+
+
+def test_the_demo_sends_the_readmes_request() -> None:
+    body = re.search(r"-d '(\{.*?\})'", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert body is not None
+    assert json.loads(body[1]) == README_REQUEST
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in Settings.model_fields if f"SDGRAPH_{name.upper()}" not in text] == []
 
 
 def test_the_laptop_graph_listens_on_loopback_only() -> None:
