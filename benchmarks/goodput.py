@@ -3,7 +3,7 @@
 One seeded Poisson trace that mixes models, sizes, samplers, steps and guidance is replayed against each, one after the
 other; the first requests warm both. Reports throughput, latency, the share within the deadline, and peak memory. JSON.
 
-    python -m benchmarks.goodput [--rate 1.0 1.5 2.0] [--seconds 60] [--deadline 10]
+    python -m benchmarks.goodput [--rate 1.0 1.5 2.0] [--seconds 60] [--grouping component] [--threads 1]
 """
 
 from __future__ import annotations
@@ -96,14 +96,19 @@ async def replay(url: str, arrivals: list[Arrival]) -> list[float | None]:
 
 
 def measure(
-    config: dict[str, Any], path: str, rates: list[float], seconds: float, deadline: float
+    config: dict[str, Any],
+    path: str,
+    rates: list[float],
+    seconds: float,
+    deadline: float,
+    environment: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One system under every rate."""
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "graph.yaml"
         file.write_text(yaml.safe_dump(config))
-        with running_graph(file, PORT, log=Path(scratch) / "log") as url:
+        with running_graph(file, PORT, environment, log=Path(scratch) / "log") as url:
             asyncio.run(replay(url + path, trace(1.0, 10, seed=1)))  # warm
             watch = MemoryWatch()
             watch.start()
@@ -137,21 +142,26 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0, 1.5, 2.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--deadline", type=float, default=10)
+    parser.add_argument("--grouping", choices=["role", "component"], default="role", help="of the graph")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each of the graph's replicas")
+    parser.add_argument("--graph-only", action="store_true", help="leave the whole pipelines out")
     options = parser.parse_args()
     graph = yaml.safe_load(LOCAL_CONFIG.read_text())
     graph["http_options"]["port"] = PORT
+    models = [model for model, *_ in MIX]
+    graph["applications"][0]["args"] = {"catalog": "embedded", "grouping": options.grouping, "models": models}
     whole = json.loads(json.dumps(graph))
     whole["applications"][0] |= {
         "import_path": "benchmarks.whole_pipelines:build_app",
         "args": {"replicas": 2, "threads": 1},
     }
+    threads = {"SDGRAPH_TORCH_THREADS": str(options.threads)}
     common = (options.rate, options.seconds, options.deadline)
-    results = {
-        "deadline_s": options.deadline,
-        "seconds": options.seconds,
-        "sdgraph": measure(graph, "/v1/image/generation", *common),
-        "whole_pipelines_2x1_thread": measure(whole, "/", *common),
-    }
+    results: dict[str, Any] = {"deadline_s": options.deadline, "seconds": options.seconds}
+    name = f"sdgraph_{options.grouping}_{options.threads}_threads"
+    results[name] = measure(graph, "/v1/image/generation", *common, environment=threads)
+    if not options.graph_only:
+        results["whole_pipelines_2x1_thread"] = measure(whole, "/", *common)
     json.dump(results, sys.stdout, indent=2)
     print()
 

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import socket
-import time
 from urllib.parse import urlsplit
 
 import httpx
@@ -43,9 +42,7 @@ def test_not_a_number(client: httpx.Client) -> None:
 def test_a_picture_bomb(client: httpx.Client) -> None:
     bomb = png(30_000, 30_000)
     assert len(bomb) < 200_000
-    begin = time.monotonic()
     check(client.post("/v1/image/generation", json=request("SD1.5") | {"image": bomb}), 413, 40004, "image")
-    assert time.monotonic() - begin < 10
 
 
 def resident(name: str) -> int:
