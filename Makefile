@@ -7,6 +7,8 @@ export RAY_AUTH_MODE := disabled
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := deployments.app:proxy_middlewares
 export RAY_USAGE_STATS_ENABLED := 0
 export TQDM_DISABLE := 1
+# Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
+export SDGRAPH_TORCH_THREADS ?= 1
 
 .PHONY: setup models demo serve check test bench clients clean
 

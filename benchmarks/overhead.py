@@ -102,7 +102,8 @@ def measure(
         path = Path(scratch) / "graph.yaml"
         path.write_text(yaml.safe_dump(config))
         begin = time.perf_counter()
-        with running_graph(path, PORT, log=Path(scratch) / "log") as url:
+        threads = {"SDGRAPH_TORCH_THREADS": str(torch.get_num_threads())}
+        with running_graph(path, PORT, threads, log=Path(scratch) / "log") as url:
             start = time.perf_counter() - begin
             ways = {
                 "diffusers": diffusers_way(pipeline_class, weights, steps, side),

@@ -46,7 +46,6 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app = FastAPI(
         title="sdgraph",
         version="0.1.0",
-        strict_content_type=False,  # curl -d says it sends a form
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
     )
     app.add_middleware(BodyLimit, max_bytes=ingress.limits.max_body_bytes)
@@ -70,7 +69,10 @@ def create_http_app(ingress: Ingress) -> FastAPI:
 
 
 def _admitting(ingress: Ingress) -> type[APIRoute]:
-    """A route that checks key and rate before it parses the body; FastAPI's dependencies come after parsing."""
+    """A route that checks key and rate before it parses the body, which FastAPI's dependencies come after.
+
+    Bodies are JSON whatever they are called: `curl -d` says it sends a form.
+    """
 
     class AdmittingRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -80,7 +82,9 @@ def _admitting(ingress: Ingress) -> type[APIRoute]:
                 caller = ingress.keys.identify(request.headers.get("authorization"))
                 if request.method == "POST":
                     ingress.rate.hit(caller or (request.client.host if request.client else "unknown"))
-                return await handle(request)
+                kept = [(name, value) for name, value in request.scope["headers"] if name.lower() != b"content-type"]
+                headers = [*kept, (b"content-type", b"application/json")]
+                return await handle(Request({**request.scope, "headers": headers}, request.receive))
 
             return admit
 

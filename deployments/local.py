@@ -32,6 +32,8 @@ README_REQUEST = {
     "backend": "auto",
 }
 
+# Several processes with as many spinning OpenMP threads as there are cores destroy each other (benchmarks/RESULTS.md).
+DEFAULTS = {"SDGRAPH_TORCH_THREADS": "1"}
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
@@ -75,7 +77,7 @@ def running_graph(
     child = subprocess.Popen(
         [str(serve), "run", str(config)],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **(environment or {})},
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
     )

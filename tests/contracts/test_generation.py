@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from typing import Any
 
 import httpx
@@ -120,6 +121,13 @@ def test_every_field_of_the_contract_is_in_the_schema() -> None:
     )
     ours = {"stream", "preview"}
     assert set(GenerationRequest.model_fields) == set(contract.split()) | ours
+
+
+async def test_a_body_is_json_whatever_it_is_called(client: httpx.AsyncClient) -> None:
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data"):
+        content = json.dumps(SMALL)
+        reply = await client.post("/v1/image/generation", content=content, headers={"content-type": kind})
+        assert picture(reply).size == (128, 128)
 
 
 async def test_names_match_without_case_and_by_alias(client: httpx.AsyncClient) -> None:
