@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.auth import RateLimitedError, UnauthorizedError
 from deployments.schemas import ErrorDetail, ErrorResponse
-from pipelines.errors import DeadlineError, OverloadedError, RequestError, TooLargeError, UnavailableModelError
+from pipelines.errors import DeadlineError, RequestError, TooLargeError, UnavailableModelError
 
 logger = logging.getLogger("sdgraph.http")
 
@@ -63,7 +63,7 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             headers = {"Retry-After": str(error.retry_after)}
             message = f"rate limit exceeded; try again in {error.retry_after} s"
             return Failure(429, 42901, "rate_limit_error", message, headers=headers)
-        case OverloadedError() | BackPressureError():
+        case BackPressureError():
             headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
             return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
         case DeadlineError():

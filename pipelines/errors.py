@@ -5,7 +5,6 @@ SdgraphError
 │   ├── InvalidValueError       out of range, or not allowed for this model
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
-├── OverloadedError         queues are full; try again
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
 └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
@@ -40,10 +39,6 @@ class UnavailableModelError(RequestError):
 
 class TooLargeError(RequestError):
     """A body, or a picture after decoding, over the limit."""
-
-
-class OverloadedError(SdgraphError):
-    """Every queue for this work is full."""
 
 
 class DeadlineError(SdgraphError):

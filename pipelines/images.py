@@ -12,7 +12,6 @@ from pipelines.errors import InvalidValueError, TooLargeError
 from pipelines.plan import OutputFormat
 
 READABLE = ("PNG", "JPEG", "WEBP")
-MIME_TYPES: dict[OutputFormat, str] = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 JPEG_QUALITY = 95
 METADATA_KEY = "sdgraph"
 

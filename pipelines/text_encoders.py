@@ -48,8 +48,6 @@ class TextEncoder:
         self._hooks = RowLoraHooks(model)
         self.loras = LoraStore(lambda name, base: self._hooks.fit(read(name, base), model.device, model.dtype))
         self._cache: OrderedDict[tuple[str, str, tuple[LoraUse, ...]], EncodedText] = OrderedDict()
-        self.cache_hits = 0
-        self.cache_misses = 0
 
     def encode(self, text: str, stage: StagePlan) -> EncodedText:
         """Encode one text under the LoRAs of its stage; a longer one is cut to the model's context, as CLIP does.
@@ -59,10 +57,8 @@ class TextEncoder:
         key = (text, stage.component if stage.loras else "", stage.loras)
         cached = self._cache.get(key)
         if cached is not None:
-            self.cache_hits += 1
             self._cache.move_to_end(key)
             return cached
-        self.cache_misses += 1
         with self._hooks.active([self.loras.mixture(stage)]):
             encoded = self._cache[key] = self._forward(text)
         if len(self._cache) > CACHED_TEXTS:

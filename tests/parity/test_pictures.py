@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.errors import DenoiseError
 from pipelines.plan import GenerationParams
 from pipelines.samplers import SAMPLERS
 from pipelines.text2image import Text2Image
@@ -134,14 +133,9 @@ def test_sizes(text2image: Text2Image, photo: bytes, model: str, width: int, hei
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("sampler", sorted(oracle.SCHEDULERS))
 def test_few_steps(text2image: Text2Image, sampler: str, steps: int) -> None:
-    """At 1 to 4 steps some solvers run out of history; wherever diffusers draws a picture, so do we, the same."""
+    """At 1 to 4 steps solvers have little history; diffusers draws a picture all the same, and so do we."""
     fields = request("SD1.5", sampler=sampler, steps=steps)
-    try:
-        expected = oracle.draw(**fields)
-    except (ValueError, IndexError, RuntimeError):
-        with pytest.raises(DenoiseError):
-            text2image.generate(GenerationParams(**fields))
-        pytest.fail("diffusers cannot do this: give the sampler a min_steps")
+    expected = oracle.draw(**fields)
     picture = np.asarray(text2image.generate(GenerationParams(**fields)).image).astype(int)
     assert np.abs(picture - expected).max() <= 1
 
