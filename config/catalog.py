@@ -7,28 +7,25 @@ validate a request stands here, so that it never has to open weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from config.choices import Choices
+from config.sources import FolderSource, HubSource, Source, Spec
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 Family = Literal["sd", "sdxl"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+WEIGHTLESS_ANNOTATORS = ("canny", "lineart")
+"""Controls that a photo is turned into without weights, on every server."""
 
 
 class CatalogError(ValueError):
     """The catalog contradicts itself; the message names the entry."""
-
-
-class Spec(BaseModel):
-    """A frozen entry that refuses unknown keys: a typo in a catalog must not be silent."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Size(Spec):
@@ -47,40 +44,6 @@ class Size(Spec):
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
-
-
-class HubSource(Spec):
-    """A repository on the Hugging Face hub at one commit."""
-
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    variant: str | None = None
-    """File name variant such as `fp16` (`model.fp16.safetensors`)."""
-
-
-class FolderSource(Spec):
-    """A diffusers folder; a relative path is relative to the repository root."""
-
-    folder: Path
-
-
-class CheckpointSource(Spec):
-    """A single `.safetensors` checkpoint in the original layout, and the diffusers folder of its configuration.
-
-    The folder needs only the small files: `config.json` of each component, the tokenizers, the scheduler.
-    """
-
-    checkpoint: Path
-    configuration: HubSource | FolderSource
-
-    @model_validator(mode="after")
-    def _safetensors_only(self) -> CheckpointSource:
-        if self.checkpoint.suffix != ".safetensors":
-            raise ValueError(f"checkpoint {self.checkpoint.name}: only .safetensors is loaded, a pickle can run code")
-        return self
-
-
-Source = Annotated[HubSource | FolderSource | CheckpointSource, Field(union_mode="left_to_right")]
 
 
 class ComponentSpec(Spec):
@@ -155,8 +118,19 @@ class ControlNetSpec(Spec):
 class AnnotatorSpec(Spec):
     """Weights that turn a photo into the control map of one ControlNet name."""
 
-    name: Literal["depth"]
+    name: Literal["depth", "openpose", "softedge"]
     source: HubSource | FolderSource = Field(union_mode="left_to_right")
+    detector: HubSource | FolderSource | None = None
+    """openpose only: the model that finds people; `source` is the one that finds their joints."""
+    file: str | None = Field(default=None, pattern=r"^[^/]+\.onnx$")
+    """softedge only: the ONNX file in `source`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> AnnotatorSpec:
+        for name, field in (("openpose", "detector"), ("softedge", "file")):
+            if (self.name == name) != (getattr(self, field) is not None):
+                raise ValueError(f"annotator {self.name!r}: {name} needs {field}, no other has one")
+        return self
 
 
 class LoraWeights(Spec):
@@ -310,8 +284,8 @@ class Catalog(Spec):
         return {control.name: control for control in self.controlnets if model in control.models}
 
     def annotator_names(self) -> tuple[str, ...]:
-        """Controls that a photo can be turned into here: canny needs no weights."""
-        return ("canny", *(spec.name for spec in self.annotators))
+        """Controls that a photo can be turned into here."""
+        return (*WEIGHTLESS_ANNOTATORS, *(spec.name for spec in self.annotators))
 
     def controlnets_of(self, unet_id: str) -> tuple[str, ...]:
         """Ids of the served ControlNets that steer a UNet."""

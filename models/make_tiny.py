@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
+import onnx
 import torch
 import transformers
 from diffusers import (
@@ -42,8 +44,16 @@ from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
 )
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
+from transformers.models.vitpose.image_processing_pil_vitpose import VitPoseImageProcessorPil
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -278,6 +288,80 @@ class DepthAnnotator:
         DPTImageProcessorPil(size=size, ensure_multiple_of=14, keep_aspect_ratio=True).save_pretrained(folder)
 
 
+class PersonDetector:
+    """A tiny RT-DETR that takes what it sees for people."""
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write model and image processor into one folder, as on the hub."""
+        backbone = RTDetrResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        )
+        config = RTDetrConfig(
+            backbone_config=backbone,
+            encoder_in_channels=[8, 16, 16],
+            encoder_hidden_dim=16,
+            encoder_ffn_dim=16,
+            encoder_attention_heads=2,
+            decoder_in_channels=[16, 16, 16],
+            d_model=16,
+            decoder_ffn_dim=16,
+            decoder_attention_heads=2,
+            decoder_layers=1,
+            num_queries=3,
+            num_denoising=0,
+            num_labels=80,
+        )
+        model = seeded(62, RTDetrForObjectDetection(config))
+        with torch.no_grad():
+            model.model.decoder.class_embed[0].bias[0] = 5.0
+        model.save_pretrained(folder)
+        RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+
+
+class PoseEstimator:
+    """A tiny ViTPose."""
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write model and image processor into one folder, as on the hub."""
+        backbone = VitPoseBackboneConfig(
+            image_size=[64, 48],
+            patch_size=[16, 16],
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            out_features=["stage1"],
+            out_indices=[1],
+        )
+        config = VitPoseConfig(backbone_config=backbone, use_simple_decoder=True, num_labels=17)
+        seeded(63, VitPoseForPoseEstimation(config)).save_pretrained(folder)
+        VitPoseImageProcessorPil(size={"height": 64, "width": 48}).save_pretrained(folder)
+
+
+class EdgeDetector:
+    """An ONNX file with DexiNed's inputs and outputs: a 512 px picture, edge logits at several scales."""
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write `edges.onnx`: two convolutions side by side."""
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng(64)
+        sizes = {"fine": 3, "coarse": 5}
+        kernels = {n: generator.normal(0, 0.05, (1, 3, k, k)).astype(np.float32) for n, k in sizes.items()}
+        helper, shape = onnx.helper, [1, 1, 512, 512]
+        graph = helper.make_graph(
+            [helper.make_node("Conv", ["picture", f"{n}-kernel"], [n], pads=[k // 2] * 4) for n, k in sizes.items()],
+            "edges",
+            [helper.make_tensor_value_info("picture", onnx.TensorProto.FLOAT, [1, 3, 512, 512])],
+            [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in sizes],
+            [onnx.numpy_helper.from_array(kernel, f"{n}-kernel") for n, kernel in kernels.items()],
+        )
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "edges.onnx")
+
+
 MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
 MODELS |= {
     "controlnet-sd15-canny": lambda: controlnet(51),
@@ -285,6 +369,9 @@ MODELS |= {
     "controlnet-sdxl-union": controlnet_union,
     "controlnet-sdxl": controlnet_sdxl,
     "annotator-depth": DepthAnnotator,
+    "annotator-people": PersonDetector,
+    "annotator-pose": PoseEstimator,
+    "annotator-edges": EdgeDetector,
 }
 
 

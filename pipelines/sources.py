@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from config.catalog import ROOT, FolderSource, HubSource
+from config.catalog import ROOT
+from config.sources import FolderSource, HubSource
 from pipelines.errors import WeightsError
 
 

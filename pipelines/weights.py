@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from config.catalog import ROOT, Catalog, CheckpointSource, ComponentSpec, HubSource
+from config.catalog import ROOT, Catalog, ComponentSpec
+from config.sources import CheckpointSource, HubSource
 from pipelines.annotators import Annotators
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.controlnet import ControlNets

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
-from config.catalog import ROOT, Catalog, HubSource
+from config.catalog import ROOT, Catalog
+from config.sources import HubSource
 
 FOLDERS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",

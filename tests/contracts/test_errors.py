@@ -76,7 +76,6 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
         "controlnet_name",
         "Unexpected controlnet_name 'cany'. Did you mean 'canny'?",
     ),
-    (CONTROL | {"controlnet_name": "openpose"}, "controlnet_name", "controlnet_preprocess false"),
     (CONTROL | {"controlnet_image": "x"}, "controlnet_image", "base64"),
     (CONTROL | {"controlnet_image": png(300, 300)[:80]}, "controlnet_image", "damaged"),
     ({"image": "%%%"}, "image", "base64"),

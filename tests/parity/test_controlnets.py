@@ -11,12 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteScheduler
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.annotators import Annotators
 from pipelines.controlnet import ControlledRows, LateBinding, Residuals, _Done
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
@@ -182,23 +180,6 @@ def test_late_binding_is_bit_equal_to_arguments(tiny_models: Path) -> None:
         assert not torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
 
 
-def test_the_depth_annotator_is_transformers(catalog: Catalog, photo: bytes) -> None:
-    image = Image.open(io.BytesIO(photo)).convert("RGB").resize((160, 120))
-    ours = Annotators(catalog, "cpu").annotate("depth", image)
-    estimator = transformers.pipeline("depth-estimation", model=str(oracle.TINY / "annotator-depth"))
-    expected = np.asarray(estimator(image)["depth"]).astype(int)
-    assert np.asarray(ours).shape == (120, 160, 3)
-    assert expected.std() > 10
-    assert np.abs(np.asarray(ours)[..., 0] - expected).max() <= 1
-
-
-def test_depth_from_a_photo(text2image: Text2Image, photo: bytes) -> None:
-    fields = request("SD1.5", steps=2) | {"model_name": SD, "controlnet_name": "depth", "controlnet_image": photo}
-    annotated = text2image.generate(GenerationParams(**fields)).image
-    as_it_is = text2image.generate(GenerationParams(**fields, controlnet_preprocess=False)).image
-    assert not np.array_equal(np.asarray(annotated), np.asarray(as_it_is))
-
-
 def test_what_a_controlnet_request_needs(text2image: Text2Image, photo: bytes) -> None:
     fields = request("SD1.5") | {"model_name": SD}
     with pytest.raises(InvalidValueError, match="controlnet_name is required"):
@@ -207,10 +188,6 @@ def test_what_a_controlnet_request_needs(text2image: Text2Image, photo: bytes) -
         text2image.generate(GenerationParams(**fields, controlnet_name="canny"))
     with pytest.raises(InvalidValueError, match=r"Unexpected controlnet_name 'cany'. Did you mean 'canny'\? Only \["):
         text2image.generate(GenerationParams(**fields, controlnet_name="cany", controlnet_image=photo))
-    with pytest.raises(
-        InvalidValueError, match=r"no annotator weights .* controlnet_preprocess false, .*\['canny', 'depth'\]"
-    ):
-        text2image.generate(GenerationParams(**fields, controlnet_name="openpose", controlnet_image=photo))
     with pytest.raises(InvalidValueError, match=r"Only \['canny', 'depth', 'openpose', 'softedge'\]"):
         text2image.generate(
             GenerationParams(**fields | {"model_name": XL}, controlnet_name="lineart", controlnet_image=photo)

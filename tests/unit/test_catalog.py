@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from config.catalog import HERE, Catalog, CatalogError, CheckpointSource, HubSource
+from config.catalog import HERE, Catalog, CatalogError
 from config.choices import Choices, UnknownChoiceError
+from config.sources import CheckpointSource, HubSource
 
 REVISIONS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",

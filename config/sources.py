@@ -1,0 +1,48 @@
+"""Where weights lie: the hub at one commit, a folder, a single checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Spec(BaseModel):
+    """A frozen entry that refuses unknown keys: a typo in a catalog must not be silent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubSource(Spec):
+    """A repository on the Hugging Face hub at one commit."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{7,40}$")
+    variant: str | None = None
+    """File name variant such as `fp16` (`model.fp16.safetensors`)."""
+
+
+class FolderSource(Spec):
+    """A diffusers folder; a relative path is relative to the repository root."""
+
+    folder: Path
+
+
+class CheckpointSource(Spec):
+    """A single `.safetensors` checkpoint in the original layout, and the diffusers folder of its configuration.
+
+    The folder needs only the small files: `config.json` of each component, the tokenizers, the scheduler.
+    """
+
+    checkpoint: Path
+    configuration: HubSource | FolderSource
+
+    @model_validator(mode="after")
+    def _safetensors_only(self) -> CheckpointSource:
+        if self.checkpoint.suffix != ".safetensors":
+            raise ValueError(f"checkpoint {self.checkpoint.name}: only .safetensors is loaded, a pickle can run code")
+        return self
+
+
+Source = Annotated[HubSource | FolderSource | CheckpointSource, Field(union_mode="left_to_right")]

@@ -1,0 +1,132 @@
+"""The UNets: v-prediction on latents that were encoded once, conditioned by a frozen text tower."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training.autoencoder import LATENT_CHANNELS
+from training.scenes import composite
+from training.text import WIDTH, ids
+from training.words import COLOURS, TRAINING, Subject, caption
+
+# clip_sample must be off: DDIM and DDPM would clip these latents.
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def sd_unet(context: int = WIDTH, **extra: object) -> UNet2DConditionModel:
+    """A UNet over 16x16 latents, without attention at the outermost level."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=context,
+        attention_head_dim=(4, 4, 5),
+        **extra,
+    )
+
+
+@dataclass
+class Pool:
+    """Composites encoded once: latents [n, 32, h, w] in half precision and what each one shows."""
+
+    latents: Tensor
+    subjects: list[Subject]
+
+    def batch(self, size: int, rng: random.Random, device: torch.device) -> tuple[Tensor, list[str]]:
+        """Random latents [size, 32, h, w] and captions."""
+        chosen = [rng.randrange(len(self.subjects)) for _ in range(size)]
+        texts = [caption(self.subjects[i], rng) for i in chosen]
+        return self.latents[chosen].float().to(device), texts
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, sprites: Tensor, size: int, count: int, path: Path) -> Pool:
+    """`count` composites of `size` px, every training subject equally often and scenes twice; cached in `path`."""
+    if not path.exists():
+        device = next(vae.parameters()).device
+        every = [s for s in TRAINING for _ in range(1 if s.background < len(COLOURS) else 2)]
+        rng = random.Random(0)
+        order: list[Subject] = []
+        while len(order) < count:
+            order += rng.sample(every, len(every))
+        order = order[:count]
+        latents = []
+        torch.manual_seed(0)
+        for start in tqdm(range(0, count, 8), "composites", mininterval=5):
+            pictures = torch.stack([composite(sprites, s, size, size) for s in order[start : start + 8]])
+            pictures = pictures.to(device, memory_format=torch.channels_last)
+            latents.append(vae.encode(pictures).latent_dist.mean.half().cpu())
+        pairs = [(s.thing, s.background) for s in order]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"latents": torch.cat(latents), "subjects": pairs}, path)
+    saved = torch.load(path)
+    return Pool(saved["latents"], [Subject(*pair) for pair in saved["subjects"]])
+
+
+@torch.no_grad()
+def scale_latents(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Fold a scale for each channel into the 1x1 convolutions around the latents, once.
+
+    Afterwards the latents of `latents`' kind have mean 0 and variance 1 overall. A channel's deviation becomes the root
+    of what it was, not 1: equalised, the detail channels would take 29/32 of the UNet's attention.
+    Stable Diffusion's pipelines know one factor for all channels; this needs none.
+    """
+    mean = latents.float().mean((0, 2, 3))
+    deviation = latents.float().std((0, 2, 3))
+    divisor = deviation.sqrt() * deviation.mean().sqrt()
+    divisor = divisor * ((deviation / divisor).square().mean()).sqrt()
+    channels = len(mean)
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    encode.weight[:channels] /= divisor[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / divisor
+    encode.bias[channels:] -= 2 * divisor.log()
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= divisor[None, :, None, None]
+
+
+class Conditioner:
+    """Captions to what the SD UNet reads: the tower's last hidden state; frozen."""
+
+    def __init__(self, tower: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        self._tower, self._tokenizer = tower.eval().requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> dict[str, object]:
+        """Keyword arguments of the UNet."""
+        device = next(self._tower.parameters()).device
+        return {"encoder_hidden_states": self._tower(input_ids=ids(self._tokenizer, texts).to(device))[0]}
+
+
+def loss_of(unet: nn.Module, pool: Pool, condition: Conditioner, batch: int) -> Tensor:
+    """Squared error of v at random times, leaning towards high noise, where objects are decided."""
+    scheduler = DDIMScheduler(**NOISE)
+    device = next(unet.parameters()).device
+    rng = random.Random(int(torch.randint(2**31, (1,))))
+    latents, texts = pool.batch(batch, rng, device)
+    times = (999 * (1 - torch.rand(batch) ** 1.3)).round().long().to(device)
+    noise = torch.randn(latents.shape).to(device)
+    noisy = scheduler.add_noise(latents, noise, times)
+    target = scheduler.get_velocity(latents, noise, times)
+    predicted = unet(noisy.contiguous(memory_format=torch.channels_last), times, **condition(texts)).sample
+    return (predicted - target).square().mean()
