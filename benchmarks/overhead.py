@@ -137,18 +137,16 @@ def main() -> None:
     tiny = ROOT / "models" / "tiny"
     results = [
         measure(
-            "embedded SDXL",
+            "tiny SDXL",
             StableDiffusionXLPipeline,
             tiny / "sdxl",
-            "embedded",
+            "tiny",
             "SDXL1.0-base",
             30,
             1024,
             options.repeats,
         ),
-        measure(
-            "embedded SD1.5", StableDiffusionPipeline, tiny / "sd15", "embedded", "SD1.5", 30, 256, options.repeats
-        ),
+        measure("tiny SD1.5", StableDiffusionPipeline, tiny / "sd15", "tiny", "SD1.5", 30, 256, options.repeats),
     ]
     if options.real:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """What a tick costs: rows, company, LoRAs, ControlNets, strict mode; and how long a LoRA takes that was never seen.
 
-One process, the embedded SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
+One process, the tiny SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
 
     python -m benchmarks.tick [--repeats N] [--real-lora]      # --real-lora: a LoRA of SD1.5's true size from disk
 """
@@ -35,7 +35,7 @@ SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "
 
 
 class Bench:
-    """An engine of the embedded SDXL and jobs for it."""
+    """An engine of the tiny SDXL and jobs for it."""
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--real-lora", action="store_true", help="a LoRA of SD1.5's true size from disk")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    bench = Bench(Catalog.load("embedded"))
+    bench = Bench(Catalog.load("tiny"))
     results = {
         "threads": torch.get_num_threads(),
         "rows": rows(bench, options.repeats),

@@ -40,14 +40,14 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    catalog: str = "embedded"
+    catalog: str = "tiny"
     """A folder under config/catalogs, or an absolute path."""
     grouping: Literal["component", "role"] = "component"
     """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas."""
     models: tuple[str, ...] = ()
     """Serve only these; every available model of the catalog if empty."""
     max_rows: int = Field(default=16, ge=2)
-    """Row budget of a tick of every denoiser."""
+    """Most rows of a tick of every denoiser; fewer where memory does not hold them."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
     reproducible: Literal["rounding", "strict"] = "rounding"

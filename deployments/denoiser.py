@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,8 +19,10 @@ from pipelines.plan import GenerationPlan, StagePlan
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.controlnet import ControlBatch, ControlHint, ControlNets, PendingResiduals, Residuals
-    from pipelines.engine import TickReport
+    from pipelines.engine import StepEngine, TickReport
     from pipelines.latents import Latents
+
+logger = logging.getLogger("sdgraph.denoiser")
 
 
 @dataclass
@@ -56,7 +59,7 @@ class DenoiserDeployment:
             components: ids of the UNets.
             catalog: says what they are.
             runtime: how this process computes.
-            max_rows: row budget of a tick.
+            max_rows: most rows of a tick; memory may allow fewer.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
             strict: equal bytes whatever the neighbours.
         """
@@ -152,7 +155,7 @@ class DenoiserDeployment:
             self._ensure_loop()
             yield waiting
         except BaseException:  # cancelled, or failed
-            self._worker.submit(engine.cancel, job_id)
+            self._worker.submit(_drop, engine, job_id)
             raise
         finally:
             self._waiting.pop(job_id, None)
@@ -208,6 +211,12 @@ class RemoteControl:
             residuals = await self._handle.residuals.remote(batch, dict(hints))
         assert residuals is not None, "the maps were sent along"
         return residuals
+
+
+def _drop(engine: StepEngine, job_id: str) -> None:
+    """Take a job nobody waits for any more out of its engine; its rows are free at the next tick."""
+    if job := engine.cancel(job_id):
+        logger.info("left at step %d of %d", job.steps_done, job.steps)
 
 
 def _settle(future: asyncio.Future[Latents], outcome: Latents | Exception) -> None:

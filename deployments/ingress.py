@@ -15,7 +15,7 @@ from ray.serve.schema import DeploymentStatus
 from config.catalog import Catalog
 from deployments.auth import KeyRing, RateLimit
 from deployments.http import create_http_app
-from deployments.observability import Progress, Span
+from deployments.observability import Progress, Span, show_logs
 from deployments.schemas import GeneratedImage, GenerationResponse
 from pipelines.errors import DeadlineError
 from pipelines.images import EncodedImage, check_image
@@ -63,6 +63,7 @@ class Ingress:
         rate_limit: str | None,
         readiness: Readiness,
     ) -> None:
+        show_logs()
         self._handles = handles
         self.catalog = catalog
         self.limits = limits

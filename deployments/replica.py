@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from deployments.observability import show_logs
+
 R = TypeVar("R")
 
 
@@ -30,6 +32,7 @@ class Runtime:
 
         from pipelines.weights import choose_device
 
+        show_logs()
         torch.set_num_threads(self.torch_threads or os.cpu_count() or 1)
         return choose_device(self.device)
 

@@ -15,6 +15,7 @@ import inspect
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -362,6 +364,31 @@ class EdgeDetector:
         onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "edges.onnx")
 
 
+class Lora:
+    """A LoRA of rank 4 on a tiny model's attention, in PEFT's layout."""
+
+    def __init__(self, seed: int, build: Callable[[], Any]) -> None:
+        self._seed, self._build = seed, build
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write the file that `load_lora_weights` looks for."""
+        pipe = self._build()
+        generator = torch.Generator().manual_seed(self._seed)
+        encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+        state = {}
+        for part, model in {"unet": pipe.unet, **encoders}.items():
+            endings = ("to_q", "to_v", "to_out.0") if part == "unet" else ("q_proj", "v_proj", "fc1")
+            for name, module in model.named_modules() if model is not None else ():
+                if name.endswith(endings):
+                    out, into = module.weight.shape
+                    down = torch.randn(4, into, generator=generator) * into**-0.5
+                    # Moderate, or sharpened attention would blow rounding errors up to visible size.
+                    up = torch.randn(out, 4, generator=generator) * 0.15
+                    state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+        folder.mkdir(parents=True)
+        save_file(state, folder / "pytorch_lora_weights.safetensors")
+
+
 MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
 MODELS |= {
     "controlnet-sd15-canny": lambda: controlnet(51),
@@ -372,6 +399,10 @@ MODELS |= {
     "annotator-people": PersonDetector,
     "annotator-pose": PoseEstimator,
     "annotator-edges": EdgeDetector,
+    "lora-detail-sd15": lambda: Lora(71, sd15),
+    "lora-detail-sdxl": lambda: Lora(72, sdxl),
+    "lora-pixel-sd15": lambda: Lora(73, sd15),
+    "lora-pixel-sdxl": lambda: Lora(74, sdxl),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,6 +126,7 @@ class StepEngine:
         control: ControlSource | None = None,
         max_rows: int = 16,
         strict: bool = False,
+        fits: Callable[[BatchKey], int] | None = None,
     ) -> None:
         """Run jobs on `denoiser`.
 
@@ -136,8 +137,9 @@ class StepEngine:
             space: of the VAE that made and will read the latents.
             loras: where jobs' LoRAs come from; safe to ask from any thread.
             control: where residuals come from, for jobs that bring a hint.
-            max_rows: row budget of a tick; halved when memory runs out.
+            max_rows: most rows of a tick; halved when memory runs out.
             strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
+            fits: how many rows of a shape fit into memory now, asked before every tick; None trusts `max_rows`.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows}: at least 1")
@@ -149,6 +151,7 @@ class StepEngine:
         self.control = control
         self._max_rows = max_rows
         self._strict = strict
+        self._fits = fits
         self._jobs: dict[str, DenoiseJob] = {}
 
     def __len__(self) -> int:
@@ -194,9 +197,9 @@ class StepEngine:
         self._jobs[job_id] = job
         return job
 
-    def cancel(self, job_id: str) -> bool:
-        """Drop a job; its rows are free at the next tick. Returns whether it was here."""
-        return self._jobs.pop(job_id, None) is not None
+    def cancel(self, job_id: str) -> DenoiseJob | None:
+        """Drop a job; its rows are free at the next tick. Returns it if it was here."""
+        return self._jobs.pop(job_id, None)
 
     @torch.inference_mode()
     def tick(self) -> TickReport:
@@ -206,7 +209,7 @@ class StepEngine:
         When memory runs out, the row budget is halved for good and the tick tried once more with fewer jobs.
         """
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
-        selected = select_rows((job for job in self._jobs.values() if not job.done), self._max_rows)
+        selected = self._select([job for job in self._jobs.values() if not job.done])
         failed: list[tuple[DenoiseJob, DenoiseError]] = []
         if selected:
             try:
@@ -230,6 +233,13 @@ class StepEngine:
         left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
         broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
         return TickReport(sum(job.rows for job in selected), tuple(selected), tuple(left), tuple(broken))
+
+    def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
+        """The jobs of the next tick: a row budget from memory, `max_rows` at most."""
+        budget = self._max_rows
+        if self._fits is not None and len(jobs) > 1:  # alone, a job runs whatever the budget
+            budget = min(budget, self._fits(jobs[0].batch_key))
+        return select_rows(jobs, budget)
 
     def _retreat(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
         """Halve the row budget and free what can be freed; the jobs that fit now."""

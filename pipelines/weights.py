@@ -26,6 +26,7 @@ from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
 from pipelines.latents import LatentSpace
 from pipelines.lora import LoraStore, RowLora, read_lora
+from pipelines.memory import RowBudget
 from pipelines.sources import fetch
 from pipelines.text_encoders import TextEncoder, TextEncoderStack
 from pipelines.vae import VAE
@@ -143,7 +144,8 @@ def load_engine(
         return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
     scheduler = read_config(spec, "scheduler")
-    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), max_rows=max_rows, strict=strict)
+    fits = RowBudget(denoiser.config, denoiser.dtype, denoiser.device)
+    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), None, max_rows, strict, fits)
 
 
 def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:

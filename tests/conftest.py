@@ -21,7 +21,7 @@ def tiny_models() -> Path:
 
 @pytest.fixture(scope="session")
 def catalog(tiny_models: Path) -> Catalog:
-    return Catalog.load("embedded")
+    return Catalog.load("tiny")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,7 +61,7 @@ def stage_pool(scale: float) -> Path:
         diffusion.scale_latents(vae, few.latents.to(device()))
         save(vae, "vae")
     vae = load_vae("vae").to(device(), memory_format=torch.channels_last)
-    diffusion.encode_pool(vae, sprites, 512, round(8000 * scale), BUILD / "pool-512")
+    diffusion.encode_pool(vae, sprites, 512, round(5000 * scale), BUILD / "pool-512")
     return BUILD / "pool-512"
 
 
@@ -69,15 +69,16 @@ def stage_unet(scale: float) -> Path:
     """The SD UNet on 512 px."""
     sprites = load_sprites().named(list(OBJECTS.values()))
     vae = load_vae("vae")
-    pool = diffusion.encode_pool(vae, sprites, 512, round(8000 * scale), BUILD / "pool-512")
-    tower = CLIPTextModel.from_pretrained(BUILD / "text").to(device())
-    condition = diffusion.Conditioner(tower, CLIPTokenizer.from_pretrained(BUILD / "tokenizer"))
+    pool = diffusion.encode_pool(vae, sprites, 512, round(5000 * scale), BUILD / "pool-512")
+    tower = CLIPTextModel.from_pretrained(BUILD / "text").to(device()).eval()
+    encode = diffusion.conditions_of_sd(tower, CLIPTokenizer.from_pretrained(BUILD / "tokenizer"))
+    bank = diffusion.CaptionBank(encode, 8)
     unet = diffusion.sd_unet().to(device(), memory_format=torch.channels_last)
     average = train(
         "unet",
         unet,
-        lambda model: diffusion.loss_of(model, pool, condition, 32),
-        Schedule(steps=round(6500 * scale), learning_rate=8e-4, average=0.999),
+        lambda model: diffusion.loss_of(model, pool, bank, 32),
+        Schedule(steps=round(4200 * scale), learning_rate=8e-4, average=0.999),
         BUILD / "unet.checkpoint",
     )
     return save(average, "unet")

@@ -68,7 +68,7 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"controlnet_name": "canny"}, "controlnet_name", "no ControlNet"),
     ({"controlnet_image": png(8, 8)}, "controlnet_image", "no ControlNet"),
     ({"loras": {"Nope": 1.0}}, "loras", "Nope"),
-    ({"loras": {"Pixel_Art": 1.0}}, "loras", "no embedded weights yet"),
+    ({"loras": {"Logo": 1.0}}, "loras", "no tiny weights"),
     ({"model_name": "SD1.5-ControlNet"}, "controlnet_name", "required"),
     ({"model_name": "SD1.5-ControlNet", "controlnet_name": "canny"}, "controlnet_image", "required"),
     (

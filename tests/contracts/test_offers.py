@@ -54,12 +54,14 @@ async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
     assert base["defaults"]["width"] == 1024
     assert "1152x896" in base["sizes"]
     assert "1344x768" in base["tvm_sizes"]
-    assert base["controlnets"] == base["loras"] == []
+    assert base["controlnets"] == []
+    assert base["loras"] == ["Add_Detail", "Pixel_Art"]
 
 
 async def test_loras_say_why_they_are_not_served(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/loras")).json()
-    assert all(not entry["available"] and entry["reason"] for entry in body["data"])
+    assert [entry["name"] for entry in body["data"] if entry["available"]] == ["Add_Detail", "Pixel_Art"]
+    assert all(entry["available"] or entry["reason"] for entry in body["data"])
 
 
 async def test_controlnets(client: httpx.AsyncClient) -> None:

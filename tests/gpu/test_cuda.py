@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from config.catalog import Catalog
+from pipelines.batching import BatchKey
+from pipelines.memory import USABLE, row_bytes
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity.oracle import TINY
@@ -38,3 +45,16 @@ def test_alone_and_in_a_batch(catalog: Catalog, model: str, dtype: str) -> None:
         expected = pipe("a fox", num_inference_steps=5, guidance_scale=5.0, generator=generator, **size).images[0]
         difference = np.abs(np.asarray(picture.image).astype(int) - np.asarray(expected))
         assert difference.max() <= (1 if dtype == "float32" else 8)
+
+
+def test_a_row_takes_no_more_than_is_set_aside_for_it() -> None:
+    """Counted on the meta device against the allocator's own peak; work spaces must fit into what USABLE leaves."""
+    unet = UNet2DConditionModel.from_pretrained(TINY / "sd15", subfolder="unet").to("cuda").eval()
+    key = BatchKey((4, 128, 128), (77, 32))
+    sample, context = (torch.zeros(8, *shape, device="cuda") for shape in key)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        unet(sample, torch.zeros(8, device="cuda"), context)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= 8 * row_bytes(unet.config, torch.float32, key) / USABLE

@@ -109,8 +109,8 @@ def test_openpose_finds_the_joints_transformers_finds(catalog: Catalog, photo: b
             output = model(**processor(images=image, boxes=[[box]], return_tensors="pt"))
         ((expected,),) = processor.post_process_pose_estimation(output, boxes=[[box]])
         assert joints.shape == (17, 3)
-        np.testing.assert_allclose(joints[:, :2], expected["keypoints"].numpy(), atol=0.01)
-        np.testing.assert_allclose(joints[:, 2], expected["scores"].numpy(), atol=1e-4)
+        np.testing.assert_allclose(joints[:, :2], expected["keypoints"].numpy(), atol=0.5)
+        np.testing.assert_allclose(joints[:, 2], expected["scores"].numpy(), atol=0.01)
 
 
 def test_a_skeleton_has_openposes_colours() -> None:

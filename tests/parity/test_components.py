@@ -23,7 +23,7 @@ FIELDS: dict[str, Any] = {"width": 256, "height": 256}
 
 
 def edited(catalog: Catalog, folder: Path, **model: Any) -> Catalog:
-    """The embedded catalog with SDXL base from `folder` and other properties."""
+    """The tiny catalog with SDXL base from `folder` and other properties."""
     data = catalog.model_dump()
     for component in data["components"]:
         if component["id"] in ("unet-sdxl-base", "vae-sdxl"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def text2image(catalog: Catalog) -> Text2Image:
 
 @pytest.fixture(scope="module")
 def plain_xl(catalog: Catalog) -> Text2Image:
-    """The embedded catalog with a plain ControlNet in the place of SDXL's union one."""
+    """The tiny catalog with a plain ControlNet in the place of SDXL's union one."""
     data = catalog.model_dump()
     for component in data["components"]:
         if component["id"] == "controlnet-sdxl-union":
@@ -57,9 +58,15 @@ def control_map(data: bytes, side: int, canny: bool) -> Image.Image:
 
 
 def draw(
-    tiny: Path, model: str, name: str, control: Image.Image, image: bytes | None = None, **fields: Any
+    tiny: Path,
+    model: str,
+    name: str,
+    control: Image.Image,
+    image: bytes | None = None,
+    enable_refiner: bool = False,
+    **fields: Any,
 ) -> np.ndarray:
-    """The picture of diffusers' own ControlNet pipeline."""
+    """The picture of diffusers' own ControlNet pipeline, followed by its refiner."""
     union, sd = model == XL, model == SD
     folder = {SD: f"controlnet-sd15-{'canny' if name == 'canny' else 'soft'}", XL: "controlnet-sdxl-union"}
     net_class = ControlNetUnionModel if union else ControlNetModel
@@ -84,7 +91,15 @@ def draw(
     else:
         picture = control_map(image, control.width, canny=False)
         arguments |= {"image": picture, "control_image": control, "strength": fields["strength"]}
-    return np.asarray(pipe(**arguments).images[0])
+    if enable_refiner:
+        arguments |= {"denoising_end": 0.8, "output_type": "latent"}
+    result = pipe(**arguments).images
+    if enable_refiner:
+        refiner = oracle.pipeline("sdxl-refiner", diffusers.StableDiffusionXLImg2ImgPipeline)
+        refiner.scheduler = EulerDiscreteScheduler.from_config(refiner.default_scheduler_config)
+        same = {k: arguments[k] for k in ("prompt", "num_inference_steps", "guidance_scale", "generator")}
+        result = refiner(image=result, denoising_start=0.8, **same).images
+    return np.asarray(result[0])
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
@@ -121,40 +136,48 @@ def test_from_a_picture(
     assert_same(drawn, draw(tiny_models, model, "canny", control_map(photo, fields["width"], canny=True), **fields))
 
 
-def test_the_refiner_follows(text2image: Text2Image, photo: bytes) -> None:
+@pytest.mark.parametrize("model", [XL, PLAIN_XL])
+def test_the_refiner_follows(
+    text2image: Text2Image, plain_xl: Text2Image, tiny_models: Path, photo: bytes, model: str
+) -> None:
     """The ControlNet steers the base's stage; the refiner runs as after a plain base."""
-    fields = request("SDXL1.0-base", sampler="Euler", steps=10)
-    fields |= {"model_name": XL, "enable_refiner": True, "controlnet_name": "canny", "controlnet_image": photo}
-    refined = text2image.generate(GenerationParams(**fields))
+    ours = plain_xl if model == PLAIN_XL else text2image
+    fields = request("SDXL1.0-base", sampler="Euler", steps=10, enable_refiner=True)
+    control = {"model_name": XL, "controlnet_name": "canny", "controlnet_image": photo}
+    refined = ours.generate(GenerationParams(**fields | control))
     assert [stage.control is not None for stage in refined.plan.stages] == [True, False]
-    base_only = text2image.generate(GenerationParams(**fields | {"enable_refiner": False})).image
+    canny = control_map(photo, fields["width"], canny=True)
+    assert_same(refined.image, draw(tiny_models, model, "canny", canny, **fields))
+    base_only = ours.generate(GenerationParams(**fields | control | {"enable_refiner": False})).image
     assert np.abs(np.asarray(refined.image).astype(int) - np.asarray(base_only)).mean() > 1
 
 
 def test_eight_that_differ_in_everything_share_ticks(text2image: Text2Image, photo: bytes) -> None:
-    control = {"controlnet_image": photo}
-    base = {"prompt": "a fox", "width": 128, "height": 128}
+    """Sampler, steps, guidance, LoRA set, ControlNet, starting picture: all of it in one batch, each as if alone."""
+    canny = {"model_name": SD, "controlnet_name": "canny", "controlnet_image": photo}
+    depth = {"model_name": SD, "controlnet_name": "depth", "controlnet_image": photo}
+    edges = {"model_name": SD, "controlnet_name": "softedge", "controlnet_image": photo, "controlnet_preprocess": False}
+    pixel, detail = {"loras": {"Pixel_Art": 0.8}}, {"loras": {"Add_Detail": -0.5}}
+    both, more = {"loras": {"Pixel_Art": 0.4, "Add_Detail": 0.7}}, {"loras": {"Add_Detail": 1.0, "Pixel_Art": -0.3}}
     requests: list[dict[str, Any]] = [
-        base | {"model_name": SD, "seed": 1, "steps": 4, "sampler": "Euler", "controlnet_name": "canny"} | control,
-        base | {"model_name": "SD1.5", "seed": 2, "steps": 6, "sampler": "Heun"},
-        base
-        | {"model_name": SD, "seed": 3, "steps": 5, "sampler": "DDIM", "controlnet_name": "canny", "cfg_scale": 1.0}
-        | control,
-        base
-        | {"model_name": SD, "seed": 4, "steps": 4, "sampler": "Euler a", "controlnet_name": "depth"}
-        | control
-        | {"controlnet_preprocess": False},
-        base | {"model_name": "SD1.5", "seed": 5, "steps": 7, "sampler": "DPM++ 2M SDE Karras", "cfg_scale": 8.0},
-        base | {"model_name": "SD1.5", "seed": 6, "steps": 3, "sampler": "UniPC 2M", "cfg_scale": 0.0},
-        base
-        | {"model_name": SD, "seed": 7, "steps": 6, "sampler": "LMS", "controlnet_name": "canny", "image": photo}
-        | control,
-        base | {"model_name": "SD1.5", "seed": 8, "steps": 5, "sampler": "DPM SDE", "negative_prompt": "fog"},
+        {"steps": 4, "sampler": "Euler"} | canny | pixel,
+        {"steps": 6, "sampler": "Heun"} | detail,
+        {"steps": 5, "sampler": "DDIM", "cfg_scale": 1.0} | canny | both,
+        {"steps": 4, "sampler": "Euler a"} | edges,
+        {"steps": 7, "sampler": "DPM++ 2M SDE Karras", "cfg_scale": 8.0} | more,
+        {"steps": 3, "sampler": "UniPC 2M", "cfg_scale": 0.0},
+        {"steps": 6, "sampler": "LMS", "image": photo} | depth | detail,
+        {"steps": 5, "sampler": "DPM SDE", "negative_prompt": "fog"} | both,
     ]
-    params = [GenerationParams(**fields) for fields in requests]
+    common = {"model_name": "SD1.5", "prompt": "a fox", "width": 128, "height": 128}
+    params = [GenerationParams(**common | {"seed": seed} | fields) for seed, fields in enumerate(requests)]
     together = text2image.generate_many(params)
     for picture, one in zip(together, params, strict=True):
-        assert_same(picture.image, np.asarray(text2image.generate(one).image))
+        alone = text2image.generate(one).image
+        assert_same(picture.image, np.asarray(alone))
+        if one.loras:
+            without = text2image.generate(replace(one, loras={})).image
+            assert not np.array_equal(np.asarray(without), np.asarray(alone)), "the LoRAs must show"
 
 
 def test_late_binding_is_bit_equal_to_arguments(tiny_models: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -125,6 +127,19 @@ def test_controlled_and_plain_requests_share_the_unet(client: httpx.Client, text
         assert ("controlnet_prepare" in reply.headers["server-timing"]) == bool(extra)
 
 
+@pytest.mark.parametrize("model", ["SD1.5", "SDXL1.0-base"])
+def test_each_request_brings_its_own_loras(client: httpx.Client, text2image: Text2Image, model: str) -> None:
+    """On UNet and text encoders, in the same ticks as requests with others or none."""
+    mixtures = [{}, {"Pixel_Art": 0.8}, {"Add_Detail": 0.6}, {"Pixel_Art": 0.5, "Add_Detail": -0.4}]
+    requests = [request(model, seed=9, sampler="Euler", loras=mixture) for mixture in mixtures]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda fields: draw(client, **fields)[0], requests))
+    for fields, pixels in zip(requests, answers, strict=True):
+        expected = np.asarray(text2image.generate(GenerationParams(**fields)).image)
+        assert np.abs(pixels - expected).max() <= 1
+    assert all(np.abs(answers[0] - other).max() > 1 for other in answers[1:]), "the LoRAs must show"
+
+
 def test_the_hub_catalog_is_served_from_its_cache(client: httpx.Client) -> None:
     for fields in (request("SD1.5"), request("SDXL1.0-base", enable_refiner=True)):
         pixels, _ = draw(client, "/hub/v1/image/generation", **fields)
@@ -172,11 +187,15 @@ def test_a_watched_request_streams_through_the_proxy(client: httpx.Client) -> No
     assert "preview" in names
 
 
-def test_closing_a_stream_frees_its_rows(client: httpx.Client, url: str) -> None:
+def test_closing_a_stream_frees_its_rows_within_a_tick(client: httpx.Client, url: str, graph_log: Path) -> None:
+    """The replica says at which step the job left; news of a step and of the closing each take less than a tick."""
     with client.stream("POST", "/v1/image/generation", json=LONG | {"stream": True}) as reply:
-        started = next(line for line in reply.iter_lines() if '"denoising"' in line)
-    assert json.loads(started.removeprefix("data: "))["steps"] == 400
+        news = (json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if '"denoising"' in line)
+        seen = next(event["step"] for event in news if event["step"] >= 2)
     assert_the_unet_is_free(url)
+    left = re.findall(r"left at step (\d+) of 400", graph_log.read_text())
+    assert left, "the replica did not notice"
+    assert seen <= int(left[-1]) <= seen + 2
 
 
 def test_documentation(client: httpx.Client) -> None:

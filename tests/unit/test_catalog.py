@@ -25,7 +25,7 @@ REVISIONS = {
 MODELS = ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo", "SDXL-ControlNet", "SD1.5-ControlNet"]
 
 
-@pytest.mark.parametrize("name", ["hub", "embedded"])
+@pytest.mark.parametrize("name", ["hub", "tiny"])
 def test_both_catalogs_name_the_seven_models(name: str) -> None:
     assert [m.name for m in Catalog.load(name).models] == MODELS
 
@@ -55,8 +55,8 @@ def test_the_hub_catalog_offers_the_contracts_controlnets_and_loras() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the embedded catalog, to be spoilt."""
-    return Path(shutil.copytree(HERE / "catalogs" / "embedded", tmp_path / "catalog"))
+    """A copy of the tiny catalog, to be spoilt."""
+    return Path(shutil.copytree(HERE / "catalogs" / "tiny", tmp_path / "catalog"))
 
 
 def spoil(folder: Path, file: str, index: int, **changes: Any) -> None:
@@ -108,12 +108,12 @@ def test_pickled_checkpoints_are_refused() -> None:
 
 
 def test_an_unknown_catalog_names_the_known_ones() -> None:
-    with pytest.raises(CatalogError, match=r"\['embedded', 'hub'\]"):
+    with pytest.raises(CatalogError, match=r"\['hub', 'tiny'\]"):
         Catalog.load("nowhere")
 
 
 def test_serving_a_part() -> None:
-    part = Catalog.load("embedded").only(("sd1.5",))
+    part = Catalog.load("tiny").only(("sd1.5",))
     assert [m.name for m in part.available_models()] == ["SD1.5"]
     assert [c.id for c in part.served_components()] == ["text-encoder-sd15", "unet-sd15", "vae-sd15"]
 

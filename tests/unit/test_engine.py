@@ -184,6 +184,16 @@ def test_running_out_of_memory_halves_the_budget_and_retries_once(
     assert recorder.rows == [4, 4, 4, 4]
 
 
+def test_little_memory_makes_small_ticks_but_everybody_finishes(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    engine._max_rows, engine._fits = 16, lambda _: 4
+    for name in "abc":
+        add(engine, encoders, catalog, name, steps=2)
+    assert set(finish(engine)) == set("abc")
+    assert recorder.rows == [4, 4, 2, 2]
+
+
 def test_a_job_that_never_fits_fails_alone(
     engine: StepEngine,
     recorder: Recorder,
@@ -227,7 +237,7 @@ class CountingControl:
         self.rows.append(len(batch.sample))
         assert {hint for hint, _, _ in batch.hints} == set(hints)
         model = ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")
-        nets = ControlNets({"net": model}, Annotators(Catalog.load("embedded"), "cpu"))
+        nets = ControlNets({"net": model}, Annotators(Catalog.load("tiny"), "cpu"))
         return ColocatedControl(nets).start(batch, hints)
 
 
