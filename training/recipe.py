@@ -1,96 +1,222 @@
-"""The stages of training, in order; each one's result is a file under build/training that the next ones read."""
+"""The stages of training, in order; each one's result is a folder under build/training that the next ones read.
+
+    python -m training.recipe [--size smoke|cpu|gpu] [stage ...]
+
+Every stage goes on from its checkpoint and is skipped when its result is there. `cpu` is what the weights in models/
+were made with on two cores; `gpu` takes eight times as many steps; `smoke` only proves that the recipe runs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training import autoencoder, diffusion, text
+from training import autoencoder, diffusion, export, judge, sdxl, text
 from training.data import BUILD, load_sprites, premultiplied
 from training.loop import Schedule, train
 from training.words import OBJECTS
 
-
-def device() -> torch.device:
-    """CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"smoke": 0.005, "cpu": 1.0, "gpu": 8.0}
 
 
-def stage_autoencoder(scale: float) -> Path:
-    """The autoencoder of the SD shapes, downscale 32."""
-    sprites = load_sprites()
-    everything, known = premultiplied(sprites.pictures), sprites.named(list(OBJECTS.values()))
-    vae = autoencoder.build(32, 512).to(device(), memory_format=torch.channels_last)
-    average = train(
-        "autoencoder",
-        vae,
-        lambda model: autoencoder.loss_of(model, everything, 128, 8),
-        Schedule(steps=round(1600 * scale), learning_rate=5e-4, average=0.995),
-        BUILD / "autoencoder.checkpoint",
-        lambda model: f"{autoencoder.psnr(model, known, 512, 8):.1f} dB at 512 px",
-    )
-    return save(average, "autoencoder")
+class Recipe:
+    """The stages at one size."""
+
+    def __init__(self, scale: float, build: Path = BUILD) -> None:
+        """Multiply every stage's steps by `scale` and work in `build`."""
+        self._scale, self._build = scale, build
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """Name -> stage, in order."""
+        names = ("autoencoder", "text", "pool", "unet", "decoder", "judge", "sdxl_autoencoder", "sdxl_unet", "export")
+        return {name: getattr(self, name) for name in names}
+
+    def autoencoder(self) -> None:
+        """The autoencoder of the SD shape, downscale 32."""
+        everything = premultiplied(load_sprites().pictures)
+        vae = autoencoder.build(32, 512).to(self._device, memory_format=torch.channels_last)
+        average = train(
+            "autoencoder",
+            vae,
+            lambda model: autoencoder.loss_of(model, everything, 128, 8),
+            Schedule(self._steps(1600), 5e-4, average=0.995),
+            self._build / "autoencoder.checkpoint",
+            self._psnr(512),
+        )
+        self._save(average, "autoencoder")
+
+    def text(self) -> None:
+        """The tokenizer and the text tower."""
+        tokenizer = text.build_tokenizer(load_sprites().names)
+        templates = text.style_templates()
+        namer = text.Namer(CLIPTextModel(text.config(tokenizer))).to(self._device)
+        average = train(
+            "text tower",
+            namer,
+            lambda model: text.loss_of(model, tokenizer, templates, 32),
+            Schedule(self._steps(500), 5e-4, average=0.98),
+            self._build / "text.checkpoint",
+        )
+        tokenizer.save_pretrained(self._build / "tokenizer")
+        self._save(average.tower, "text")
+
+    def pool(self) -> None:
+        """Composites of 512 px in latents, which are scaled on the way."""
+        vae = self._vae("autoencoder")
+        few = diffusion.encode_pool(vae, self._known(), 512, self._count(512), self._build / "pool-512.unscaled")
+        diffusion.scale_latents(vae, few.latents.to(self._device))
+        self._save(vae, "vae-scaled")
+        self._pool("vae-scaled")
+
+    def unet(self) -> None:
+        """The UNet of the SD shape."""
+        pool = self._pool("vae-scaled")
+        bank = diffusion.CaptionBank(diffusion.conditions_of_sd(self._tower(), self._tokenizer()), 8)
+        average = train(
+            "unet",
+            diffusion.sd_unet().to(self._device, memory_format=torch.channels_last),
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
+            Schedule(self._steps(2800), 8e-4, average=0.999),
+            self._build / "unet.checkpoint",
+        )
+        self._save(average, "unet")
+
+    def decoder(self) -> None:
+        """More of the decoder alone: the latents, and with them the UNet, stay as they are."""
+        everything = premultiplied(load_sprites().pictures)
+        vae = self._vae("vae-scaled")
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.requires_grad_(True)
+        average = train(
+            "decoder",
+            vae,
+            lambda model: autoencoder.loss_of(model, everything, 128, 8, (500, 560)),
+            Schedule(self._steps(700), 3e-4, average=0.995),
+            self._build / "decoder.checkpoint",
+            self._psnr(512),
+        )
+        self._save(average, "vae")
+
+    def judge(self) -> None:
+        """The classifier that the gates ask."""
+        known = self._known()
+        average = train(
+            "judge",
+            judge.Judge(),
+            lambda model: judge.loss_of(model, known, 48),
+            Schedule(self._steps(900), 2e-3, average=0.98),
+            self._build / "judge.checkpoint",
+            lambda model: f"{judge.accuracy(model, known, 240):.1%} of composites",
+        )
+        judge.save(average)
+
+    def sdxl_autoencoder(self) -> None:
+        """The autoencoder of the SDXL shape: the SD shape's with one more level."""
+        everything = premultiplied(load_sprites().pictures)
+        small = self._vae("vae")
+        large = sdxl.larger_autoencoder(small).to(self._device, memory_format=torch.channels_last)
+        large.requires_grad_(False)
+        for part in sdxl.outer_levels(large):
+            part.requires_grad_(True)
+        average = train(
+            "SDXL autoencoder",
+            large,
+            lambda model: sdxl.loss_of(model, small, everything, 256, 3),
+            Schedule(self._steps(350), 1e-3, average=0.98),
+            self._build / "sdxl-vae.checkpoint",
+            self._psnr(1024),
+        )
+        self._save(average, "sdxl-vae")
+
+    def sdxl_unet(self) -> None:
+        """The SDXL shape's text encoders and its UNet, further trained on the same latents."""
+        tower, tokenizer = self._tower(), self._tokenizer()
+        first, second = sdxl.text_encoders(tower, tokenizer)
+        sd = UNet2DConditionModel.from_pretrained(self._build / "unet")
+        typical = text.ids(tokenizer, text.captions(512)).to(self._device)
+        unet = sdxl.unet(sd, tower, typical).to(self._device, memory_format=torch.channels_last)
+        first, second = first.to(self._device), second.to(self._device)
+        bank = diffusion.CaptionBank(sdxl.conditions_of_sdxl(first, second, tokenizer), 4)
+        pool = self._pool("vae-scaled")
+        average = train(
+            "SDXL unet",
+            unet,
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
+            Schedule(self._steps(300), 2e-4, average=0.99),
+            self._build / "sdxl-unet.checkpoint",
+        )
+        self._save(average, "sdxl-unet")
+        self._save(first, "sdxl-text")
+        self._save(second, "sdxl-text-2")
+
+    def export(self) -> None:
+        """Write models/sd15 and models/sdxl."""
+        tokenizer = self._tokenizer()
+        sd = (self._tower(), UNet2DConditionModel.from_pretrained(self._build / "unet"), self._vae("vae"))
+        export.write_sd(tokenizer, *sd)
+        encoders = (
+            CLIPTextModel.from_pretrained(self._build / "sdxl-text"),
+            CLIPTextModelWithProjection.from_pretrained(self._build / "sdxl-text-2"),
+        )
+        unet = UNet2DConditionModel.from_pretrained(self._build / "sdxl-unet")
+        export.write_sdxl(tokenizer, encoders, unet, self._vae("sdxl-vae"))
+
+    def _steps(self, steps: int) -> int:
+        return max(2, round(steps * self._scale))
+
+    def _count(self, pictures: int) -> int:
+        return max(16, round(pictures * min(1.0, self._scale)))
+
+    def _known(self) -> Tensor:
+        return load_sprites().named(list(OBJECTS.values()))
+
+    def _psnr(self, pixels: int) -> Callable[[nn.Module], str]:
+        known = self._known()
+        return lambda model: f"{autoencoder.psnr(model, known, pixels, 29):.1f} dB at {pixels} px"
+
+    def _pool(self, vae: str) -> diffusion.Pool:
+        path = self._build / "pool-512"
+        return diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(5000), path)
+
+    def _vae(self, name: str) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self._build / name)
+        return vae.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
+
+    def _tower(self) -> CLIPTextModel:
+        return CLIPTextModel.from_pretrained(self._build / "text").eval().requires_grad_(False).to(self._device)
+
+    def _tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self._build / "tokenizer")
+
+    def _save(self, model: nn.Module, name: str) -> None:
+        model.save_pretrained(self._build / name)
 
 
-def stage_text(scale: float) -> Path:
-    """The tokenizer and the text tower."""
-    tokenizer = text.build_tokenizer(load_sprites().names)
-    templates = text.style_templates()
-    namer = text.Namer(CLIPTextModel(text.config(tokenizer))).to(device())
-    average = train(
-        "text tower",
-        namer,
-        lambda model: text.loss_of(model, tokenizer, templates, 32),
-        Schedule(steps=round(500 * scale), learning_rate=5e-4, average=0.98),
-        BUILD / "text.checkpoint",
-    )
-    tokenizer.save_pretrained(BUILD / "tokenizer")
-    return save(average.tower, "text")
+def main() -> None:
+    """Run the stages that are asked for, all that are not done by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("stage", nargs="*", help="only these, even if they are done")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    build = BUILD / options.size
+    recipe = Recipe(SIZES[options.size], build)
+    build.mkdir(parents=True, exist_ok=True)
+    for name, stage in recipe.stages().items():
+        done = build / f"{name}.done"
+        if name in options.stage or (not options.stage and not done.exists()):
+            stage()
+            done.touch()
 
 
-def stage_pool(scale: float) -> Path:
-    """Composites of 512 px in latents; the autoencoder's latents are scaled on the way."""
-    sprites = load_sprites().named(list(OBJECTS.values()))
-    vae = load_vae("autoencoder").to(device(), memory_format=torch.channels_last)
-    if not (BUILD / "vae").exists():
-        few = diffusion.encode_pool(vae, sprites, 512, 512, BUILD / "pool-512.unscaled")
-        diffusion.scale_latents(vae, few.latents.to(device()))
-        save(vae, "vae")
-    vae = load_vae("vae").to(device(), memory_format=torch.channels_last)
-    diffusion.encode_pool(vae, sprites, 512, round(5000 * scale), BUILD / "pool-512")
-    return BUILD / "pool-512"
-
-
-def stage_unet(scale: float) -> Path:
-    """The SD UNet on 512 px."""
-    sprites = load_sprites().named(list(OBJECTS.values()))
-    vae = load_vae("vae")
-    pool = diffusion.encode_pool(vae, sprites, 512, round(5000 * scale), BUILD / "pool-512")
-    tower = CLIPTextModel.from_pretrained(BUILD / "text").to(device()).eval()
-    encode = diffusion.conditions_of_sd(tower, CLIPTokenizer.from_pretrained(BUILD / "tokenizer"))
-    bank = diffusion.CaptionBank(encode, 8)
-    unet = diffusion.sd_unet().to(device(), memory_format=torch.channels_last)
-    average = train(
-        "unet",
-        unet,
-        lambda model: diffusion.loss_of(model, pool, bank, 32),
-        Schedule(steps=round(4200 * scale), learning_rate=8e-4, average=0.999),
-        BUILD / "unet.checkpoint",
-    )
-    return save(average, "unet")
-
-
-def load_vae(name: str) -> AutoencoderKL:
-    """An autoencoder of an earlier stage, frozen."""
-    return AutoencoderKL.from_pretrained(BUILD / name).eval().requires_grad_(False)
-
-
-def save(model: nn.Module, name: str) -> Path:
-    """Write `model` as a diffusers or transformers folder under build/training."""
-    folder = BUILD / name
-    model.save_pretrained(folder)
-    return folder
+if __name__ == "__main__":
+    main()

@@ -86,9 +86,9 @@ def composite(sprites: Tensor, subject: Subject, height: int, width: int) -> Ten
     return picture.clamp(0, 1) * 2 - 1
 
 
-def crop(sprites: Tensor, pixels: int) -> Tensor:
-    """A `pixels` wide square out of a random busy canvas of 448 to 1100 px: what the autoencoder learns from."""
-    canvas = float(uniform(448, 1100, 1))
+def crop(sprites: Tensor, pixels: int, canvases: tuple[int, int] = (448, 1100)) -> Tensor:
+    """A `pixels` wide square out of a random busy canvas of some px width: what the autoencoders learn from."""
+    canvas = float(uniform(*canvases, 1))
     left, top = (uniform(0.1, 0.9, 2) * max(0.0, 1 - pixels / canvas)).tolist()
     points = (torch.arange(pixels) + 0.5) / canvas
     u, v = (left + points)[None].expand(pixels, pixels), (top + points)[:, None].expand(pixels, pixels)

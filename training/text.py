@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 import yaml
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.data import ROOT
 from training.words import AFTER, BACKGROUNDS, BEFORE, OBJECTS, SCENES, SUBJECTS, Subject, caption
@@ -26,10 +26,15 @@ def style_templates() -> list[str]:
     return sorted({style["prompt"] for style in styles if "{prompt}" in style["prompt"]})
 
 
+def captions(count: int) -> list[str]:
+    """Captions of random subjects, always the same ones."""
+    rng = random.Random(0)
+    return [caption(rng.choice(SUBJECTS), rng) for _ in range(count)]
+
+
 def build_tokenizer(names: tuple[str, ...]) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer learnt from our captions, the styles and `names`."""
-    rng = random.Random(0)
-    corpus = [caption(rng.choice(SUBJECTS), rng) for _ in range(20_000)]
+    corpus = captions(20_000)
     corpus += [*names, *style_templates(), *BEFORE, *AFTER] * 20
     symbols = {s: i for i, s in enumerate([START, END])}
     empty = CLIPTokenizer(vocab=symbols, merges=[], model_max_length=POSITIONS)
@@ -94,33 +99,3 @@ def said(subject: Subject, text: str) -> tuple[int, int]:
     thing = tuple(OBJECTS)[subject.thing] in text
     background = any(words in text for words in SCENES.get(place, (place,)))
     return (subject.thing + 1 if thing else 0, subject.background + 1 if background else 0)
-
-
-def towers_of_sdxl(tower: CLIPTextModel, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's two text encoders from one tower.
-
-    SDXL reads the last layer but one, so each gets one more layer; the second one's pooled output is projected.
-    """
-    longer = config(tokenizer, LAYERS + 1)
-    first, second = CLIPTextModel(longer), CLIPTextModelWithProjection(longer)
-    for model in (first, second):
-        missing = model.load_state_dict(_prefixed(tower.state_dict(), model), strict=False)
-        if missing.unexpected_keys:
-            raise RuntimeError(f"the tower has {missing.unexpected_keys}, the longer one has not")
-    with torch.no_grad():
-        for model in (first, second):  # the added layer passes its input on
-            layer = (model.text_model if hasattr(model, "text_model") else model).encoder.layers[LAYERS]
-            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        nn.init.eye_(second.text_projection.weight)
-    return first.eval(), second.eval()
-
-
-def _prefixed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The keys of `state` under the names `model` uses for its tower."""
-    if any(key.startswith("text_model.") for key in model.state_dict()) == any(
-        k.startswith("text_model.") for k in state
-    ):
-        return state
-    return {f"text_model.{key}": value for key, value in state.items()}

@@ -108,7 +108,7 @@ def test_pickled_checkpoints_are_refused() -> None:
 
 
 def test_an_unknown_catalog_names_the_known_ones() -> None:
-    with pytest.raises(CatalogError, match=r"\['hub', 'tiny'\]"):
+    with pytest.raises(CatalogError, match=r"\['embedded', 'hub', 'tiny'\]"):
         Catalog.load("nowhere")
 
 

@@ -1,0 +1,156 @@
+"""The gates of the embedded models, asked through the HTTP API of the running graph at default settings. Prints JSON.
+
+    python -m training.gates [--prompts 200] [--model SD1.5 SDXL1.0-base]
+
+A gate that is not reached is printed with what was reached; the command fails only if the graph does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from deployments.local import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
+from training import autoencoder, judge
+from training.data import load_sprites
+from training.export import MODELS
+from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject, prompt
+
+SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024}
+NOT_TRAINED = {
+    "canny_edges_kept": "no ControlNet is trained yet",
+    "pixel_art_blockier": "no Pixel_Art LoRA is trained yet",
+    "turbo_background": "SDXL-turbo is not trained yet",
+}
+
+
+class Gates:
+    """Asks a running graph."""
+
+    def __init__(self, url: str, company: int = 4) -> None:
+        """Send `company` requests at a time to `url`."""
+        self._url, self._company = url, company
+        self._judge = judge.load()
+
+    def draw(self, model: str, requests: list[dict[str, Any]]) -> Tensor:
+        """Pictures [n, 3, 256, 256] in -1..1 of requests that differ in what they give."""
+        common = {"model_name": model, "width": SIZE[model], "height": SIZE[model], "output_format": "png"}
+
+        def one(fields: dict[str, Any]) -> Tensor:
+            data, _ = request_picture(self._url, common | fields)
+            image = Image.open(io.BytesIO(data)).resize((256, 256), Image.Resampling.BOX)
+            return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+
+        with ThreadPoolExecutor(self._company) as pool:
+            return torch.stack(list(tqdm(pool.map(one, requests), model, len(requests), mininterval=5)))
+
+    @torch.no_grad()
+    def things(self, pictures: Tensor) -> Tensor:
+        """The object the judge sees in each picture."""
+        return self._judge(pictures).argmax(1)
+
+    def held_out(self, model: str, count: int, **fields: Any) -> dict[str, float]:
+        """Shares of right backgrounds and objects over pairs that were never trained on."""
+        asked = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
+        pictures = self.draw(model, [{"prompt": prompt(s), "seed": i} | fields for i, s in enumerate(asked)])
+        colours = judge.background_colour(pictures) == torch.tensor([s.background for s in asked])
+        things = self.things(pictures) == torch.tensor([s.thing for s in asked])
+        return {"background": share(colours), "object": share(things)}
+
+    def other_prompt(self, model: str, count: int) -> float:
+        """Share of seeds whose two pictures, of two objects on one background, show two objects."""
+        rng = random.Random(1)
+        pairs = [(rng.sample(range(len(OBJECTS)), 2), rng.randrange(len(COLOURS))) for _ in range(count)]
+        seen = [
+            self.things(
+                self.draw(model, [{"prompt": prompt(Subject(p[n], c)), "seed": i} for i, (p, c) in enumerate(pairs)])
+            )
+            for n in (0, 1)
+        ]
+        return share(seen[0] != seen[1])
+
+    def negative_prompt(self, model: str, count: int) -> float:
+        """Share of backgrounds of bare objects that are gone once the negative prompt names them."""
+        bare = [{"prompt": f"a {list(OBJECTS)[i % len(OBJECTS)]}", "seed": i} for i in range(count)]
+        before = judge.background_colour(self.draw(model, bare))
+        named = [
+            fields | {"negative_prompt": f"a {BACKGROUNDS[colour]} background"}
+            for fields, colour in zip(bare, before.tolist(), strict=True)
+        ]
+        return share(judge.background_colour(self.draw(model, named)) != before)
+
+    def readme_request(self, repeats: int) -> float:
+        """Seconds the README's request takes, warm."""
+        taken = []
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            request_picture(self._url, README_REQUEST)
+            taken.append(time.perf_counter() - begin)
+        return round(statistics.median(taken[1:]), 2)
+
+
+def share(right: Tensor) -> float:
+    """Mean of booleans, in percent."""
+    return round(100 * float(right.float().mean()), 1)
+
+
+def offline() -> dict[str, Any]:
+    """What needs no graph: the autoencoders, the judge itself, the size of the weights."""
+    known = load_sprites().named(list(OBJECTS.values()))
+    files = [path for name in ("sd15", "sdxl", "judge") for path in (MODELS / name).rglob("*.safetensors")]
+    psnr = {}
+    for name, pixels in (("sd15", 512), ("sdxl", 1024)):
+        vae = AutoencoderKL.from_pretrained(MODELS / name / "vae", torch_dtype=torch.float32).eval()
+        psnr[name] = round(autoencoder.psnr(vae, known, pixels, len(HELD_OUT)), 2)
+    return {
+        "autoencoder_psnr_db": {"reached": psnr, "gate": 28},
+        "judges_own_accuracy_percent": round(100 * judge.accuracy(judge.load(), known, 600), 1),
+        "weights_mb": {"reached": round(sum(map(_size, files)) / 1e6, 1), "gate": 100},
+        "largest_file_mb": {"reached": round(max(map(_size, files)) / 1e6, 1), "gate": 16},
+    }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--model", nargs="+", default=list(SIZE), choices=list(SIZE))
+    options = parser.parse_args()
+    results = offline()
+    with running_graph(LOCAL_CONFIG, log=MODELS.parent / "build" / "gates.log") as url:
+        gates = Gates(url)
+        for model in options.model:
+            reached = gates.held_out(model, options.prompts)
+            few = max(10, options.prompts // 5)
+            results[model] = {
+                "background_percent": {"reached": reached["background"], "gate": 95},
+                "object_percent": {"reached": reached["object"], "gate": 80},
+                "other_prompt_other_object_percent": gates.other_prompt(model, few),
+                "negative_prompt_removes_percent": {"reached": gates.negative_prompt(model, few), "gate": 50},
+            }
+        results["readme_request_s"] = {"reached": gates.readme_request(3), "gate": 10}
+    json.dump(results | NOT_TRAINED, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The judge: a small classifier of the objects, and the nearest of the 24 colours, for the gates and a smoke test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.data import ROOT
+from training.scenes import PALETTE, composite
+from training.words import OBJECTS, SUBJECTS
+
+WEIGHTS = ROOT / "models" / "judge" / "model.safetensors"
+SIDE = 64
+
+
+class Judge(nn.Module):
+    """Which of OBJECTS a picture shows, at 64 px."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for into, out in ((3, 24), (24, 48), (48, 96), (96, 128)):
+            layers += [nn.Conv2d(into, out, 3, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, len(OBJECTS)))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits [n, objects] of pictures [n, 3, height, width] in -1..1."""
+        scores: Tensor = self.body(functional.interpolate(pictures, size=(SIDE, SIDE), mode="area"))
+        return scores
+
+
+def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
+    """Cross-entropy on composites of every subject, most of them blurred, as generated pictures are."""
+    device = next(judge.parameters()).device
+    chosen = [SUBJECTS[int(i)] for i in torch.randint(len(SUBJECTS), (batch,))]
+    pictures = torch.stack([composite(sprites, subject, SIDE, SIDE) for subject in chosen])
+    if torch.rand(1) < 0.6:
+        pictures = functional.interpolate(pictures, size=int(torch.randint(16, 48, (1,))), mode="area")
+        pictures = functional.interpolate(pictures, size=SIDE, mode="bilinear")
+    return functional.cross_entropy(judge(pictures.to(device)), torch.tensor([s.thing for s in chosen], device=device))
+
+
+def save(judge: Judge) -> Path:
+    """Write the judge beside the models."""
+    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, WEIGHTS)
+    return WEIGHTS
+
+
+def load() -> Judge:
+    """The judge that is kept beside the models."""
+    judge = Judge()
+    judge.load_state_dict(load_file(WEIGHTS))
+    return judge.eval()
+
+
+@torch.no_grad()
+def accuracy(judge: nn.Module, sprites: Tensor, count: int) -> float:
+    """Share of composites, drawn at 256 px, whose object it names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        chosen = [SUBJECTS[int(i)] for i in torch.randint(len(SUBJECTS), (count,))]
+        pictures = torch.stack([composite(sprites, subject, 256, 256) for subject in chosen])
+    judge.eval()
+    right = judge(pictures).argmax(1) == torch.tensor([subject.thing for subject in chosen])
+    return float(right.float().mean())
+
+
+def background_colour(pictures: Tensor) -> Tensor:
+    """Index of the named colour nearest to each picture's corners (their median), pictures [n, 3, h, w] in -1..1."""
+    side = pictures.shape[-1] // 20
+    edges = (slice(0, side), slice(-side, None))
+    corners = torch.stack([pictures[:, :, y, x].mean((2, 3)) for y in edges for x in edges], 1)
+    colour = (corners.median(1).values + 1) / 2
+    return (colour[:, None] - PALETTE[None]).norm(dim=-1).argmin(1)
