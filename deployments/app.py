@@ -40,7 +40,7 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    catalog: str = "tiny"
+    catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
     grouping: Literal["component", "role"] = "component"
     """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas."""

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CONFIG = ROOT / "config" / "serve.local.yaml"
 README_REQUEST = {
     "model_name": "SDXL1.0-base",
-    "prompt": "a photo of an astronaut riding a horse on mars",
+    "prompt": "a sailboat on a blue background",
     "height": 1024,
     "width": 1024,
     "backend": "auto",

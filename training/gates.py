@@ -140,7 +140,7 @@ def main() -> None:
         gates = Gates(url)
         for model in options.model:
             reached = gates.held_out(model, options.prompts)
-            few = max(10, options.prompts // 5)
+            few = max(10, options.prompts // 8)
             results[model] = {
                 "background_percent": {"reached": reached["background"], "gate": 95},
                 "object_percent": {"reached": reached["object"], "gate": 80},

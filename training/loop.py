@@ -87,6 +87,8 @@ def train(
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averaged, weights, 1 - min(schedule.average, (1 + step) / (10 + step)))
+            for mine, its in zip(average.buffers(), model.buffers(), strict=True):  # a batch norm's running statistics
+                mine.copy_(its)
         recent = loss.item() if step == first else 0.98 * recent + 0.02 * loss.item()
         bar.set_postfix(loss=f"{recent:.4f}")
         if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:

@@ -1,6 +1,6 @@
 """The stages of training, in order; each one's result is a folder under build/training that the next ones read.
 
-    python -m training.recipe [--size smoke|cpu|gpu] [stage ...]
+    python -m training.recipe [--size smoke|cpu|gpu] [--warm] [stage ...]
 
 Every stage goes on from its checkpoint and is skipped when its result is there. `cpu` is what the weights in models/
 were made with on two cores; `gpu` takes eight times as many steps; `smoke` only proves that the recipe runs.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -70,6 +72,9 @@ class Recipe:
 
     def pool(self) -> None:
         """Composites of 512 px in latents, which are scaled on the way."""
+        if (self._build / "vae-scaled").exists():  # kept from models/
+            self._pool("vae-scaled")
+            return
         vae = self._vae("autoencoder")
         few = diffusion.encode_pool(vae, self._known(), 512, self._count(512), self._build / "pool-512.unscaled")
         diffusion.scale_latents(vae, few.latents.to(self._device))
@@ -82,7 +87,7 @@ class Recipe:
         bank = diffusion.CaptionBank(diffusion.conditions_of_sd(self._tower(), self._tokenizer()), 8)
         average = train(
             "unet",
-            diffusion.sd_unet().to(self._device, memory_format=torch.channels_last),
+            self._first_unet().to(self._device, memory_format=torch.channels_last),
             lambda model: diffusion.loss_of(model, pool, bank, 32),
             Schedule(self._steps(2800), 8e-4, average=0.999),
             self._build / "unet.checkpoint",
@@ -169,6 +174,19 @@ class Recipe:
         unet = UNet2DConditionModel.from_pretrained(self._build / "sdxl-unet")
         export.write_sdxl(tokenizer, encoders, unet, self._vae("sdxl-vae"))
 
+    def keep(self) -> None:
+        """Take over what models/ has, as if its stages had just been done here."""
+        kept = {"tokenizer": "tokenizer", "text_encoder": "text", "vae": "vae-scaled"}
+        for part, name in kept.items():
+            shutil.copytree(export.MODELS / "sd15" / part, self._build / name)
+        shutil.copytree(export.MODELS / "sd15" / "unet", self._build / "unet-warm")
+        for stage in ("autoencoder", "text"):
+            (self._build / f"{stage}.done").touch()
+
+    def _first_unet(self) -> UNet2DConditionModel:
+        warm = self._build / "unet-warm"
+        return load(UNet2DConditionModel, warm) if warm.exists() else diffusion.sd_unet()
+
     def _steps(self, steps: int) -> int:
         return max(2, round(steps * self._scale))
 
@@ -187,11 +205,11 @@ class Recipe:
         return diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(5000), path)
 
     def _vae(self, name: str) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(self._build / name)
+        vae = load(AutoencoderKL, self._build / name)
         return vae.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
 
     def _tower(self) -> CLIPTextModel:
-        return CLIPTextModel.from_pretrained(self._build / "text").eval().requires_grad_(False).to(self._device)
+        return load(CLIPTextModel, self._build / "text").eval().requires_grad_(False).to(self._device)
 
     def _tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self._build / "tokenizer")
@@ -200,10 +218,16 @@ class Recipe:
         model.save_pretrained(self._build / name)
 
 
+def load(model_class: Any, folder: Path) -> Any:
+    """A saved model in float32, whatever it was saved in."""
+    return model_class.from_pretrained(folder).float()
+
+
 def main() -> None:
     """Run the stages that are asked for, all that are not done by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--warm", action="store_true", help="begin with models/ in an empty build folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("stage", nargs="*", help="only these, even if they are done")
     options = parser.parse_args()
@@ -211,6 +235,8 @@ def main() -> None:
     build = BUILD / options.size
     recipe = Recipe(SIZES[options.size], build)
     build.mkdir(parents=True, exist_ok=True)
+    if options.warm and not any(build.iterdir()):
+        recipe.keep()
     for name, stage in recipe.stages().items():
         done = build / f"{name}.done"
         if name in options.stage or (not options.stage and not done.exists()):

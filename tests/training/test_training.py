@@ -173,6 +173,15 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkey
     assert torch.equal(whole.weight, resumed.weight)
 
 
+def test_the_average_has_the_models_running_statistics(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    average = train(
+        "norm", model, lambda m: m(torch.randn(16, 3) + 5).square().mean(), Schedule(20, 1e-3), tmp_path / "x"
+    )
+    assert torch.equal(average[0].running_mean, model[0].running_mean)
+    assert average[0].running_mean.min() > 3
+
+
 def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BUILD", tmp_path)
     package = data.Package("@a/b", "1.0.0", "0" * 64)
