@@ -17,6 +17,7 @@ from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs, build_app
 from deployments.local import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
+from training.words import COLOURS, OBJECTS
 
 SOURCES = [p for room in ("config", "pipelines", "deployments") for p in sorted((ROOT / room).rglob("*.py"))]
 
@@ -83,6 +84,21 @@ def test_the_demo_sends_the_readmes_request() -> None:
     body = re.search(r"-d '(\{.*?\})'", (ROOT / "README.md").read_text(), re.DOTALL)
     assert body is not None
     assert json.loads(body[1]) == README_REQUEST
+
+
+def test_committed_weights_stay_small() -> None:
+    weights = [p for name in ("sd15", "sdxl", "judge") for p in (ROOT / "models" / name).rglob("*.safetensors")]
+    sizes = [p.stat().st_size for p in weights]
+    assert max(sizes) <= 16e6
+    assert sum(sizes) <= 100e6
+
+
+def test_the_model_card_lists_the_vocabulary() -> None:
+    card = (ROOT / "models" / "README.md").read_text().replace("\n", " ")
+    for heading, names in (("Objects", OBJECTS), ("Colours", COLOURS)):
+        listed = re.search(rf"\*\*{heading}\*\*[^:]*: ([^.]*)\.", card)
+        assert listed is not None
+        assert listed[1].split(", ") == list(names)
 
 
 def test_every_setting_is_in_the_readme() -> None:

@@ -25,8 +25,8 @@ REVISIONS = {
 MODELS = ["SDXL1.0-base", "SD2", "SD1.5", "SSD", "SDXL-turbo", "SDXL-ControlNet", "SD1.5-ControlNet"]
 
 
-@pytest.mark.parametrize("name", ["hub", "tiny"])
-def test_both_catalogs_name_the_seven_models(name: str) -> None:
+@pytest.mark.parametrize("name", ["hub", "tiny", "embedded"])
+def test_every_catalog_names_the_seven_models(name: str) -> None:
     assert [m.name for m in Catalog.load(name).models] == MODELS
 
 
