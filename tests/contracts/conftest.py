@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.serve import Application
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
@@ -19,16 +20,21 @@ from pipelines.planning import PlanLimits
 ClientFactory = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
+def run_locally(bound: Mapping[str, Application], name: str) -> dict[str, Any]:
+    """Component id -> local handle of what `bind_components` bound."""
+    apps = {id(app): app for app in bound.values()}
+    running = {
+        key: serve.run(app, name=f"{name}-{i}", route_prefix=None, _local_testing_mode=True)
+        for i, (key, app) in enumerate(apps.items())
+    }
+    return {component: running[id(app)] for component, app in bound.items()}
+
+
 @pytest.fixture(scope="session")
 def handles(catalog: Catalog) -> dict[str, Any]:
     """Component id -> local handle, everything but the refiner of two models."""
     bound = bind_components(AppArgs(grouping="role"), catalog, Runtime(device="cpu", torch_threads=2))
-    started: dict[int, Any] = {}
-    for app in bound.values():
-        if id(app) not in started:
-            name = f"local-{len(started)}"
-            started[id(app)] = serve.run(app, name=name, route_prefix=None, _local_testing_mode=True)
-    return {component: started[id(app)] for component, app in bound.items()}
+    return run_locally(bound, "local")
 
 
 async def ready() -> tuple[bool, Mapping[str, str]]:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from ray import serve
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.replica import Runtime
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
-from tests.contracts.conftest import ClientFactory
+from tests.contracts.conftest import ClientFactory, run_locally
 from tests.contracts.test_generation import picture, pixels
 
 PHOTO = io.BytesIO()
@@ -37,12 +36,7 @@ async def test_placement(
     bound = bind_components(args, part, Runtime(device="cpu", torch_threads=2))
     names = {app._bound_deployment.name for app in bound.values()}
     assert ("controlnet-sd15" in names) == (placement == "deployment")
-    apps = {id(app): app for app in bound.values()}
-    running = {
-        key: serve.run(app, name=f"{placement}-{remembered}-{i}", route_prefix=None, _local_testing_mode=True)
-        for i, (key, app) in enumerate(apps.items())
-    }
-    handles = {component: running[id(app)] for component, app in bound.items()}
+    handles = run_locally(bound, f"{placement}-{remembered}")
     async with connect(handles=handles) as client:
         wire = {"controlnet_image": base64.b64encode(PHOTO.getvalue()).decode(), "output_format": "png"}
         drawn = picture(await client.post("/v1/image/generation", json=FIELDS | wire))

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ray import serve
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.ingress import Ingress, IngressLimits
 from deployments.replica import Runtime
 from pipelines.planning import PlanLimits
-from tests.contracts.conftest import ready
+from tests.contracts.conftest import ready, run_locally
 from tests.contracts.test_generation import picture
 from training import judge
 from training.words import COLOURS, OBJECTS
@@ -32,12 +31,7 @@ def embedded_catalog() -> Catalog:
 def embedded_handles(embedded_catalog: Catalog) -> dict[str, Any]:
     args = AppArgs(catalog="embedded", grouping="role")
     bound = bind_components(args, embedded_catalog, Runtime("cpu", torch_threads=2))
-    apps = {id(app): app for app in bound.values()}
-    running = {
-        key: serve.run(app, name=f"embedded-{i}", route_prefix=None, _local_testing_mode=True)
-        for i, (key, app) in enumerate(apps.items())
-    }
-    return {component: running[id(app)] for component, app in bound.items()}
+    return run_locally(bound, "embedded")
 
 
 @pytest.fixture

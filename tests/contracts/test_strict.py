@@ -7,12 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from ray import serve
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.replica import Runtime
-from tests.contracts.conftest import ClientFactory
+from tests.contracts.conftest import ClientFactory, run_locally
 
 REQUEST = {"model_name": "SD1.5", "prompt": "a fox", "width": 128, "height": 128, "output_format": "png"}
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "LMS"]
@@ -22,12 +21,7 @@ SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "LMS"]
 def strict_handles(catalog: Catalog) -> dict[str, Any]:
     args = AppArgs(grouping="role", reproducible="strict")
     bound = bind_components(args, catalog.only(("SD1.5",)), Runtime(device="cpu", torch_threads=2))
-    apps = {id(app): app for app in bound.values()}
-    running = {
-        key: serve.run(app, name=f"strict-{i}", route_prefix=None, _local_testing_mode=True)
-        for i, (key, app) in enumerate(apps.items())
-    }
-    return {component: running[id(app)] for component, app in bound.items()}
+    return run_locally(bound, "strict")
 
 
 async def picture(client: httpx.AsyncClient, **fields: Any) -> str:
