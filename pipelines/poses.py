@@ -22,7 +22,6 @@ PERSON_SCORE, JOINT_SCORE = 0.5, 0.3
 """Scores below which a person or a joint is taken for none."""
 # OpenPose's 18 joints in its order: where each lies among COCO's 17 (Lin et al. 2014); the neck is between shoulders.
 LEFT_SHOULDER, RIGHT_SHOULDER = 5, 6
-NECK = 1
 COCO_JOINTS = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 # Chains of limbs from the neck outwards; a limb has the colour of its place in this order (Cao et al. 2017).
 CHAINS = ((1, 2), (1, 5), (2, 3, 4), (5, 6, 7), (1, 8, 9, 10), (1, 11, 12, 13), (1, 0), (0, 14, 16), (0, 15, 17))

@@ -67,6 +67,7 @@ def _write(pipe: Any, name: str) -> Path:
     # Parts trained on a GPU or in another memory layout are saved like any other.
     pipe.to("cpu", torch.float16)
     for part in ("unet", "vae"):
-        getattr(pipe, part).to(memory_format=torch.contiguous_format)
+        model = getattr(pipe, part).to(memory_format=torch.contiguous_format)
+        model.register_to_config(_name_or_path=f"models/{name}")  # not the folder it was trained in
     pipe.save_pretrained(folder, max_shard_size=LARGEST_FILE)
     return folder
