@@ -54,10 +54,20 @@ class Pool:
     latents: Tensor
     subjects: list[Subject]
 
-    def batch(self, size: int, rng: random.Random) -> tuple[Tensor, list[Subject]]:
-        """Random latents [size, 32, h, w] and their subjects."""
-        chosen = [rng.randrange(len(self.subjects)) for _ in range(size)]
-        return self.latents[chosen].float(), [self.subjects[i] for i in chosen]
+    def batch(self, size: int, rng: random.Random) -> tuple[list[int], Tensor, list[Subject]]:
+        """Numbers of random pictures, their latents [size, 32, h, w] and their subjects."""
+        chosen = [rng.randrange(len(self.latents)) for _ in range(size)]
+        return chosen, self.latents[chosen].float(), [self.subjects[i] for i in chosen]
+
+    def first(self, count: int) -> Pool:
+        """The first `count` pictures."""
+        return Pool(self.latents[:count], self.subjects[:count])
+
+
+def numbered(sprites: Tensor, subject: Subject, number: int, size: int) -> Tensor:
+    """Picture `number` of a pool, `size` px wide: the same composite at any size, [3, size, size] in -1..1."""
+    torch.manual_seed(number)
+    return composite(sprites, subject, size, size)
 
 
 @torch.no_grad()
@@ -72,9 +82,10 @@ def encode_pool(vae: AutoencoderKL, sprites: Tensor, size: int, count: int, path
             order += rng.sample(every, len(every))
         order = order[:count]
         latents = []
-        torch.manual_seed(0)
         for start in tqdm(range(0, count, 8), "composites", mininterval=5):
-            pictures = torch.stack([composite(sprites, s, size, size) for s in order[start : start + 8]])
+            pictures = torch.stack(
+                [numbered(sprites, s, start + i, size) for i, s in enumerate(order[start : start + 8])]
+            )
             pictures = pictures.to(device, memory_format=torch.channels_last)
             latents.append(vae.encode(pictures).latent_dist.mean.half().cpu())
         pairs = [(s.thing, s.background) for s in order]
@@ -138,18 +149,53 @@ class CaptionBank:
         return {name: encoded[rows].float() for name, encoded in self._encoded.items()}
 
 
-def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
-    """Squared error of v at random times, leaning towards high noise, where objects are decided."""
-    scheduler = DDIMScheduler(**NOISE)
-    device = next(unet.parameters()).device
+@dataclass(frozen=True)
+class Noised:
+    """A training batch: latents at random times, and what the UNet is told.
+
+    Attributes:
+        rows: which pictures of the pool, `[n]`.
+        latents, noise, noisy: `[n, channels, height, width]`.
+        times: `[n]`, 0..999.
+        context: `[n, tokens, width]`.
+        added: SDXL's added conditions, or None.
+    """
+
+    rows: list[int]
+    latents: Tensor
+    noise: Tensor
+    times: Tensor
+    noisy: Tensor
+    context: Tensor
+    added: Conditions | None
+
+    @property
+    def velocity(self) -> Tensor:
+        """What a v-predicting UNet should answer."""
+        return DDIMScheduler(**NOISE).get_velocity(self.latents, self.noise, self.times)
+
+    def ask(self, unet: nn.Module, **more: object) -> Tensor:
+        """The UNet's answer."""
+        answer: Tensor = unet(self.noisy, self.times, self.context, added_cond_kwargs=self.added, **more).sample
+        return answer
+
+
+def noised(
+    pool: Pool, bank: CaptionBank, batch: int, device: torch.device, lean: float = 1.3, before: int = 1000
+) -> Noised:
+    """A random batch; times below `before`, leaning towards high noise, where objects and colours are decided."""
     rng = random.Random(int(torch.randint(2**31, (1,))))
-    latents, subjects = pool.batch(batch, rng)
+    rows, latents, subjects = pool.batch(batch, rng)
+    conditions = {name: value.to(device) for name, value in bank.some(subjects, rng).items()}
+    context = conditions.pop("encoder_hidden_states")
     latents = latents.to(device)
-    conditions = bank.some(subjects, rng)
-    added = {name: value.to(device) for name, value in conditions.items() if name != "encoder_hidden_states"}
-    times = (999 * (1 - torch.rand(batch) ** 1.3)).round().long().to(device)
+    times = ((before - 1) * (1 - torch.rand(batch) ** lean)).round().long().to(device)
     noise = torch.randn(latents.shape).to(device)
-    noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-    context = conditions["encoder_hidden_states"].to(device)
-    predicted = unet(noisy, times, context, added_cond_kwargs=added or None).sample
-    return (predicted - scheduler.get_velocity(latents, noise, times)).square().mean()
+    noisy = DDIMScheduler(**NOISE).add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
+    return Noised(rows, latents, noise, times, noisy, context, conditions or None)
+
+
+def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int, lean: float = 1.3) -> Tensor:
+    """Squared error of v."""
+    drawn = noised(pool, bank, batch, next(unet.parameters()).device, lean)
+    return (drawn.ask(unet) - drawn.velocity).square().mean()

@@ -12,29 +12,22 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from training import autoencoder, diffusion, export, judge, sdxl, text
 from training.data import BUILD, load_sprites, premultiplied
+from training.derived import Derived
 from training.loop import Schedule, train
-from training.words import OBJECTS
+from training.workshop import Workshop, load
 
 SIZES = {"smoke": 0.005, "cpu": 1.0, "gpu": 8.0}
 
 
-class Recipe:
-    """The stages at one size."""
-
-    def __init__(self, scale: float, build: Path = BUILD) -> None:
-        """Multiply every stage's steps by `scale` and work in `build`."""
-        self._scale, self._build = scale, build
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class Models(Workshop):
+    """The stages of the two base models."""
 
     def stages(self) -> dict[str, Callable[[], None]]:
         """Name -> stage, in order."""
@@ -84,12 +77,16 @@ class Recipe:
     def unet(self) -> None:
         """The UNet of the SD shape."""
         pool = self._pool("vae-scaled")
-        bank = diffusion.CaptionBank(diffusion.conditions_of_sd(self._tower(), self._tokenizer()), 8)
+        bank = self._sd_bank(8)
+        unet, schedule, lean = diffusion.sd_unet(), Schedule(self._steps(2800), 8e-4, average=0.999), 1.3
+        if (kept := self._build / "unet-warm").exists():
+            unet = load(UNet2DConditionModel, kept)
+            schedule, lean = Schedule(self._steps(700), 4e-4, average=0.995), 2.0
         average = train(
             "unet",
-            self._first_unet().to(self._device, memory_format=torch.channels_last),
-            lambda model: diffusion.loss_of(model, pool, bank, 32),
-            Schedule(self._steps(2800), 8e-4, average=0.999),
+            unet.to(self._device, memory_format=torch.channels_last),
+            lambda model: diffusion.loss_of(model, pool, bank, 32, lean),
+            schedule,
             self._build / "unet.checkpoint",
         )
         self._save(average, "unet")
@@ -145,82 +142,43 @@ class Recipe:
         """The SDXL shape's text encoders and its UNet, further trained on the same latents."""
         tower, tokenizer = self._tower(), self._tokenizer()
         first, second = sdxl.text_encoders(tower, tokenizer)
-        sd = UNet2DConditionModel.from_pretrained(self._build / "unet")
+        sd = self._unet("unet")
         typical = text.ids(tokenizer, text.captions(512)).to(self._device)
         unet = sdxl.unet(sd, tower, typical).to(self._device, memory_format=torch.channels_last)
-        first, second = first.to(self._device), second.to(self._device)
-        bank = diffusion.CaptionBank(sdxl.conditions_of_sdxl(first, second, tokenizer), 4)
+        self._save(first, "sdxl-text")
+        self._save(second, "sdxl-text-2")
+        bank = self._sdxl_bank(4)
         pool = self._pool("vae-scaled")
         average = train(
             "SDXL unet",
             unet,
-            lambda model: diffusion.loss_of(model, pool, bank, 32),
-            Schedule(self._steps(300), 2e-4, average=0.99),
+            lambda model: diffusion.loss_of(model, pool, bank, 32, lean=2.0),
+            Schedule(self._steps(400), 2e-4, average=0.99),
             self._build / "sdxl-unet.checkpoint",
         )
         self._save(average, "sdxl-unet")
-        self._save(first, "sdxl-text")
-        self._save(second, "sdxl-text-2")
 
     def export(self) -> None:
         """Write models/sd15 and models/sdxl."""
         tokenizer = self._tokenizer()
-        sd = (self._tower(), UNet2DConditionModel.from_pretrained(self._build / "unet"), self._vae("vae"))
+        sd = (self._tower(), self._unet("unet"), self._vae("vae"))
         export.write_sd(tokenizer, *sd)
-        encoders = (
-            CLIPTextModel.from_pretrained(self._build / "sdxl-text"),
-            CLIPTextModelWithProjection.from_pretrained(self._build / "sdxl-text-2"),
-        )
-        unet = UNet2DConditionModel.from_pretrained(self._build / "sdxl-unet")
-        export.write_sdxl(tokenizer, encoders, unet, self._vae("sdxl-vae"))
+        export.write_sdxl(tokenizer, self._sdxl_texts(), self._unet("sdxl-unet"), self._vae("sdxl-vae"))
 
     def keep(self) -> None:
-        """Take over what models/ has, as if its stages had just been done here."""
-        kept = {"tokenizer": "tokenizer", "text_encoder": "text", "vae": "vae-scaled"}
-        for part, name in kept.items():
-            shutil.copytree(export.MODELS / "sd15" / part, self._build / name)
-        shutil.copytree(export.MODELS / "sd15" / "unet", self._build / "unet-warm")
-        for stage in ("autoencoder", "text"):
+        """Take over what models/ has, as if its stages had just been done here; the UNets are trained further."""
+        kept = (
+            ("sd15/tokenizer", "tokenizer"),
+            ("sd15/text_encoder", "text"),
+            ("sd15/vae", "vae-scaled"),
+            ("sd15/vae", "vae"),
+            ("sd15/unet", "unet-warm"),
+            ("sdxl/vae", "sdxl-vae"),
+        )
+        for part, name in kept:
+            shutil.copytree(export.MODELS / part, self._build / name)
+        for stage in ("autoencoder", "text", "decoder", "judge", "sdxl_autoencoder"):
             (self._build / f"{stage}.done").touch()
-
-    def _first_unet(self) -> UNet2DConditionModel:
-        warm = self._build / "unet-warm"
-        return load(UNet2DConditionModel, warm) if warm.exists() else diffusion.sd_unet()
-
-    def _steps(self, steps: int) -> int:
-        return max(2, round(steps * self._scale))
-
-    def _count(self, pictures: int) -> int:
-        return max(16, round(pictures * min(1.0, self._scale)))
-
-    def _known(self) -> Tensor:
-        return load_sprites().named(list(OBJECTS.values()))
-
-    def _psnr(self, pixels: int) -> Callable[[nn.Module], str]:
-        known = self._known()
-        return lambda model: f"{autoencoder.psnr(model, known, pixels, 29):.1f} dB at {pixels} px"
-
-    def _pool(self, vae: str) -> diffusion.Pool:
-        path = self._build / "pool-512"
-        return diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(5000), path)
-
-    def _vae(self, name: str) -> AutoencoderKL:
-        vae = load(AutoencoderKL, self._build / name)
-        return vae.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
-
-    def _tower(self) -> CLIPTextModel:
-        return load(CLIPTextModel, self._build / "text").eval().requires_grad_(False).to(self._device)
-
-    def _tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self._build / "tokenizer")
-
-    def _save(self, model: nn.Module, name: str) -> None:
-        model.save_pretrained(self._build / name)
-
-
-def load(model_class: Any, folder: Path) -> Any:
-    """A saved model in float32, whatever it was saved in."""
-    return model_class.from_pretrained(folder).float()
 
 
 def main() -> None:
@@ -233,11 +191,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     build = BUILD / options.size
-    recipe = Recipe(SIZES[options.size], build)
+    scale = SIZES[options.size]
+    models, derived = Models(scale, build), Derived(scale, build)
     build.mkdir(parents=True, exist_ok=True)
     if options.warm and not any(build.iterdir()):
-        recipe.keep()
-    for name, stage in recipe.stages().items():
+        models.keep()
+    for name, stage in (models.stages() | derived.stages()).items():
         done = build / f"{name}.done"
         if name in options.stage or (not options.stage and not done.exists()):
             stage()

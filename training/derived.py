@@ -1,0 +1,139 @@
+"""The stages of what is made out of the base models: ControlNets, the LoRA, the refiner, SSD, turbo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from training import canny, diffusion, export, pixels, smaller
+from training.loop import Schedule, train
+from training.workshop import Workshop, load
+
+STEERED = 3000
+"""Pictures whose edges a ControlNet learns."""
+
+
+class Derived(Workshop):
+    """Reads what the base models' stages left in the build folder."""
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """Name -> stage, in order."""
+        names = ("canny", "pixel_art", "sdxl_canny", "sdxl_pixel_art", "refiner", "ssd", "turbo", "export_derived")
+        return {name: getattr(self, name) for name in names}
+
+    def canny(self) -> None:
+        """The canny ControlNet of the SD shape."""
+        unet = self._unet("unet")
+        net = canny.controlnet(unet, 32)
+        self._steer("canny", net, unet, self._sd_bank(4), 512, Schedule(self._steps(500), 1e-3, average=0.99))
+
+    def sdxl_canny(self) -> None:
+        """The canny ControlNet of the SDXL shape, from the SD shape's."""
+        unet = self._unet("sdxl-unet")
+        net = canny.larger(load(ControlNetModel, self._build / "canny"), unet)
+        self._steer("sdxl-canny", net, unet, self._sdxl_bank(2), 1024, Schedule(self._steps(200), 5e-4, average=0.98))
+
+    def pixel_art(self) -> None:
+        """The LoRA of the SD shape."""
+        unet = pixels.adapt(self._unet("unet"))
+        self._pixelate("pixel-art", unet, self._sd_bank(4), Schedule(self._steps(300), 2e-3, average=0.98))
+
+    def sdxl_pixel_art(self) -> None:
+        """The LoRA of the SDXL shape, from the SD shape's."""
+        unet = pixels.adapt(self._unet("sdxl-unet"))
+        other = pixels.adapt(self._unet("unet"))
+        other.load_state_dict(torch.load(self._build / "pixel-art.lora"), strict=False)
+        pixels.start_from(unet, other)
+        self._pixelate("sdxl-pixel-art", unet, self._sdxl_bank(2), Schedule(self._steps(60), 5e-4, average=0.95))
+
+    def refiner(self) -> None:
+        """The refiner."""
+        _, second = self._sdxl_texts()
+        bank = diffusion.CaptionBank(smaller.conditions_of_refiner(second, self._tokenizer()), 4)
+        pool = self._pool("vae-scaled")
+        average = train(
+            "refiner",
+            smaller.refiner().to(self._device, memory_format=torch.channels_last),
+            lambda model: smaller.refiner_loss(model, pool, bank, 32),
+            Schedule(self._steps(600), 1e-3, average=0.99),
+            self._build / "refiner.checkpoint",
+        )
+        self._save(average, "refiner")
+
+    def ssd(self) -> None:
+        """SSD: the SDXL UNet without its depths, taught by it."""
+        teacher, pool, bank = self._unet("sdxl-unet"), self._pool("vae-scaled"), self._sdxl_bank(4)
+        average = train(
+            "SSD",
+            smaller.ssd(teacher).requires_grad_(True).to(self._device, memory_format=torch.channels_last),
+            lambda model: smaller.distilled(model, teacher, pool, bank, 32),
+            Schedule(self._steps(1200), 8e-4, average=0.995),
+            self._build / "ssd.checkpoint",
+        )
+        self._save(average, "ssd")
+
+    @torch.no_grad()
+    def _empty(self) -> diffusion.Conditions:
+        from training.sdxl import conditions_of_sdxl
+
+        empty: diffusion.Conditions = conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer())([""])
+        return empty
+
+    def turbo(self) -> None:
+        """Turbo: SSD's shape, four steps without guidance."""
+        teacher, pool, bank = self._unet("sdxl-unet"), self._pool("vae-scaled"), self._sdxl_bank(4)
+        student = load(UNet2DConditionModel, self._build / "ssd")
+        empty = self._empty()
+        average = train(
+            "turbo",
+            student.to(self._device, memory_format=torch.channels_last),
+            lambda model: smaller.consistency(model, teacher, pool, bank, empty, 24),
+            Schedule(self._steps(700), 3e-4, average=0.99),
+            self._build / "turbo.checkpoint",
+        )
+        self._save(average, "turbo")
+
+    def export_derived(self) -> None:
+        """Write what the other stages made to models/."""
+        for name, folder in (("refiner", "sdxl-refiner"), ("ssd", "ssd"), ("turbo", "sdxl-turbo")):
+            export.write_unet(self._unet(name), folder)
+        for name, folder in (("canny", "controlnet-canny-sd15"), ("sdxl-canny", "controlnet-canny-sdxl")):
+            export.write_controlnet(load(ControlNetModel, self._build / name), folder)
+        for name, folder in (("pixel-art", "lora-pixel-art-sd15"), ("sdxl-pixel-art", "lora-pixel-art-sdxl")):
+            export.write_lora(torch.load(self._build / f"{name}.lora"), folder)
+
+    def _steer(
+        self,
+        name: str,
+        net: ControlNetModel,
+        unet: nn.Module,
+        bank: diffusion.CaptionBank,
+        pixels_wide: int,
+        schedule: Schedule,
+    ) -> None:
+        pool = self._pool("vae-scaled").first(self._count(STEERED))
+        maps = canny.edge_maps(self._known(), pool, pixels_wide, self._build / f"edges-{pixels_wide}")
+        average = train(
+            name,
+            net.to(self._device, memory_format=torch.channels_last),
+            lambda model: canny.loss_of(model, unet, pool, bank, maps, 32),
+            schedule,
+            self._build / f"{name}.checkpoint",
+        )
+        self._save(average, name)
+
+    def _pixelate(self, name: str, unet: UNet2DConditionModel, bank: diffusion.CaptionBank, schedule: Schedule) -> None:
+        pool = self._pool("vae-scaled").first(self._count(1500))
+        pool = pixels.pixelated(self._vae("vae-scaled"), self._known(), pool, self._build / "squares-512")
+        average = train(
+            name,
+            unet,
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
+            schedule,
+            self._build / f"{name}.checkpoint",
+        )
+        weights: dict[str, Tensor] = {k: v for k, v in average.state_dict().items() if "lora" in k}
+        torch.save(weights, self._build / f"{name}.lora")

@@ -1,0 +1,137 @@
+"""What is made out of the SDXL UNet: SSD (blocks removed), turbo (few steps), the refiner (low noise alone)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.autoencoder import LATENT_CHANNELS
+from training.diffusion import NOISE, CaptionBank, Conditions, Noised, Pool, noised
+from training.sdxl import TIME_WIDTH
+from training.text import WIDTH, ids
+
+REFINED = 300
+"""The refiner learns times below this; it is asked from 200 on downwards."""
+REFINER_IDS = (1024.0, 1024.0, 0.0, 0.0, 6.0)
+"""Sizes and the aesthetic score it is asked for."""
+JUMP = 100
+"""Times between the two points of a trajectory that turbo learns to agree on."""
+GUIDANCE = 4.0
+"""Turbo draws what its teacher draws at this guidance, and takes none itself."""
+
+
+def ssd(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """`teacher` without its deepest level and its mid block: a third of the weights, those that fit taken over."""
+    config = dict(teacher.config) | {
+        "block_out_channels": teacher.config.block_out_channels[:2],
+        "attention_head_dim": teacher.config.attention_head_dim[:2],
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+    }
+    student = UNet2DConditionModel.from_config(config)
+    own = student.state_dict()
+    for name, value in teacher.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "up_blocks":
+            parts[1] = str(int(parts[1]) - 1)
+        name = ".".join(parts)
+        if name in own and own[name].shape == value.shape:
+            own[name] = value
+    student.load_state_dict(own)
+    return student
+
+
+def distilled(student: nn.Module, teacher: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
+    """Squared distance to the teacher's answer, which has none of the noise that the data's own has."""
+    drawn = noised(pool, bank, batch, next(student.parameters()).device)
+    with torch.no_grad():
+        wanted = drawn.ask(teacher)
+    return (drawn.ask(student) - wanted).square().mean()
+
+
+def consistency(
+    student: nn.Module, teacher: nn.Module, pool: Pool, bank: CaptionBank, empty: Conditions, batch: int
+) -> Tensor:
+    """Latent consistency distillation (arXiv:2310.04378): two points of the guided teacher's path, one picture.
+
+    From a random time the teacher takes one DDIM step down; the student must see the same picture from both ends.
+    """
+    device = next(student.parameters()).device
+    drawn = noised(pool, bank, batch, device, lean=1.0)
+    alphas = DDIMScheduler(**NOISE).alphas_cumprod.to(device)
+    with torch.no_grad():
+        velocity = _guided(teacher, drawn, empty)
+        later = (drawn.times - JUMP).clamp(min=0)
+        picture, noise = _split(drawn.noisy, velocity, alphas[drawn.times])
+        lower = alphas[later][:, None, None, None]
+        below = lower.sqrt() * picture + (1 - lower).sqrt() * noise
+        answer = student(below, later, drawn.context, added_cond_kwargs=drawn.added).sample
+        wanted, _ = _split(below, answer, alphas[later])
+        wanted = torch.where((drawn.times < JUMP)[:, None, None, None], picture, wanted)
+    seen, _ = _split(drawn.noisy, drawn.ask(student), alphas[drawn.times])
+    return functional.huber_loss(seen, wanted, delta=0.5)
+
+
+def _guided(unet: nn.Module, drawn: Noised, empty: Conditions) -> Tensor:
+    count = len(drawn.rows)
+    nothing = {name: value.to(drawn.context.device).expand(count, *value.shape[1:]) for name, value in empty.items()}
+    context = torch.cat([nothing.pop("encoder_hidden_states"), drawn.context])
+    assert drawn.added is not None
+    added = {name: torch.cat([nothing[name], value]) for name, value in drawn.added.items()}
+    both = unet(drawn.noisy.repeat(2, 1, 1, 1), drawn.times.repeat(2), context, added_cond_kwargs=added).sample
+    without, with_text = both.chunk(2)
+    guided: Tensor = without + GUIDANCE * (with_text - without)
+    return guided
+
+
+def _split(noisy: Tensor, velocity: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """Picture and noise that `velocity` says are in `noisy`."""
+    signal, noise = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
+    return signal * noisy - noise * velocity, signal * velocity + noise * noisy
+
+
+def refiner() -> UNet2DConditionModel:
+    """A small UNet in the refiner's shape: the second text encoder alone, an aesthetic score among the time ids."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=len(REFINER_IDS) * TIME_WIDTH + WIDTH,
+    )
+
+
+def conditions_of_refiner(second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> Any:
+    """What the refiner reads."""
+
+    def encode(texts: list[str]) -> Conditions:
+        tokens = ids(tokenizer, texts).to(next(second.parameters()).device)
+        output = second(input_ids=tokens, output_hidden_states=True)
+        sizes = torch.tensor([REFINER_IDS], device=tokens.device).expand(len(texts), -1)
+        return {
+            "encoder_hidden_states": output.hidden_states[-2],
+            "text_embeds": output.text_embeds,
+            "time_ids": sizes,
+        }
+
+    return encode
+
+
+def refiner_loss(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
+    """Squared error of v at low noise."""
+    drawn = noised(pool, bank, batch, next(unet.parameters()).device, lean=1.0, before=REFINED)
+    return (drawn.ask(unet) - drawn.velocity).square().mean()
