@@ -300,6 +300,10 @@ class Catalog(Spec):
         """Id of the VAE whose latents a UNet works on."""
         return next(m.vae for m in self.models if unet_id in (m.unet, m.refiner))
 
+    def text_encoder_of(self, unet_id: str) -> str:
+        """Id of the text encoders that feed a UNet."""
+        return next(m.text_encoder for m in self.models if unet_id in (m.unet, m.refiner))
+
     def served_components(self) -> tuple[ComponentSpec, ...]:
         """Components that some available model needs, each once, in catalog order."""
         needed = {i for m in self.available_models() for i in m.components}

@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.sources import TVM_CACHE
+
 
 class Settings(BaseSettings):
     """What differs from machine to machine; what differs from graph to graph is in AppArgs."""
@@ -18,6 +20,8 @@ class Settings(BaseSettings):
     """Where tensors live; `auto` is CUDA where a replica was given a GPU, else the CPU."""
     torch_threads: int | None = Field(default=None, ge=1)
     """CPU threads of each replica's torch; the machine's cores by default."""
+    tvm_cache: Path = TVM_CACHE
+    """Folder of compiled UNets, which `make compile` fills."""
     api_keys_file: Path | None = None
     """Lines `<name> <sha256 of the key in hex>`; no file means no keys are asked for."""
     rate_limit: str | None = None

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+TVM_CACHE = Path(__file__).resolve().parents[1] / "build" / "tvm"
+"""Where compiled UNets are kept unless somebody says otherwise."""
+
 
 class Spec(BaseModel):
     """A frozen entry that refuses unknown keys: a typo in a catalog must not be silent."""

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: Serve parses `args` by build_app's annotation, which must be a type.
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,8 @@ class AppArgs(BaseModel):
     """Most rows of a tick of every denoiser; fewer where memory does not hold them."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
+    tvm: bool = False
+    """Deploy the compiled UNets beside torch's; `make compile` makes them. On GPUs torch is what `auto` means."""
     reproducible: Literal["rounding", "strict"] = "rounding"
     """Whether a picture may differ by rounding (1/255 at most) with the company it was drawn in, or not by a byte."""
 
@@ -83,7 +86,8 @@ def build_app(args: AppArgs) -> Application:
     keys = read_key_hashes(settings.api_keys_file)
     ingress = _deploy(serve.ingress()(Ingress), "ingress")
     components = bind_components(args, catalog, runtime)
-    return ingress.bind(components, catalog, limits, keys, settings.rate_limit, deployment_states)
+    compiled = bind_compiled(args, catalog, runtime, components, settings.tvm_cache)
+    return ingress.bind(components, catalog, limits, keys, settings.rate_limit, deployment_states, compiled)
 
 
 def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[str, Application]:
@@ -116,13 +120,44 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
     return bound
 
 
+def bind_compiled(
+    args: AppArgs, catalog: Catalog, runtime: Runtime, bound: Mapping[str, Application], cache: Path
+) -> dict[str, Application]:
+    """Component id -> the deployment of its compiled UNet, where the graph has them; `bound` are the others."""
+    if not args.tvm:
+        return {}
+    wanted = {unet for m in catalog.available_models() if m.tvm_sizes for unet in (m.unet, m.refiner)}
+    groups: dict[str, list[str]] = {}
+    for component in catalog.served_components():
+        if component.id in wanted:
+            groups.setdefault("unet-tvm" if args.grouping == "role" else f"{component.id}-tvm", []).append(component.id)
+    # Set before tvm or torch is imported: unbound, TVM's pool would pin torch's threads to one core; spinning, the
+    # two pools would starve each other.
+    threads = {
+        "TVM_BIND_THREADS": "0",
+        "TVM_NUM_THREADS": str(runtime.torch_threads or os.cpu_count() or 1),
+        "TVM_THREAD_POOL_SPIN_COUNT": "0",
+        "GOMP_SPINCOUNT": "0",
+    }
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": threads}}
+    colocated = args.controlnet_placement == "colocated"
+    compiled: dict[str, Application] = {}
+    for name, ids in groups.items():
+        nets = {unet: bound[own[0]] for unet in ids if not colocated and (own := catalog.controlnets_of(unet))}
+        app = _deploy(DenoiserDeployment, name, ray_actor_options=options).bind(
+            ids, catalog, runtime, args.max_rows, None if colocated else nets, args.reproducible == "strict", cache
+        )
+        compiled |= dict.fromkeys(ids, app)
+    return compiled
+
+
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's HTTP proxies put in front of the graph; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it."""
     return [Middleware(BodyLimit, max_bytes=Settings().max_body_bytes)]
 
 
-def _deploy(replica_class: type, name: str) -> Any:
-    return serve.deployment(replica_class, name=name, **DEFAULTS)
+def _deploy(replica_class: type, name: str, **options: Any) -> Any:
+    return serve.deployment(replica_class, name=name, **{**DEFAULTS, **options})
 
 
 def _check_checkout() -> None:

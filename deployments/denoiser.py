@@ -9,12 +9,13 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.catalog import Catalog
 from deployments.observability import Progress, Traced, stopwatch
 from deployments.replica import Runtime, Worker
-from pipelines.plan import GenerationPlan, StagePlan
+from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
@@ -52,6 +53,7 @@ class DenoiserDeployment:
         max_rows: int,
         controlnets: Mapping[str, Any] | None = None,
         strict: bool = False,
+        compiled: Path | None = None,
     ) -> None:
         """Load the UNets.
 
@@ -62,13 +64,18 @@ class DenoiserDeployment:
             max_rows: most rows of a tick; memory may allow fewer.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
             strict: equal bytes whatever the neighbours.
+            compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
         """
         # torch is a replica's affair: building the graph goes without
         from pipelines.controlnet import ColocatedControl
         from pipelines.weights import load_controlnets, load_engine
 
         device = runtime.apply()
-        self._engines = {c: load_engine(catalog, c, device, max_rows, strict) for c in components}
+        self._compiled: tuple[CompiledSize, ...] = ()
+        if compiled is None:
+            self._engines = {c: load_engine(catalog, c, device, max_rows, strict) for c in components}
+        else:
+            self._engines = self._load_compiled(catalog, components, compiled, max_rows, strict)
         self._colocated: dict[str, ControlNets] = {}
         for component, engine in self._engines.items():
             if controlnets is None and (own := catalog.controlnets_of(component)):
@@ -79,6 +86,21 @@ class DenoiserDeployment:
         self._worker = Worker()
         self._waiting: dict[str, _Waiting] = {}  # oldest first
         self._loop: asyncio.Task[None] | None = None
+
+    def _load_compiled(
+        self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
+    ) -> dict[str, StepEngine]:
+        from pipelines.backends.tvm.artifacts import ArtifactCache
+        from pipelines.backends.tvm.loading import load_compiled
+
+        cache = ArtifactCache(folder)
+        loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}
+        self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
+        return {component: unet.engine for component, unet in loaded.items() if unet}
+
+    async def compiled_sizes(self) -> tuple[CompiledSize, ...]:
+        """What this replica's programs can draw, with what was measured when it started."""
+        return self._compiled
 
     async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
         """The control map of a request, where ControlNets live in this process."""

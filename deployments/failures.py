@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.auth import RateLimitedError, UnauthorizedError
 from deployments.schemas import ErrorDetail, ErrorResponse
-from pipelines.errors import DeadlineError, RequestError, TooLargeError, UnavailableModelError
+from pipelines.errors import BackendError, DeadlineError, RequestError, TooLargeError, UnavailableModelError
 
 logger = logging.getLogger("sdgraph.http")
 
@@ -68,6 +68,9 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
         case DeadlineError():
             return Failure(504, 50006, "timeout_error", f"deadline passed: {error} (request {request_id})")
+        case BackendError():
+            logger.error("request %s failed", request_id, exc_info=error)
+            return Failure(500, 50001, "server_error", f"{error} (request {request_id})", "backend")
         case HTTPException(status_code=400):  # FastAPI's only one: bytes that do not decode
             detail = [{"loc": ["body"], "msg": "not JSON in UTF-8", "type": "json_invalid"}]
             return Failure(422, 40001, "invalid_request_error", "the body is not JSON in UTF-8", detail=detail)

@@ -34,6 +34,7 @@ from pipelines.samplers import SAMPLER_CHOICES, SAMPLERS
 if TYPE_CHECKING:
     from config.catalog import ModelSpec
     from deployments.ingress import Generated, Ingress
+    from pipelines.plan import CompiledSize
 
 logger = logging.getLogger("sdgraph.http")
 
@@ -165,7 +166,7 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
     catalog = ingress.catalog
     loras = [entry for entry in catalog.loras if entry.unavailable is None]
 
-    def describe(model: ModelSpec) -> dict[str, Any]:
+    def describe(model: ModelSpec, compiled: list[CompiledSize]) -> dict[str, Any]:
         return {
             "id": model.name,
             "object": "model",
@@ -176,6 +177,11 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
             "size_multiple": model.size_multiple,
             "sizes": [str(size) for size in model.sizes],
             "tvm_sizes": [str(size) for size in model.tvm_sizes],
+            "tvm_compiled": [
+                {"size": str(entry), "speedup": round(entry.speedup, 2)}
+                for entry in compiled
+                if entry.component == model.unet and entry.control == model.requires_controlnet
+            ],
             "refiner": model.refiner is not None,
             "controlnets": list(catalog.controls_of(model.name)),
             "loras": [entry.name for entry in loras if model.unet in entry.bases],
@@ -184,7 +190,8 @@ def _listing_routes(ingress: Ingress) -> APIRouter:
     @router.get("/models")
     async def models() -> dict[str, Any]:
         """Models that can be asked for now."""
-        return _listing([describe(model) for model in catalog.available_models()])
+        compiled = await ingress.compiled.known()
+        return _listing([describe(model, compiled) for model in catalog.available_models()])
 
     @router.get("/samplers")
     async def samplers() -> dict[str, Any]:

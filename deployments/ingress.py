@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import DeploymentStatus
 
 from config.catalog import Catalog
 from deployments.auth import KeyRing, RateLimit
+from deployments.compiled import CompiledSizes
+from deployments.failures import cause_of
 from deployments.http import create_http_app
-from deployments.observability import Progress, Span, show_logs
+from deployments.observability import Progress, Span, Traced, show_logs
 from deployments.schemas import GeneratedImage, GenerationResponse
-from pipelines.errors import DeadlineError
+from pipelines.errors import BackendError, DeadlineError, RequestError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
+
+logger = logging.getLogger("sdgraph.ingress")
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
@@ -62,6 +68,7 @@ class Ingress:
         keys: Mapping[str, str],
         rate_limit: str | None,
         readiness: Readiness,
+        compiled: Mapping[str, Any] | None = None,
     ) -> None:
         show_logs()
         self._handles = handles
@@ -70,6 +77,7 @@ class Ingress:
         self.keys = KeyRing(keys)
         self.rate = RateLimit(rate_limit)
         self.readiness = readiness
+        self.compiled = CompiledSizes(compiled or {})
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
@@ -80,12 +88,17 @@ class Ingress:
         Raises:
             RequestError: the request cannot be served.
             DeadlineError: it took too long.
+            BackendError: backend tvm was asked for by name and failed.
         """
         begin = time.perf_counter()
         plan = await self._admit(params)
         try:
             async with asyncio.timeout(self.limits.deadline_s):
-                image = await self._compose(plan, params.image, params.controlnet_image)
+                try:
+                    image = await self._compose(plan, params.image, params.controlnet_image)
+                except Exception as error:
+                    plan = self._without_tvm(params, plan, error)
+                    image = await self._compose(plan, params.image, params.controlnet_image)
         except TimeoutError:
             raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
         return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
@@ -98,31 +111,50 @@ class Ingress:
         """
         begin = time.perf_counter()
         plan = await self._admit(params)
-        text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
         yield Progress(plan.stages[0].component, 0, 0)
+        image: Traced[EncodedImage] | None = None
         try:
             async with asyncio.timeout(self.limits.deadline_s):
-                latents = vae.encode.remote(plan, params.image) if params.image is not None else None
-                for stage in plan.stages:
-                    conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
-                    hint = self._hint(plan, stage, params.controlnet_image)
-                    denoiser = self._handles[stage.component].options(stream=True)
-                    items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews)
-                    async for item in items:
-                        if isinstance(item, Progress):
-                            yield replace(item, latents=None)
-                            if item.latents is not None:
-                                yield await vae.preview.remote(plan, item.latents)
+                try:
+                    async for item in self._watch_plan(plan, params, previews):
+                        if isinstance(item, Traced):
+                            image = item
                         else:
-                            latents = item
-                image = await vae.decode.remote(plan, latents)
+                            yield item
+                except Exception as error:
+                    plan = self._without_tvm(params, plan, error)
+                    async for item in self._watch_plan(plan, params, previews):
+                        if isinstance(item, Traced):
+                            image = item
+                        else:
+                            yield item
         except TimeoutError:
             raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
+        assert image is not None
         yield Generated(image.value, plan, time.perf_counter() - begin, image.spans)
+
+    async def _watch_plan(
+        self, plan: GenerationPlan, params: GenerationParams, previews: bool
+    ) -> AsyncIterator[Progress | bytes | Traced[EncodedImage]]:
+        text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
+        latents = vae.encode.remote(plan, params.image) if params.image is not None else None
+        for stage in plan.stages:
+            conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
+            hint = self._hint(plan, stage, params.controlnet_image)
+            denoiser = self._denoiser(stage).options(stream=True)
+            items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews)
+            async for item in items:
+                if isinstance(item, Progress):
+                    yield replace(item, latents=None)
+                    if item.latents is not None:
+                        yield await vae.preview.remote(plan, item.latents)
+                else:
+                    latents = item
+        yield await vae.decode.remote(plan, latents)
 
     async def generate_series(self, params: GenerationParams, count: int) -> list[Generated]:
         """`count` pictures of consecutive seeds; they share ticks."""
-        first = make_plan(params, self.catalog, self.limits.plan).seed
+        first = (await self._plan(params)).seed
         requests = [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.generate(request)) for request in requests]
@@ -130,11 +162,35 @@ class Ingress:
 
     async def _admit(self, params: GenerationParams) -> GenerationPlan:
         """Decide, and look at the pictures: a damaged one must not fail on a GPU replica after it queued there."""
-        plan = make_plan(params, self.catalog, self.limits.plan)
+        plan = await self._plan(params)
         for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
             if data is not None:
                 await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
         return plan
+
+    async def _plan(self, params: GenerationParams) -> GenerationPlan:
+        return make_plan(params, self.catalog, self.limits.plan, await self.compiled.known())
+
+    def _denoiser(self, stage: StagePlan) -> Any:
+        handles = self.compiled.handles if stage.backend == "tvm" else self._handles
+        return handles[stage.component]
+
+    def _without_tvm(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
+        """The same request on torch, after the graph failed with backend tvm in it.
+
+        Raises:
+            BackendError: the request asked for tvm by name.
+            Exception: `error` itself, if tvm cannot be its reason.
+        """
+        compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
+        if not compiled or isinstance(cause_of(error), RequestError | BackPressureError):
+            raise error
+        for component in compiled:
+            self.compiled.distrust(component)
+        if params.backend.lower() == "tvm":
+            raise BackendError(f"backend 'tvm' failed: {cause_of(error)}. Send backend 'auto' or 'torch'") from error
+        logger.warning("backend tvm failed, torch takes over: %s", cause_of(error))
+        return make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
 
     def _hint(self, plan: GenerationPlan, stage: StagePlan, photo: bytes | None) -> Any:
         """The control map under way, None for a stage without ControlNet."""
@@ -147,7 +203,7 @@ class Ingress:
         for stage in plan.stages:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
             hint = self._hint(plan, stage, photo)
-            latents = self._handles[stage.component].denoise.remote(stage, conditioning, latents, hint)
+            latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint)
         return await vae.decode.remote(plan, latents)
 
 

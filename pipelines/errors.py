@@ -7,6 +7,7 @@ SdgraphError
 │   └── TooLargeError           a body or a picture over the limit
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
+├── BackendError            backend tvm was asked for by name and failed
 └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
 """
 
@@ -47,6 +48,10 @@ class DeadlineError(SdgraphError):
 
 class WeightsError(SdgraphError):
     """Weights that are missing, pickled, or contradict the catalog."""
+
+
+class BackendError(SdgraphError):
+    """A backend that was asked for by name failed; another may not."""
 
 
 class DenoiseError(SdgraphError):

@@ -45,6 +45,27 @@ class GenerationParams:
     output_format: OutputFormat = "jpeg"
 
 
+@dataclass(frozen=True)
+class CompiledSize:
+    """A picture size that a UNet is compiled for on this server.
+
+    Attributes:
+        component: the UNet.
+        width, height: pixels.
+        control: whether ControlNets may steer it.
+        speedup: times it was faster than torch when its replica started.
+    """
+
+    component: str
+    width: int
+    height: int
+    control: bool
+    speedup: float
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
 class _Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

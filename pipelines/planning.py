@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from config.catalog import Catalog, ComponentSpec, ModelSpec
@@ -14,6 +16,7 @@ from pipelines.plan import (
     MIN_SIDE,
     SEED_LIMIT,
     BackendName,
+    CompiledSize,
     ControlUse,
     GenerationParams,
     GenerationPlan,
@@ -24,6 +27,10 @@ from pipelines.plan import (
 )
 from pipelines.samplers import SAMPLER_CHOICES, check_sampler
 
+logger = logging.getLogger("sdgraph.planning")
+
+WORTHWHILE = 1.1
+"""Times that tvm must have been faster than torch for `auto` to take it."""
 REFINER_SHARE = 0.8
 """The base runs this share of the schedule, the refiner the rest: the ensemble of experts of SDXL, arXiv:2307.01952."""
 
@@ -35,8 +42,13 @@ class PlanLimits:
     max_pixel_steps: int = 100 * 2048 * 2048
 
 
-def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | None = None) -> GenerationPlan:
-    """Validate `params` against the catalog and decide every open question.
+def make_plan(
+    params: GenerationParams,
+    catalog: Catalog,
+    limits: PlanLimits | None = None,
+    compiled: Collection[CompiledSize] = (),
+) -> GenerationPlan:
+    """Validate `params` against the catalog and decide every open question; `compiled` is what backend tvm can run.
 
     Raises:
         UnavailableModelError: unknown or unserved model.
@@ -61,13 +73,14 @@ def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | N
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     if not 0 <= seed < SEED_LIMIT:
         raise InvalidValueError(f"seed {seed} is out of range: 0 to {SEED_LIMIT - 1}", "seed")
-    backend = choose_backend(params.backend, model, width, height)
+    backend = BackendChoice.of(params.backend, model, width, height, compiled)
     prompts = _styled(params, catalog)
 
     def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
+        own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
         return StagePlan(
             component=component_id,
-            backend=backend,
+            backend=backend.for_stage(component_id, own and control is not None, own and bool(loras)),
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,
@@ -75,8 +88,8 @@ def make_plan(params: GenerationParams, catalog: Catalog, limits: PlanLimits | N
             width=width,
             height=height,
             seed=seed,
-            loras=loras if component_id == model.unet else (),
-            control=control if component_id == model.unet else None,
+            loras=loras if own else (),
+            control=control if own else None,
         )
 
     if params.enable_refiner and model.refiner is not None:
@@ -213,19 +226,61 @@ def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float |
     return strength
 
 
-def choose_backend(wanted: str, model: ModelSpec, width: int, height: int) -> BackendName:
-    """Resolve `auto | tvm | torch`. No TVM artifacts exist yet, so `auto` is torch and `tvm` is refused."""
-    name = _choose(Choices("backend", ["auto", "tvm", "torch"]), wanted)
-    if name != "tvm":
-        return "torch"
-    sizes = [str(s) for s in model.tvm_sizes]
-    if f"{width}x{height}" not in sizes:
-        raise InvalidValueError(
-            f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
+@dataclass(frozen=True)
+class BackendChoice:
+    """Decides for each stage of a request which backend runs it."""
+
+    wanted: str
+    model: ModelSpec
+    width: int
+    height: int
+    compiled: Collection[CompiledSize]
+
+    @classmethod
+    def of(
+        cls, wanted: str, model: ModelSpec, width: int, height: int, compiled: Collection[CompiledSize]
+    ) -> BackendChoice:
+        """Check what can be checked of the request alone: the name, and that an explicit `tvm` is on the size table."""
+        name = _choose(Choices("backend", ["auto", "tvm", "torch"]), wanted)
+        sizes = [str(s) for s in model.tvm_sizes]
+        if name == "tvm" and f"{width}x{height}" not in sizes:
+            raise InvalidValueError(
+                f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
+            )
+        return cls(name, model, width, height, compiled)
+
+    def for_stage(self, component: str, steered: bool, loras: bool) -> BackendName:
+        """The backend of one stage; the refiner of an explicit `tvm` runs there too where it is compiled."""
+        here = next(
+            (
+                entry
+                for entry in self.compiled
+                if (entry.component, entry.width, entry.height, entry.control)
+                == (component, self.width, self.height, steered)
+            ),
+            None,
         )
-    raise InvalidValueError(
-        "backend 'tvm' is not compiled on this server. Only ['auto', 'torch'] allowed now", "backend"
-    )
+        lacking = self._lacking(here, loras)
+        if self.wanted == "tvm" and component == self.model.unet and (here is None or loras):
+            raise InvalidValueError(f"backend 'tvm': {lacking}", "backend")
+        if self.wanted == "auto" and self.compiled:
+            logger.info("%s at %dx%d runs on %s", component, self.width, self.height, lacking or "tvm")
+        takes = here is not None and not loras and (self.wanted == "tvm" or not lacking)
+        return "tvm" if takes and self.wanted != "torch" else "torch"
+
+    def _lacking(self, here: CompiledSize | None, loras: bool) -> str | None:
+        """Why `auto` does not take tvm, None if it does."""
+        if loras:
+            return "torch: compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
+        if here is None:
+            components = {c.component for c in self.compiled}
+            sizes = list(dict.fromkeys(str(c) for c in self.compiled if c.component == self.model.unet))
+            if not components or not sizes:
+                return "torch: not compiled on this server. Only ['auto', 'torch'] allowed now"
+            return f"torch: not compiled for this size and ControlNet on this server. Only {sizes} are compiled"
+        if here.speedup < WORTHWHILE:
+            return f"torch: tvm was only {here.speedup:.2f} times as fast when it started"
+        return None
 
 
 def _styled(params: GenerationParams, catalog: Catalog) -> tuple[str, str | None, str | None, str | None]:

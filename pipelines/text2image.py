@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -14,9 +15,12 @@ from pipelines.controlnet import ColocatedControl, ControlHint
 from pipelines.engine import StepEngine
 from pipelines.images import read_image
 from pipelines.latents import Latents
-from pipelines.plan import GenerationParams, GenerationPlan
+from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 from pipelines.weights import Device, load_controlnets, load_engine, load_text_encoders, load_vae
+
+if TYPE_CHECKING:
+    from pipelines.backends.tvm.loading import CompiledUNet
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,26 @@ class Text2Image:
     """Every component of a catalog in this process, loaded when first needed."""
 
     def __init__(
-        self, catalog: Catalog, device: Device = "cpu", limits: PlanLimits | None = None, strict: bool = False
+        self,
+        catalog: Catalog,
+        device: Device = "cpu",
+        limits: PlanLimits | None = None,
+        strict: bool = False,
+        compiled: Sequence[CompiledUNet] = (),
     ) -> None:
         self._catalog = catalog
         self._limits = limits
+        self._compiled = {unet.sizes[0].component: unet for unet in compiled}
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
-        self.engine = functools.cache(functools.partial(load_engine, catalog, device=device, strict=strict))
+        self.torch_engine = functools.cache(functools.partial(load_engine, catalog, device=device, strict=strict))
         self.controlnets = functools.cache(functools.partial(load_controlnets, catalog, device=device))
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
+
+    def engine(self, stage: StagePlan) -> StepEngine:
+        """The engine that runs a stage."""
+        compiled = stage.backend == "tvm"
+        return self._compiled[stage.component].engine if compiled else self.torch_engine(stage.component)
 
     def generate(self, params: GenerationParams) -> Picture:
         """One picture."""
@@ -47,7 +62,8 @@ class Text2Image:
 
     def generate_many(self, requests: Sequence[GenerationParams]) -> list[Picture]:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
-        plans = [make_plan(params, self._catalog, self._limits) for params in requests]
+        sizes = [size for unet in self._compiled.values() for size in unet.sizes]
+        plans = [make_plan(params, self._catalog, self._limits, sizes) for params in requests]
         latents = [self._encode_image(plan, params) for plan, params in zip(plans, requests, strict=True)]
         hints = [self._prepare_hint(plan, params) for plan, params in zip(plans, requests, strict=True)]
         for position in range(max(len(plan.stages) for plan in plans)):
@@ -69,7 +85,7 @@ class Text2Image:
         if first.control is None or params.controlnet_image is None:
             return None
         nets = self.controlnets(self._catalog.controlnets_of(first.component))
-        self.engine(first.component).control = ColocatedControl(nets)
+        self.engine(first).control = ColocatedControl(nets)
         return nets.prepare(params.controlnet_image, first.control, plan.width, plan.height)
 
     def _denoise(
@@ -87,7 +103,7 @@ class Text2Image:
             if position < len(plan.stages):
                 stage = plan.stages[position]
                 conditioning = self.text_encoders(plan.text_encoder).encode(stage)
-                engine = self.engine(stage.component)
+                engine = self.engine(stage)
                 loras = engine.loras.mixture(stage)
                 hint = hints[index] if stage.control else None
                 job = engine.add(str(next(self._ids)), stage, conditioning, latents[index], loras, hint)

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from config.catalog import ROOT, Catalog, ComponentSpec
 from config.sources import CheckpointSource, HubSource
 from pipelines.annotators import Annotators
+from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.controlnet import ControlNets
 from pipelines.engine import StepEngine
@@ -112,7 +113,8 @@ def _checkpoint(spec: ComponentSpec) -> Path | None:
     return path if path.is_absolute() else ROOT / path
 
 
-def _load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
+def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
+    """A component's module on its device, in the number format of its spec there."""
     folder, (subfolder, *_) = locate(spec), _folders(spec)
     with _explained(spec):
         if checkpoint := _checkpoint(spec):
@@ -129,23 +131,30 @@ def load_engine(
     catalog: Catalog, component_id: str, device: Device, max_rows: int = 16, strict: bool = False
 ) -> StepEngine:
     """A UNet component on the torch backend, in an engine ready for jobs."""
+    denoiser = TorchDenoiser(load_model(UNet2DConditionModel, catalog.component(component_id), device))
+
+    def fit(name: str, base: str) -> RowLora:
+        return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
+
+    return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict)
+
+
+def engine_over(
+    denoiser: Denoiser, catalog: Catalog, component_id: str, loras: LoraStore, max_rows: int, strict: bool
+) -> StepEngine:
+    """An engine for a UNet component on whatever backend."""
     spec = catalog.component(component_id)
     family = FAMILIES[spec.family]
     vae_config = read_config(catalog.component(catalog.vae_of(component_id)))
     space = LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
-    denoiser = TorchDenoiser(_load_model(UNet2DConditionModel, spec, device))
     if denoiser.config["in_channels"] != space.channels:
         raise WeightsError(
             f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
             f"its VAE has {space.channels}"
         )
-
-    def fit(name: str, base: str) -> RowLora:
-        return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
-
     scheduler = read_config(spec, "scheduler")
     fits = RowBudget(denoiser.config, denoiser.dtype, denoiser.device)
-    return StepEngine(denoiser, family, scheduler, space, LoraStore(fit), None, max_rows, strict, fits)
+    return StepEngine(denoiser, family, scheduler, space, loras, None, max_rows, strict, fits)
 
 
 def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:
@@ -153,7 +162,7 @@ def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Dev
     models = {}
     for component_id in component_ids:
         spec = catalog.component(component_id)
-        models[component_id] = _load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
+        models[component_id] = load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
     return ControlNets(models, Annotators(catalog, device))
 
 
@@ -174,7 +183,7 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
         WeightsError: the catalog promises sizes that this VAE cannot make.
     """
     spec = catalog.component(component_id)
-    vae = VAE(_load_model(AutoencoderKL, spec, device), FAMILIES[spec.family])
+    vae = VAE(load_model(AutoencoderKL, spec, device), FAMILIES[spec.family])
     for model in catalog.models:
         if model.vae == component_id and model.size_multiple % vae.space.downscale:
             raise WeightsError(

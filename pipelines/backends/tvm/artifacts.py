@@ -1,0 +1,195 @@
+"""Compiled UNets on disk: what makes one valid for a UNet, a shape and a machine, and how they are kept.
+
+Needs neither torch nor tvm: whether something is compiled is known before either is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+logger = logging.getLogger("sdgraph.tvm")
+
+HERE = Path(__file__).parent
+COMPILER_SOURCES = ("kernels.py", "packing.py", "convert.py", "lower.py", "compile.py", "shapes.py")
+BATCHES = (1, 2, 4, 8)
+"""Rows that are compiled; others are padded to the next."""
+LEVELS = {
+    "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "x86-64-v3": ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
+}
+"""Processor levels of the x86-64 psABI, best first, and the flags Linux shows for what each adds to the one below."""
+PROGRAM, DESCRIPTION = "unet.so", "artifact.json"
+
+
+class ArtifactError(RuntimeError):
+    """An artifact that must not be loaded: damaged, or made for another machine; the message says which and why."""
+
+
+class ArtifactKey(BaseModel):
+    """Everything a compiled UNet depends on. Two keys that differ anywhere are two artifacts.
+
+    Attributes:
+        config: SHA-256 of the UNet's `config.json`, without what only names it.
+        height, width: of the latents.
+        rows: batch size.
+        tokens: context length.
+        pooled: width of the pooled text, 0 for SD.
+        control: whether it takes a ControlNet's residuals.
+        level: the processor it was made for, one of `LEVELS`.
+        sources: SHA-256 of the compiler's own files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str
+    height: int
+    width: int
+    rows: int
+    tokens: int
+    pooled: int
+    control: bool
+    level: str
+    sources: str
+    dtype: Literal["float32"] = "float32"
+    tvm: str = importlib.metadata.version("apache-tvm")
+    tvm_ffi: str = importlib.metadata.version("apache-tvm-ffi")
+
+    @property
+    def id(self) -> str:
+        """Names the artifact's folder."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:24]
+
+
+class Artifact(BaseModel):
+    """What is written beside the program.
+
+    Attributes:
+        key: what it was made for.
+        program: SHA-256 of the program.
+        weights: `(name in the state dict, layout kind, panel, tile)` of every argument after the inputs, in order.
+        compile_seconds: what it cost.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: ArtifactKey
+    program: str
+    weights: tuple[tuple[str, str, int, int], ...]
+    compile_seconds: float
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction set extensions of this machine, as Linux names them."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def needed_flags(level: str) -> tuple[str, ...]:
+    """Flags a machine must have to run programs of a level: its own and those of every level below."""
+    names = list(LEVELS)
+    return tuple(flag for name in names[names.index(level) :] for flag in LEVELS[name])
+
+
+def best_level(flags: frozenset[str] | None = None) -> str:
+    """The best level of a machine, this one by default.
+
+    Raises:
+        ArtifactError: the kernels are written for AVX2 and up.
+    """
+    have = processor_flags() if flags is None else flags
+    for level in LEVELS:
+        if have.issuperset(needed_flags(level)):
+            return level
+    raise ArtifactError(f"this processor reaches none of {list(LEVELS)}: backend tvm needs AVX2 and FMA")
+
+
+def sources_hash(folder: Path = HERE) -> str:
+    """SHA-256 over the compiler's own files."""
+    digest = hashlib.sha256()
+    for name in COMPILER_SOURCES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a UNet's configuration, without private entries such as `_name_or_path`."""
+    shown = {key: value for key, value in config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+class ArtifactCache:
+    """A folder of artifacts, shared by processes and machines; a PVC in production."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, key: ArtifactKey, flags: frozenset[str] | None = None) -> Artifact | None:
+        """The artifact of a key, None if it is not compiled.
+
+        Args:
+            key: what is wanted.
+            flags: of the machine that will run it, this one by default.
+
+        Raises:
+            ArtifactError: it is there, but damaged, or this machine lacks instructions it uses.
+        """
+        folder = self.folder / key.id
+        if not folder.is_dir():
+            return None
+        try:
+            artifact = Artifact.model_validate_json((folder / DESCRIPTION).read_text())
+            program = hashlib.sha256((folder / PROGRAM).read_bytes()).hexdigest()
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"artifact {key.id} is damaged: {error}; compile it again") from error
+        if artifact.key != key or artifact.program != program:
+            raise ArtifactError(f"artifact {key.id} is damaged: its content is not what was written; compile it again")
+        have = processor_flags() if flags is None else flags
+        if missing := [flag for flag in needed_flags(key.level) if flag not in have]:
+            raise ArtifactError(f"artifact {key.id} is for {key.level}; this processor has no {', '.join(missing)}")
+        return artifact
+
+    def program(self, artifact: Artifact) -> Path:
+        """The shared library of an artifact."""
+        return self.folder / artifact.key.id / PROGRAM
+
+    def make(self, key: ArtifactKey, build: Callable[[Path], Artifact]) -> tuple[Artifact, bool]:
+        """The artifact of a key, built if it is missing or damaged; and whether it was built now.
+
+        Whoever asks for the same key meanwhile, in whatever process, waits and gets the same. An artifact appears by
+        one rename, so a half-written one is never found.
+
+        Args:
+            key: what is wanted.
+            build: writes the program to the path it is given and describes it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{key.id}.lock"):
+            try:
+                if found := self.find(key):
+                    return found, False
+            except ArtifactError as error:
+                logger.warning("%s: making it anew", error)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{key.id}.", suffix=".partial", dir=self.folder))
+            try:
+                artifact = build(scratch / PROGRAM)
+                (scratch / DESCRIPTION).write_text(artifact.model_dump_json(indent=1))
+                shutil.rmtree(self.folder / key.id, ignore_errors=True)
+                os.replace(scratch, self.folder / key.id)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            return artifact, True

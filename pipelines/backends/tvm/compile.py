@@ -1,0 +1,141 @@
+"""Compile UNets ahead of time, from their configuration alone: no weights are read, a few seconds each.
+
+python -m pipelines.backends.tvm.compile --catalog embedded [--model SDXL1.0-base] [--size 1024x1024] [--rows 1 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import time
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config.catalog import Catalog
+from config.sources import TVM_CACHE
+from pipelines.backends.tvm.artifacts import (
+    BATCHES,
+    Artifact,
+    ArtifactCache,
+    ArtifactKey,
+    best_level,
+)
+from pipelines.backends.tvm.convert import Converters, import_graph
+from pipelines.backends.tvm.kernels import Tile
+from pipelines.backends.tvm.lower import lower
+from pipelines.backends.tvm.shapes import artifact_key, example_inputs
+from pipelines.weights import read_config
+
+
+class PositionalUNet(nn.Module):
+    """A UNet whose inputs all have a place: what is compiled.
+
+    Arguments: sample `[rows, channels, height, width]`, timesteps `[rows]`, context `[rows, tokens, width]`; for SDXL
+    text_embeds `[rows, projection]` and time_ids `[rows, ids]`; with control the residuals on the way down and the mid
+    block's, as the ControlNet returns them.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, control: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.added = unet.config.addition_embed_type == "text_time"
+        self.control = control
+
+    def forward(self, sample: Tensor, timesteps: Tensor, context: Tensor, *rest: Tensor) -> Tensor:
+        """The model output."""
+        added = None
+        if self.added:
+            added = {"text_embeds": rest[0], "time_ids": rest[1]}
+            rest = rest[2:]
+        residuals: dict[str, Any] = {}
+        if self.control:
+            residuals["down_block_additional_residuals"] = rest[:-1]
+            residuals["mid_block_additional_residual"] = rest[-1]
+        output: Tensor = self.unet(sample, timesteps, context, added_cond_kwargs=added, return_dict=False, **residuals)[
+            0
+        ]
+        return output
+
+
+def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path, winograd: bool = True) -> Artifact:
+    """Write the program of `key` for a UNet of this configuration; describes it.
+
+    The UNet exists without weights: its tensors are reserved, never touched, so that a 2.6 B UNet costs no memory.
+
+    Raises:
+        CompileError: a heavy operation has no kernel of ours.
+        UnsupportedOperationError: an operation in a form that no converter knows.
+    """
+    begin = time.perf_counter()
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(dict(config))
+    model = PositionalUNet(unet.to_empty(device="cpu").float().eval(), key.control)
+    with torch.no_grad():
+        exported = torch.export.export(model, example_inputs(config, key))
+    target = tvm.target.Target({"kind": "llvm", "mcpu": key.level})
+    converters = Converters(exported, Tile.of(512 if key.level == "x86-64-v4" else 256), winograd)
+    executable = lower(import_graph(converters, exported), target)
+    executable.export_library(str(program))
+    return Artifact(
+        key=key,
+        program=hashlib.sha256(program.read_bytes()).hexdigest(),
+        weights=tuple(
+            (name.removeprefix("unet."), layout.kind, layout.panel, layout.tile) for name, layout in converters.weights
+        ),
+        compile_seconds=round(time.perf_counter() - begin, 2),
+    )
+
+
+def wanted_keys(
+    catalog: Catalog, models: Collection[str], sizes: Collection[str], rows: Iterable[int]
+) -> dict[ArtifactKey, tuple[str, str]]:
+    """Key -> component and size, of every UNet that the models' size tables want compiled; all of them if empty."""
+    level = best_level()
+    wanted: dict[ArtifactKey, tuple[str, str]] = {}
+    for model in catalog.available_models():
+        if models and model.name not in models:
+            continue
+        for size in model.tvm_sizes:
+            if sizes and str(size) not in sizes:
+                continue
+            for component in filter(None, (model.unet, model.refiner)):
+                for control in (False, True) if model.requires_controlnet and component == model.unet else (False,):
+                    for count in rows:
+                        key = artifact_key(catalog, component, size.width, size.height, count, control, level)
+                        wanted.setdefault(key, (component, f"{size}, {count} rows{', control' if control else ''}"))
+    return wanted
+
+
+def main() -> None:
+    """Compile what is asked for and not there yet, with progress."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalog", default="embedded")
+    parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")
+    parser.add_argument("--size", nargs="*", default=[], help="such as 1024x1024; the models' tables by default")
+    parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.add_argument("--cache", type=Path, default=TVM_CACHE)
+    options = parser.parse_args()
+    catalog, cache = Catalog.load(options.catalog), ArtifactCache(options.cache)
+    names = [catalog.model_choices().resolve(name) for name in options.model]
+    wanted = wanted_keys(catalog, names, options.size, options.rows)
+    if not wanted:
+        parser.error("no model's table has such a size")
+    bar = tqdm(wanted.items(), "compiling", disable=False)
+    for key, (component, what) in bar:
+        config = read_config(catalog.component(component))
+        bar.set_postfix_str(f"{component} {what}")
+        artifact, made = cache.make(key, functools.partial(compile_unet, config, key))
+        tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The tvm backend: compiled programs over one packed copy of the weights."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tvm
+import tvm_ffi
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+from tvm import relax
+
+from pipelines.backends.base import StepBatch
+from pipelines.backends.tvm import convert  # noqa: F401  registers the attention that programs call
+from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactError, ArtifactKey
+from pipelines.backends.tvm.packing import Layout
+from pipelines.backends.tvm.shapes import example_inputs, residual_shapes
+from pipelines.errors import DenoiseError
+
+logger = logging.getLogger("sdgraph.tvm")
+
+MEASURED_STEPS = 3
+
+
+class PackedWeights:
+    """A model's weights in the layouts that programs ask for, each made once."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        """Pack from a state dict, which `forget` lets go of."""
+        self._state: Mapping[str, Tensor] = state
+        self._packed: dict[tuple[str, Layout], Any] = {}
+        self.seconds = 0.0
+
+    def arguments(self, artifact: Artifact) -> list[Any]:
+        """The weights of a program, in its order."""
+        begin = time.perf_counter()
+        names = [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
+        for name, layout in names:
+            if (name, layout) not in self._packed:
+                self._packed[name, layout] = tvm_ffi.from_dlpack(layout.pack(self._state[name]))
+        self.seconds += time.perf_counter() - begin
+        return [self._packed[name] for name in names]
+
+    def forget(self) -> None:
+        """Let go of the unpacked weights; plain ones live on in the packed copy."""
+        self._state = {}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What selects a program, but for the number of rows."""
+
+    height: int
+    width: int
+    control: bool
+
+
+class Program:
+    """One compiled UNet with its weights."""
+
+    def __init__(self, cache: ArtifactCache, artifact: Artifact, weights: Sequence[Any]) -> None:
+        """Load it.
+
+        Raises:
+            ArtifactError: the file does not load.
+        """
+        self.artifact = artifact
+        try:
+            library = tvm.runtime.load_module(str(cache.program(artifact)))
+        except RuntimeError as error:
+            raise ArtifactError(f"artifact {artifact.key.id} does not load: {error}; compile it again") from error
+        self._main = relax.VirtualMachine(library, tvm.cpu())["main"]
+        self._weights = list(weights)
+
+    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The model output of exactly the compiled number of rows."""
+        arguments = [tvm_ffi.from_dlpack(tensor.contiguous()) for tensor in inputs]
+        return from_dlpack(self._main(*arguments, *self._weights))
+
+
+class TvmDenoiser:
+    """A Denoiser over compiled programs, on the CPU in float32. Shapes without a program are an error, never slow."""
+
+    def __init__(self, config: Mapping[str, Any], programs: Sequence[Program]) -> None:
+        self.config = config
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self._programs: dict[Shape, dict[int, Program]] = {}
+        for program in programs:
+            key = program.artifact.key
+            self._programs.setdefault(Shape(key.height, key.width, key.control), {})[key.rows] = program
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes it can evaluate."""
+        return tuple(self._programs)
+
+    @torch.inference_mode()
+    def predict(self, batch: StepBatch) -> Tensor:
+        """Evaluate the UNet for all rows, in as many runs as the compiled batch sizes ask for.
+
+        Raises:
+            DenoiseError: a row brings LoRAs, or nothing is compiled for this shape.
+        """
+        if any(batch.loras):
+            raise DenoiseError("backend tvm takes no LoRAs")
+        *_, height, width = batch.sample.shape
+        shape = Shape(height, width, batch.controlled is not None)
+        if shape not in self._programs:
+            raise DenoiseError(f"nothing is compiled for latents of {width}x{height}, control {shape.control}")
+        inputs = [batch.sample, batch.timesteps, batch.prompt_embeds]
+        inputs += [batch.added_conditions[name] for name in ("text_embeds", "time_ids") if batch.added_conditions]
+        inputs += self._residuals(batch)
+        return torch.cat([self._padded(shape, [t[first:last] for t in inputs]) for first, last in self._runs(batch)])
+
+    def _residuals(self, batch: StepBatch) -> list[Tensor]:
+        """Residuals of every row, zero for those that nothing steers."""
+        if batch.controlled is None:
+            return []
+        *_, height, width = batch.sample.shape
+        rows = torch.tensor(batch.controlled.rows)
+        given = batch.controlled.pending.result().unpack(self.device, self.dtype)
+        blank = [torch.zeros(len(batch.sample), *s) for s in residual_shapes(self.config, height, width)]
+        return [zeros.index_copy_(0, rows, part) for zeros, part in zip(blank, given, strict=True)]
+
+    def _runs(self, batch: StepBatch) -> list[tuple[int, int]]:
+        """First and last row of every run: the largest compiled batch as often as it fills, then the rest."""
+        *_, height, width = batch.sample.shape
+        most = max(self._programs[Shape(height, width, batch.controlled is not None)])
+        count = len(batch.sample)
+        return [(first, min(first + most, count)) for first in range(0, count, most)]
+
+    def _padded(self, shape: Shape, inputs: list[Tensor]) -> Tensor:
+        """Run the smallest program that holds the rows; the last row is repeated to fill it, and its copies dropped."""
+        programs, count = self._programs[shape], len(inputs[0])
+        rows = min(size for size in programs if size >= count)
+        index = torch.arange(rows).clamp(max=count - 1)
+        filled = inputs if rows == count else [tensor[index] for tensor in inputs]
+        return programs[rows].run([tensor.to(self.device, self.dtype) for tensor in filled])[:count]
+
+
+def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:
+    """The programs of those keys that are compiled and sound; the log says why another is not used."""
+    programs = []
+    for key in keys:
+        try:
+            if artifact := cache.find(key):
+                programs.append(Program(cache, artifact, weights.arguments(artifact)))
+        except ArtifactError as error:
+            logger.warning("%s", error)
+    return programs
+
+
+def speedup(fast: TvmDenoiser, slow: Any, batch: StepBatch) -> float:
+    """How many times faster `fast` evaluates a batch than `slow`: medians of three alternated steps each, after one."""
+    seconds: dict[Any, list[float]] = {fast: [], slow: []}
+    for step in range(MEASURED_STEPS + 1):
+        for denoiser, taken in seconds.items():
+            begin = time.perf_counter()
+            denoiser.predict(batch)
+            if step:
+                taken.append(time.perf_counter() - begin)
+    return statistics.median(seconds[slow]) / statistics.median(seconds[fast])
+
+
+def trial_batch(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:
+    """Random rows for a program, no ControlNet: what the start-up measurement evaluates."""
+    generator = torch.Generator().manual_seed(0)
+    key = artifact.key.model_copy(update={"control": False})
+    sample, times, context, *added = (torch.randn(t.shape, generator=generator) for t in example_inputs(config, key))
+    conditions = dict(zip(("text_embeds", "time_ids"), added, strict=False))
+    return StepBatch(sample, times.abs() * 300, context, conditions, [()] * key.rows)

@@ -1,0 +1,95 @@
+"""A UNet component on the tvm backend: its programs, its packed weights, and what was measured when it started."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+
+from config.catalog import Catalog, Size
+from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
+from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
+from pipelines.backends.tvm.shapes import artifact_key
+from pipelines.engine import StepEngine
+from pipelines.errors import InvalidValueError
+from pipelines.lora import LoraStore, RowLora
+from pipelines.plan import CompiledSize
+from pipelines.weights import engine_over, load_model
+
+logger = logging.getLogger("sdgraph.tvm")
+
+
+@dataclass(frozen=True)
+class CompiledUNet:
+    """An engine on compiled programs, and the sizes it can draw."""
+
+    engine: StepEngine
+    sizes: tuple[CompiledSize, ...]
+
+
+def load_compiled(
+    catalog: Catalog, component_id: str, cache: ArtifactCache, max_rows: int = 16, strict: bool = False
+) -> CompiledUNet | None:
+    """Everything that is compiled of a UNet, None if nothing is.
+
+    torch's own copy of the weights serves to pack them and to be measured against; then it goes.
+    """
+    try:
+        level = best_level()
+    except ArtifactError as error:
+        logger.warning("%s", error)
+        return None
+    keys = {
+        artifact_key(catalog, component_id, size.width, size.height, rows, control, level): size
+        for size, control in _table(catalog, component_id)
+        for rows in BATCHES
+    }
+    if not any((cache.folder / key.id).is_dir() for key in keys):
+        return None
+    spec = catalog.component(component_id)
+    unet = load_model(UNet2DConditionModel, spec, "cpu")
+    weights = PackedWeights(unet.state_dict())
+    programs = load_programs(cache, list(keys), weights)
+    if not programs:
+        return None
+    denoiser, torch_denoiser = TvmDenoiser(dict(unet.config), programs), TorchDenoiser(unet)
+    ratios: dict[tuple[int, int], float] = {}
+    for program in sorted(programs, key=lambda p: (abs(p.artifact.key.rows - 2), p.artifact.key.control)):
+        key = program.artifact.key
+        if Shape(key.height, key.width, False) in denoiser.shapes and (key.height, key.width) not in ratios:
+            ratios[key.height, key.width] = speedup(
+                denoiser, torch_denoiser, trial_batch(denoiser.config, program.artifact)
+            )
+    weights.forget()
+    sizes = {}
+    for program in programs:
+        key, size = program.artifact.key, keys[program.artifact.key]
+        ratio = ratios.get((key.height, key.width), 0.0)
+        sizes[size, key.control] = CompiledSize(component_id, size.width, size.height, key.control, ratio)
+    logger.info(
+        "%s: %d programs, weights packed in %.1f s; times as fast as torch: %s",
+        component_id,
+        len(programs),
+        weights.seconds,
+        {str(size): round(size.speedup, 2) for size in sizes.values()},
+    )
+
+    def refuse(name: str, base: str) -> RowLora:
+        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
+
+    engine = engine_over(denoiser, catalog, component_id, LoraStore(refuse), min(max_rows, max(BATCHES)), strict)
+    return CompiledUNet(engine, tuple(sizes.values()))
+
+
+def _table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:
+    """Sizes, without and with a ControlNet, that the models of a UNet want compiled."""
+    table: dict[tuple[Size, bool], None] = {}
+    for model in catalog.models:
+        if component_id in (model.unet, model.refiner):
+            for size in model.tvm_sizes:
+                table[size, False] = None
+                if model.requires_controlnet and component_id == model.unet:
+                    table[size, True] = None
+    return list(table)

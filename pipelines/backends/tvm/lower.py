@@ -1,0 +1,125 @@
+"""Relax module -> machine code: the passes as a list to read, and the schedule of what is elementwise.
+
+TVM's stock pipeline leaves loops unscheduled, ten times slower than torch. Here nothing heavy passes unscheduled: the
+compile fails and names it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm
+from tvm import relax, s_tir, tirx
+
+PARALLEL_FROM = 16384
+"""Elements from which an elementwise kernel is worth sharing among threads."""
+HEAVY = 2**18
+"""Loop iterations of a kernel that must not run unscheduled; what is left below computes the time embedding."""
+
+t = relax.transform
+GRAPH_PASSES = (
+    t.CanonicalizeBindings(),
+    t.EliminateCommonSubexpr(),
+    t.DeadCodeElimination(),
+    t.FastMathTransform(),
+    # RewriteDataflowReshape aborts on kernels without a root block, so reshape stays what it is: a view.
+    t.LegalizeOps(skip_ops=["relax.reshape"]),
+    t.AnnotateTIROpPattern(),
+    t.FoldConstant(),
+    t.FuseOps(),
+    t.FuseTIR(),
+    t.DeadCodeElimination(),
+)
+MACHINE_PASSES = (
+    t.ToNonDataflow(),
+    t.RemovePurityChecking(),
+    t.CallTIRRewrite(),
+    t.StaticPlanBlockMemory(),
+    t.LowerAllocTensor(),
+    t.KillAfterLastUse(),
+    t.LowerRuntimeBuiltin(),
+    t.ComputePrimValue(),
+    t.VMShapeLower(),
+    t.AttachGlobalSymbol(),
+)
+
+
+class CompileError(RuntimeError):
+    """The model cannot be compiled to code worth running; the message names what is in the way."""
+
+
+def lower(module: tvm.IRModule, target: Any) -> Any:
+    """An executable; CompileError if a heavy kernel is left unscheduled."""
+    with target:
+        module = tvm.transform.Sequential(GRAPH_PASSES)(module)
+        module = schedule_elementwise(module)
+        refuse_heavy(module)
+        return tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential(MACHINE_PASSES))
+
+
+def schedule_elementwise(module: tvm.IRModule) -> tvm.IRModule:
+    """Inline, vectorise the last axis, share large ones among threads: every kernel that is one elementwise block."""
+    for name, function in list(module.functions.items()):
+        if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
+            try:
+                scheduled = _elementwise(function)
+            except s_tir.ScheduleError:
+                continue
+            if scheduled is not None:
+                module.update_func(name, scheduled.with_attr("tirx.is_scheduled", True))
+    return module
+
+
+def _elementwise(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
+    schedule = s_tir.Schedule(function)
+    root = schedule.get_sblock("root")
+    for block in schedule.get_child_blocks(root)[:-1]:
+        schedule.compute_inline(block)
+    (block,) = schedule.get_child_blocks(root)
+    if any(axis.iter_type != 0 for axis in schedule.get(block).iter_vars):
+        return None  # a reduction
+    loops = schedule.get_loops(block)
+    outer, inner = schedule.split(loops[-1], [None, math.gcd(int(schedule.get(loops[-1]).extent), 16)])
+    schedule.vectorize(inner)
+    rest = schedule.fuse(*loops[:-1], outer)
+    count, lanes = int(schedule.get(rest).extent), int(schedule.get(inner).extent)
+    if count * lanes >= PARALLEL_FROM:
+        shares, _ = schedule.split(rest, [math.gcd(count, 32), None])
+        schedule.parallel(shares)
+    return schedule.mod["main"]
+
+
+def refuse_heavy(module: tvm.IRModule) -> None:
+    """Raise CompileError if a kernel is left that is unscheduled and heavy."""
+    for name, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
+            iterations = _iterations(function)
+            if iterations >= HEAVY:
+                raise CompileError(
+                    f"kernel {name.name_hint} ({iterations} iterations) is unscheduled: no converter knows the "
+                    "operation it came from, and TVM's own loops would be slower than torch"
+                )
+
+
+def _iterations(function: tirx.PrimFunc) -> int:
+    """Iterations of the deepest loop nest of a kernel."""
+    most = 0
+    extents: list[int] = []
+
+    def enter(node: Any) -> None:
+        nonlocal most
+        if isinstance(node, tirx.For):
+            extents.append(int(node.extent))
+            most = max(most, math.prod(extents))
+
+    def leave(node: Any) -> None:
+        if isinstance(node, tirx.For):
+            extents.pop()
+
+    tirx.stmt_functor.ir_transform(function.body, lambda n: enter(n), lambda n: leave(n), ["tirx.For"])
+    return most
+
+
+def _is_scheduled(function: tirx.PrimFunc) -> bool:
+    return bool(function.attrs and "tirx.is_scheduled" in function.attrs)

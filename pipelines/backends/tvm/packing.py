@@ -1,0 +1,89 @@
+"""How a torch weight lies in memory for the kernels. Pure torch: packing needs no compiler.
+
+A layout depends on the weight and the machine's vectors alone, never on the picture's size or the batch, so that all
+artifacts of a model share one packed copy, but for convolutions that some sizes do by Winograd and others directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Lavin and Gray, arXiv:1509.09308, F(2x2, 3x3) and F(4x4, 3x3): input, filter and output transforms.
+WINOGRAD_BT = {
+    2: ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+    4: (
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    ),
+}
+WINOGRAD_G = {
+    2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    4: (
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+}
+WINOGRAD_AT = {
+    2: ((1, 1, 1, 0), (0, 1, -1, -1)),
+    4: ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed form.
+
+    Attributes:
+        kind: `plain` as torch has it; `matrix` `[1, out / panel, in, panel]`; `conv` `[out / panel, k, k, in, panel]`;
+            `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed.
+        panel: output channels that lie side by side.
+        tile: m of Winograd's F(m x m, 3 x 3).
+    """
+
+    kind: Literal["plain", "matrix", "conv", "winograd"] = "plain"
+    panel: int = 0
+    tile: int = 0
+
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a packed weight of this torch shape."""
+        if self.kind == "plain":
+            return weight
+        out, into = weight[:2]
+        match self.kind:
+            case "matrix":
+                return 1, out // self.panel, into, self.panel
+            case "conv":
+                return out // self.panel, *weight[2:], into, self.panel
+            case _:
+                return (self.tile + 2) ** 2, out // self.panel, into, self.panel
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """The weight in this layout, contiguous float32; a plain one shares memory where it can."""
+        weight = weight.detach().float()
+        out, into = (weight.shape[0], weight.shape[1]) if weight.ndim > 1 else (weight.shape[0], 0)
+        match self.kind:
+            case "plain":
+                return weight.contiguous()
+            case "matrix":
+                return weight.reshape(1, out // self.panel, self.panel, into).transpose(2, 3).contiguous()
+            case "conv":
+                taps = weight.shape[-1]
+                return weight.view(-1, self.panel, into, taps, taps).permute(0, 3, 4, 2, 1).contiguous()
+            case _:
+                g = torch.tensor(WINOGRAD_G[self.tile])
+                filters = weight.view(out // self.panel, self.panel, into, 9)
+                # [(m+2)^2, 9] x [9, ...]: one matrix product
+                columns = filters.permute(3, 0, 2, 1).reshape(9, -1)
+                return (torch.kron(g, g) @ columns).view(-1, out // self.panel, into, self.panel)
