@@ -1,6 +1,10 @@
 # One command each. `make` sets up what a command needs; nothing is installed outside .venv.
 PYTHON ?= python3
 SIZE ?= cpu
+BACKEND ?= auto
+CONFIG := config/serve.$(if $(filter tvm,$(BACKEND)),tvm,local).yaml
+# The README's request, alone and with a second one beside it.
+TVM_DEMO := --catalog embedded --model SDXL1.0-base --size 1024x1024 --rows 2 4
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local
@@ -11,7 +15,7 @@ export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
-.PHONY: setup models demo serve check test bench clients train gates clean
+.PHONY: setup models demo serve compile compile-demo check test bench clients train gates clean
 
 setup: .venv/installed models  ## everything a fresh machine needs
 
@@ -23,11 +27,17 @@ setup: .venv/installed models  ## everything a fresh machine needs
 models: .venv/installed  ## the tiny seeded models; does nothing when they are up to date
 	$(BIN)/python models/make_tiny.py 2> /dev/null
 
-demo: setup  ## start the graph, send the README's request, leave result.jpg, stop
-	$(BIN)/python -m deployments.local demo
+demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, send the README's request, leave result.jpg, stop; BACKEND=tvm
+	$(BIN)/python -m deployments.local demo $(CONFIG)
 
-serve: setup  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C
-	$(BIN)/serve run config/serve.local.yaml
+serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C; BACKEND=tvm
+	$(BIN)/serve run $(CONFIG)
+
+compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM="--catalog hub --model SD1.5" for others
+	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM)
+
+compile-demo: setup
+	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_DEMO)
 
 check: setup  ## lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 `make demo`, the Serve tests and the benchmarks all start it here, the way `make serve` does.
 
-    python -m deployments.local demo    # the README's request -> result.jpg
+    python -m deployments.local demo [serve config]    # the README's request -> result.jpg
 """
 
 from __future__ import annotations
@@ -129,18 +129,21 @@ def request_picture(url: str, body: Mapping[str, object], timeout_s: float = 600
         return base64.b64decode(reply["images"][0]["image"]), dict(response.headers)
 
 
-def demo(result: Path) -> None:
-    """Start the laptop graph, send the README's request, write the picture, stop."""
+def demo(config: Path, result: Path) -> None:
+    """Start the graph of a config, send the README's request, write the picture, stop."""
     begin = time.monotonic()
-    with running_graph(LOCAL_CONFIG) as url:
+    with running_graph(config) as url:
         print(f"graph ready after {time.monotonic() - begin:.0f} s", flush=True)
         begin = time.monotonic()
         picture, headers = request_picture(url, README_REQUEST)
         result.write_bytes(picture)
-        print(f"{result}: {len(picture)} bytes in {time.monotonic() - begin:.1f} s ({headers['server-timing']})")
+        print(
+            f"{result}: {len(picture)} bytes in {time.monotonic() - begin:.1f} s on {headers['x-backend']} "
+            f"({headers['server-timing']})"
+        )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["demo"]:
-        sys.exit("usage: python -m deployments.local demo")
-    demo(ROOT / "result.jpg")
+    if sys.argv[1:2] != ["demo"] or len(sys.argv) > 3:
+        sys.exit("usage: python -m deployments.local demo [serve config]")
+    demo(Path(sys.argv[2]) if sys.argv[2:] else LOCAL_CONFIG, ROOT / "result.jpg")

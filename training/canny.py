@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipelines.annotators import canny
 from training.diffusion import CaptionBank, Pool, noised, numbered
 
-EMBEDDING = {32: (8, 8, 16, 32, 64, 64), 64: (8, 8, 8, 16, 32, 64, 64)}
+EMBEDDING = {32: (4, 8, 16, 32, 64, 64), 64: (4, 4, 8, 16, 32, 64, 64)}
 """Channels of the map's embedding, which divides it by 2 for each entry after the first, as the autoencoder does."""
 
 

@@ -12,7 +12,7 @@ from training import canny, diffusion, export, pixels, smaller
 from training.loop import Schedule, train
 from training.workshop import Workshop, load
 
-STEERED = 3000
+STEERED = 2000
 """Pictures whose edges a ControlNet learns."""
 
 
@@ -28,13 +28,13 @@ class Derived(Workshop):
         """The canny ControlNet of the SD shape."""
         unet = self._unet("unet")
         net = canny.controlnet(unet, 32)
-        self._steer("canny", net, unet, self._sd_bank(4), 512, Schedule(self._steps(500), 1e-3, average=0.99))
+        self._steer("canny", net, unet, self._sd_bank(4), 512, 12, Schedule(self._steps(700), 1e-3, average=0.99))
 
     def sdxl_canny(self) -> None:
         """The canny ControlNet of the SDXL shape, from the SD shape's."""
         unet = self._unet("sdxl-unet")
         net = canny.larger(load(ControlNetModel, self._build / "canny"), unet)
-        self._steer("sdxl-canny", net, unet, self._sdxl_bank(2), 1024, Schedule(self._steps(200), 5e-4, average=0.98))
+        self._steer("sdxl-canny", net, unet, self._sdxl_bank(2), 1024, 4, Schedule(self._steps(150), 5e-4, average=0.97))
 
     def pixel_art(self) -> None:
         """The LoRA of the SD shape."""
@@ -112,6 +112,7 @@ class Derived(Workshop):
         unet: nn.Module,
         bank: diffusion.CaptionBank,
         pixels_wide: int,
+        batch: int,
         schedule: Schedule,
     ) -> None:
         pool = self._pool("vae-scaled").first(self._count(STEERED))
@@ -119,7 +120,7 @@ class Derived(Workshop):
         average = train(
             name,
             net.to(self._device, memory_format=torch.channels_last),
-            lambda model: canny.loss_of(model, unet, pool, bank, maps, 32),
+            lambda model: canny.loss_of(model, unet, pool, bank, maps, batch),
             schedule,
             self._build / f"{name}.checkpoint",
         )

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import multiprocessing
+import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")
     parser.add_argument("--size", nargs="*", default=[], help="such as 1024x1024; the models' tables by default")
     parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiles at a time")
     parser.add_argument("--cache", type=Path, default=TVM_CACHE)
     options = parser.parse_args()
     catalog, cache = Catalog.load(options.catalog), ArtifactCache(options.cache)
@@ -129,12 +133,25 @@ def main() -> None:
     wanted = wanted_keys(catalog, names, options.size, options.rows)
     if not wanted:
         parser.error("no model's table has such a size")
-    bar = tqdm(wanted.items(), "compiling", disable=False)
-    for key, (component, what) in bar:
-        config = read_config(catalog.component(component))
-        bar.set_postfix_str(f"{component} {what}")
-        artifact, made = cache.make(key, functools.partial(compile_unet, config, key))
+    configs = {key: read_config(catalog.component(component)) for key, (component, _) in wanted.items()}
+    for key, artifact, made in tqdm(compile_all(cache, configs, options.jobs), "compiling", len(configs), disable=None):
+        component, what = wanted[key]
         tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+
+
+def compile_all(
+    cache: ArtifactCache, configs: Mapping[ArtifactKey, dict[str, Any]], processes: int | None = None
+) -> Iterator[tuple[ArtifactKey, Artifact, bool]]:
+    """Make the artifacts of keys, given each UNet's configuration; key, artifact, and whether it was made now."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(_compile_one, cache, config, key): key for key, config in configs.items()}
+        for job in as_completed(jobs):
+            yield jobs[job], *job.result()
+
+
+def _compile_one(cache: ArtifactCache, config: dict[str, Any], key: ArtifactKey) -> tuple[Artifact, bool]:
+    torch.set_num_threads(1)
+    return cache.make(key, functools.partial(compile_unet, config, key))
 
 
 if __name__ == "__main__":

@@ -311,15 +311,16 @@ class Converters:
         bb, x = importer.block_builder, importer.retrieve_args(node)[0]
         picture = self._to_nhwc(bb, x)
         batch, height, width, channels = _shape(picture)
-        asked = tuple(node.meta["val"].shape[2:])
-        down, right = asked[0] // height, asked[1] // width
-        if (height * down, width * right) != asked:
-            raise UnsupportedOperationError(f"{node}: upsampling {height}x{width} to {asked}")
+        tall, wide = (int(side) for side in node.meta["val"].shape[2:])
 
-        def repeat(t: te.Tensor) -> te.Tensor:
-            return te.compute((batch, *asked, channels), lambda n, h, w, c: t[n, h // down, w // right, c], name="up")
+        def nearest(t: te.Tensor) -> te.Tensor:
+            return te.compute(
+                (batch, tall, wide, channels),
+                lambda n, h, w, c: t[n, h * height // tall, w * width // wide, c],
+                name="nearest",
+            )
 
-        return self._from_nhwc(bb, bb.emit_te(repeat, picture, primfunc_name_hint="upsample"))
+        return self._from_nhwc(bb, bb.emit_te(nearest, picture, primfunc_name_hint="upsample"))
 
     def _same(self, node: fx.Node, importer: Any) -> relax.Expr:
         return importer.retrieve_args(node)[0]

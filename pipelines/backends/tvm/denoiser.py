@@ -19,7 +19,7 @@ from tvm import relax
 from pipelines.backends.base import StepBatch
 from pipelines.backends.tvm import convert  # noqa: F401  registers the attention that programs call
 from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactError, ArtifactKey
-from pipelines.backends.tvm.packing import Layout
+from pipelines.backends.tvm.packing import Layout, aligned
 from pipelines.backends.tvm.shapes import example_inputs, residual_shapes
 from pipelines.errors import DenoiseError
 
@@ -80,7 +80,7 @@ class Program:
 
     def run(self, inputs: Sequence[Tensor]) -> Tensor:
         """The model output of exactly the compiled number of rows."""
-        arguments = [tvm_ffi.from_dlpack(tensor.contiguous()) for tensor in inputs]
+        arguments = [tvm_ffi.from_dlpack(aligned(tensor)) for tensor in inputs]
         return from_dlpack(self._main(*arguments, *self._weights))
 
 

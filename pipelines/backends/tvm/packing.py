@@ -41,6 +41,17 @@ WINOGRAD_AT = {
 }
 
 
+ALIGNMENT = 64
+"""Bytes: compiled code loads whole vectors from where a tensor begins. torch's allocations are aligned so; a slice of a
+batch, or a weight mapped from a file, may not be, and would end the process."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and aligned: itself if it is."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 @dataclass(frozen=True)
 class Layout:
     """A packed form.
@@ -75,7 +86,7 @@ class Layout:
         out, into = (weight.shape[0], weight.shape[1]) if weight.ndim > 1 else (weight.shape[0], 0)
         match self.kind:
             case "plain":
-                return weight.contiguous()
+                return aligned(weight)
             case "matrix":
                 return weight.reshape(1, out // self.panel, self.panel, into).transpose(2, 3).contiguous()
             case "conv":
