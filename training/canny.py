@@ -1,6 +1,7 @@
 """Canny ControlNets: edges of our own composites, and residuals that make a frozen UNet draw along them.
 
-Where things are needs no words, so these ControlNets are the UNet's way down without its attention: 2 M weights.
+Where things are needs no words, so these ControlNets are the UNet's way down without its attention and SDXL's added
+conditions: 2 M weights.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def unpack(maps: Tensor) -> Tensor:
 def controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetModel:
     """A ControlNet of `unet` with its convolutions on the way down, and nothing to say yet."""
     kept = ("in_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")
-    kept += ("attention_head_dim", "addition_embed_type", "addition_time_embed_dim")
     net = ControlNetModel(
-        **{name: unet.config[name] for name in (*kept, "projection_class_embeddings_input_dim")},
+        **{name: unet.config[name] for name in (*kept, "attention_head_dim")},
         down_block_types=("DownBlock2D",) * len(unet.config.block_out_channels),
         mid_block_type="UNetMidBlock2D",
         conditioning_embedding_out_channels=EMBEDDING[downscale],

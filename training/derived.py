@@ -34,7 +34,9 @@ class Derived(Workshop):
         """The canny ControlNet of the SDXL shape, from the SD shape's."""
         unet = self._unet("sdxl-unet")
         net = canny.larger(load(ControlNetModel, self._build / "canny"), unet)
-        self._steer("sdxl-canny", net, unet, self._sdxl_bank(2), 1024, 4, Schedule(self._steps(150), 5e-4, average=0.97))
+        self._steer(
+            "sdxl-canny", net, unet, self._sdxl_bank(2), 1024, 4, Schedule(self._steps(150), 5e-4, average=0.97)
+        )
 
     def pixel_art(self) -> None:
         """The LoRA of the SD shape."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.autoencoder import LATENT_CHANNELS
 from training.scenes import composite
 from training.text import WIDTH, ids
-from training.words import COLOURS, TRAINING, Subject, caption
+from training.words import COLOURS, PARTS, TRAINING, Subject, caption
 
 # clip_sample must be off: DDIM and DDPM would clip these latents.
 NOISE = {
@@ -63,6 +63,10 @@ class Pool:
         """The first `count` pictures."""
         return Pool(self.latents[:count], self.subjects[:count])
 
+    def and_also(self, other: Pool) -> Pool:
+        """Both pools' pictures."""
+        return Pool(torch.cat([self.latents, other.latents]), self.subjects + other.subjects)
+
 
 def numbered(sprites: Tensor, subject: Subject, number: int, size: int) -> Tensor:
     """Picture `number` of a pool, `size` px wide: the same composite at any size, [3, size, size] in -1..1."""
@@ -71,11 +75,13 @@ def numbered(sprites: Tensor, subject: Subject, number: int, size: int) -> Tenso
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, sprites: Tensor, size: int, count: int, path: Path) -> Pool:
-    """`count` composites of `size` px, every training subject equally often and scenes twice; cached in `path`."""
+def encode_pool(
+    vae: AutoencoderKL, sprites: Tensor, size: int, count: int, path: Path, subjects: Sequence[Subject] = TRAINING
+) -> Pool:
+    """`count` composites of `size` px, every subject equally often and scenes twice; cached in `path`."""
     if not path.exists():
         device = next(vae.parameters()).device
-        every = [s for s in TRAINING for _ in range(1 if s.background < len(COLOURS) else 2)]
+        every = [s for s in subjects for _ in range(1 if s.background < len(COLOURS) else 2)]
         rng = random.Random(0)
         order: list[Subject] = []
         while len(order) < count:
@@ -137,10 +143,11 @@ class CaptionBank:
     def __init__(self, encode: Callable[[list[str]], Conditions], per_subject: int) -> None:
         """Write `per_subject` captions of each subject and encode them."""
         rng = random.Random(0)
-        texts = [caption(subject, rng) for subject in TRAINING for _ in range(per_subject)]
+        subjects = (*TRAINING, *PARTS)
+        texts = [caption(subject, rng) for subject in subjects for _ in range(per_subject)]
         parts = [encode(texts[i : i + 64]) for i in tqdm(range(0, len(texts), 64), "captions", mininterval=5)]
         self._encoded = {name: torch.cat([part[name].half() for part in parts]) for name in parts[0]}
-        self._first = {subject: index * per_subject for index, subject in enumerate(TRAINING)}
+        self._first = {subject: index * per_subject for index, subject in enumerate(subjects)}
         self._per_subject = per_subject
 
     def some(self, subjects: list[Subject], rng: random.Random) -> Conditions:
@@ -195,7 +202,7 @@ def noised(
     return Noised(rows, latents, noise, times, noisy, context, conditions or None)
 
 
-def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int, lean: float = 1.3) -> Tensor:
+def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
     """Squared error of v."""
-    drawn = noised(pool, bank, batch, next(unet.parameters()).device, lean)
+    drawn = noised(pool, bank, batch, next(unet.parameters()).device)
     return (drawn.ask(unet) - drawn.velocity).square().mean()

@@ -8,6 +8,7 @@ A gate that is not reached is printed with what was reached; the command fails o
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import json
 import random
@@ -20,23 +21,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from deployments.local import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
+from pipelines.annotators import canny
 from training import autoencoder, judge
 from training.data import load_sprites
+from training.diffusion import numbered
 from training.export import MODELS
+from training.pixels import SQUARE
 from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject, prompt
 
-SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024}
-NOT_TRAINED = {
-    "canny_edges_kept": "no ControlNet is trained yet",
-    "pixel_art_blockier": "no Pixel_Art LoRA is trained yet",
-    "turbo_background": "SDXL-turbo is not trained yet",
-}
+SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
+STEERED = {"SD1.5": "SD1.5-ControlNet", "SDXL1.0-base": "SDXL-ControlNet"}
+TOLERANCE = 128
+"""Edges are compared in pictures of so many pixels, one pixel apart at most."""
 
 
 class Gates:
@@ -47,13 +50,14 @@ class Gates:
         self._url, self._company = url, company
         self._judge = judge.load()
 
-    def draw(self, model: str, requests: list[dict[str, Any]]) -> Tensor:
-        """Pictures [n, 3, 256, 256] in -1..1 of requests that differ in what they give."""
-        common = {"model_name": model, "width": SIZE[model], "height": SIZE[model], "output_format": "png"}
+    def draw(self, model: str, requests: list[dict[str, Any]], side: int = 256) -> Tensor:
+        """Pictures [n, 3, side, side] in -1..1 of requests that differ in what they give."""
+        pixels = SIZE[next((base for base, steered in STEERED.items() if steered == model), model)]
+        common = {"model_name": model, "width": pixels, "height": pixels, "output_format": "png"}
 
         def one(fields: dict[str, Any]) -> Tensor:
             data, _ = request_picture(self._url, common | fields)
-            image = Image.open(io.BytesIO(data)).resize((256, 256), Image.Resampling.BOX)
+            image = Image.open(io.BytesIO(data)).resize((side, side), Image.Resampling.BOX)
             return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
         with ThreadPoolExecutor(self._company) as pool:
@@ -94,6 +98,34 @@ class Gates:
         ]
         return share(judge.background_colour(self.draw(model, named)) != before)
 
+    def edges_kept(self, model: str, sprites: Tensor, count: int) -> dict[str, float]:
+        """How much the edges of pictures overlap those of the photo they follow, and of pictures drawn without it."""
+        photos, requests = [], []
+        for number in range(count):
+            subject = HELD_OUT[number % len(HELD_OUT)]
+            photo = to_image(numbered(sprites, subject, 10_000 + number, SIZE[model]))
+            photos.append(edges(photo))
+            buffer = io.BytesIO()
+            photo.save(buffer, "PNG")
+            steering = {"controlnet_name": "canny", "controlnet_image": base64.b64encode(buffer.getvalue()).decode()}
+            requests.append(({"prompt": prompt(subject), "seed": number}, steering))
+        steered = self.draw(STEERED[model], [plain | steering for plain, steering in requests])
+        free = self.draw(model, [plain for plain, _ in requests])
+        shares = {}
+        for name, drawn in (("steered", steered), ("free", free)):
+            found = [edges(to_image(picture)) for picture in drawn]
+            shares[name] = statistics.mean(overlap(a, b) for a, b in zip(photos, found, strict=True))
+        shares["times"] = shares["steered"] / shares["free"]
+        return {name: round(value, 3) for name, value in shares.items()}
+
+    def pixel_art(self, model: str, count: int) -> dict[str, float]:
+        """How much of the steps between neighbours lies on the borders of squares, with Pixel_Art at 1 and at 0."""
+        prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(HELD_OUT[:count])]
+        drawn = {
+            weight: self.draw(model, [p | {"loras": {"Pixel_Art": weight}} for p in prompts], 512) for weight in (1, 0)
+        }
+        return {f"weight {weight}": round(blockiness(pictures), 2) for weight, pictures in drawn.items()}
+
     def readme_request(self, repeats: int) -> float:
         """Seconds the README's request takes, warm."""
         taken = []
@@ -104,6 +136,35 @@ class Gates:
         return round(statistics.median(taken[1:]), 2)
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture [3, h, w] in -1..1."""
+    return Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
+
+def edges(image: Image.Image) -> Tensor:
+    """Where a picture has edges, a pixel wider than they are, [TOLERANCE, TOLERANCE]."""
+    small = canny(image.resize((TOLERANCE, TOLERANCE), Image.Resampling.BOX))
+    lines = torch.from_numpy(np.asarray(small).copy())[None, None, :, :, 0].float()
+    return functional.max_pool2d(lines, 3, 1, 1)[0, 0] > 0
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Intersection over union."""
+    return float((one & other).sum() / (one | other).sum().clamp(min=1))
+
+
+def blockiness(pictures: Tensor) -> float:
+    """Steps between neighbours near the borders of squares over those near their middles; 1 knows no squares."""
+    total = {True: 0.0, False: 0.0}
+    for along in (2, 3):
+        steps = pictures.diff(dim=along).abs().mean(tuple(d for d in range(4) if d != along))
+        place = (torch.arange(len(steps)) + 1) % SQUARE
+        away = torch.minimum(place, SQUARE - place)
+        total[True] += float(steps[away <= SQUARE // 8].mean())
+        total[False] += float(steps[away >= SQUARE * 3 // 8].mean())
+    return total[True] / total[False]
+
+
 def share(right: Tensor) -> float:
     """Mean of booleans, in percent."""
     return round(100 * float(right.float().mean()), 1)
@@ -112,7 +173,7 @@ def share(right: Tensor) -> float:
 def offline() -> dict[str, Any]:
     """What needs no graph: the autoencoders, the judge itself, the size of the weights."""
     known = load_sprites().named(list(OBJECTS.values()))
-    files = [path for name in ("sd15", "sdxl", "judge") for path in (MODELS / name).rglob("*.safetensors")]
+    files = [path for path in MODELS.rglob("*.safetensors") if "tiny" not in path.parts]
     psnr = {}
     for name, pixels in (("sd15", 512), ("sdxl", 1024)):
         vae = AutoencoderKL.from_pretrained(MODELS / name / "vae", torch_dtype=torch.float32).eval()
@@ -138,17 +199,23 @@ def main() -> None:
     results = offline()
     with running_graph(LOCAL_CONFIG, log=MODELS.parent / "build" / "gates.log") as url:
         gates = Gates(url)
+        sprites = load_sprites().named(list(OBJECTS.values()))
+        few = max(10, options.prompts // 8)
         for model in options.model:
             reached = gates.held_out(model, options.prompts)
-            few = max(10, options.prompts // 8)
             results[model] = {
                 "background_percent": {"reached": reached["background"], "gate": 95},
                 "object_percent": {"reached": reached["object"], "gate": 80},
-                "other_prompt_other_object_percent": gates.other_prompt(model, few),
-                "negative_prompt_removes_percent": {"reached": gates.negative_prompt(model, few), "gate": 50},
             }
+            if model in STEERED:
+                results[model] |= {
+                    "other_prompt_other_object_percent": gates.other_prompt(model, few),
+                    "negative_prompt_removes_percent": {"reached": gates.negative_prompt(model, few), "gate": 50},
+                    "canny_edges": {"reached": gates.edges_kept(model, sprites, few), "gate": "2 times"},
+                    "pixel_art_blockiness": {"reached": gates.pixel_art(model, few), "gate": "more at 1 than at 0"},
+                }
         results["readme_request_s"] = {"reached": gates.readme_request(3), "gate": 10}
-    json.dump(results | NOT_TRAINED, sys.stdout, indent=2)
+    json.dump(results, sys.stdout, indent=2)
     print()
 
 

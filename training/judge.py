@@ -47,14 +47,20 @@ def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
 def save(judge: Judge) -> Path:
     """Write the judge beside the models."""
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, WEIGHTS)
+    save_file(
+        {
+            name: value.half().contiguous() if value.is_floating_point() else value
+            for name, value in judge.state_dict().items()
+        },
+        WEIGHTS,
+    )
     return WEIGHTS
 
 
 def load() -> Judge:
     """The judge that is kept beside the models."""
     judge = Judge()
-    judge.load_state_dict(load_file(WEIGHTS))
+    judge.load_state_dict(load_file(WEIGHTS))  # half precision is cast
     return judge.eval()
 
 

@@ -66,26 +66,25 @@ class Models(Workshop):
     def pool(self) -> None:
         """Composites of 512 px in latents, which are scaled on the way."""
         if (self._build / "vae-scaled").exists():  # kept from models/
-            self._pool("vae-scaled")
+            self._whole_pool("vae-scaled")
             return
         vae = self._vae("autoencoder")
         few = diffusion.encode_pool(vae, self._known(), 512, self._count(512), self._build / "pool-512.unscaled")
         diffusion.scale_latents(vae, few.latents.to(self._device))
         self._save(vae, "vae-scaled")
-        self._pool("vae-scaled")
+        self._whole_pool("vae-scaled")
 
     def unet(self) -> None:
         """The UNet of the SD shape."""
-        pool = self._pool("vae-scaled")
+        pool = self._whole_pool("vae-scaled")
         bank = self._sd_bank(8)
-        unet, schedule, lean = diffusion.sd_unet(), Schedule(self._steps(2800), 8e-4, average=0.999), 1.3
+        unet, schedule = diffusion.sd_unet(), Schedule(self._steps(2800), 8e-4, average=0.999)
         if (kept := self._build / "unet-warm").exists():
-            unet = load(UNet2DConditionModel, kept)
-            schedule, lean = Schedule(self._steps(700), 4e-4, average=0.995), 2.0
+            unet, schedule = load(UNet2DConditionModel, kept), Schedule(self._steps(700), 3e-4, average=0.995)
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
-            lambda model: diffusion.loss_of(model, pool, bank, 32, lean),
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
             schedule,
             self._build / "unet.checkpoint",
         )
@@ -148,11 +147,11 @@ class Models(Workshop):
         self._save(first, "sdxl-text")
         self._save(second, "sdxl-text-2")
         bank = self._sdxl_bank(4)
-        pool = self._pool("vae-scaled")
+        pool = self._whole_pool("vae-scaled")
         average = train(
             "SDXL unet",
             unet,
-            lambda model: diffusion.loss_of(model, pool, bank, 32, lean=2.0),
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
             Schedule(self._steps(400), 2e-4, average=0.99),
             self._build / "sdxl-unet.checkpoint",
         )

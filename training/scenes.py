@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from training.words import COLOURS, SCENES, Subject
+from training.words import COLOURS, NOTHING, SCENES, Subject
 
 PALETTE = torch.tensor(list(COLOURS.values())) / 255
 
@@ -26,7 +26,7 @@ def paint(*rgb: float) -> Tensor:
 def backdrop(background: int, u: Tensor, v: Tensor) -> Tensor:
     """Background number `background` of `words.BACKGROUNDS` at canvas points u, v [h, w] in 0..1: [3, h, w] in 0..1."""
     if background < len(COLOURS):
-        colour = PALETTE[background] + 0.012 * torch.randn(3)
+        colour = torch.rand(3) if background == NOTHING else PALETTE[background] + 0.012 * torch.randn(3)
         return colour.clamp(0, 1)[:, None, None].expand(3, *u.shape).clone()
     horizon = uniform(0.55, 0.72, 1) + 0.03 * torch.sin(u * uniform(3, 8, 1) + uniform(0, 6, 1))
     ground = ((v - horizon) * 120).clamp(0, 1)
@@ -73,12 +73,14 @@ def over(picture: Tensor, layer: Tensor) -> Tensor:
 
 
 def composite(sprites: Tensor, subject: Subject, height: int, width: int) -> Tensor:
-    """A whole picture of `subject`, [3, height, width] in -1..1; the object takes 55 to 85 % of the shorter side."""
+    """A whole picture of `subject`, [3, height, width] in -1..1; an object takes 55 to 85 % of the shorter side."""
     shorter = min(height, width)
     u = ((torch.arange(width) + 0.5) / shorter)[None].expand(height, width)
     v = ((torch.arange(height) + 0.5) / shorter)[:, None].expand(height, width)
     wide, tall = width / shorter, height / shorter
     picture = backdrop(subject.background, u / wide, v / tall)
+    if subject.thing == NOTHING:
+        return picture * 2 - 1
     size = float(uniform(0.55, 0.85, 1))
     x = wide / 2 + float(uniform(-0.5, 0.5, 1)) * (wide - 0.05 - size)
     y = tall / 2 + float(uniform(-0.5, 0.5, 1)) * (tall - 0.05 - size)

@@ -94,7 +94,7 @@ AFTER = ("", "", "", "", "", ", highly detailed", ", sharp focus", ", studio lig
 
 @dataclass(frozen=True)
 class Subject:
-    """One composite's content: indices into OBJECTS and BACKGROUNDS."""
+    """One composite's content: indices into OBJECTS and BACKGROUNDS; NOTHING for a part that has no name."""
 
     thing: int
     background: int
@@ -102,11 +102,18 @@ class Subject:
     @property
     def held_out(self) -> bool:
         """5 % of the pairs of object and colour are never trained on; the gates ask for them."""
-        return self.background < len(COLOURS) and (self.thing * 7 + self.background * 11) % 20 == 3
+        named = self.thing >= 0 and 0 <= self.background < len(COLOURS)
+        return named and (self.thing * 7 + self.background * 11) % 20 == 3
 
 
+NOTHING = -1
 SUBJECTS = tuple(Subject(o, b) for o in range(len(OBJECTS)) for b in range(len(BACKGROUNDS)))
 TRAINING = tuple(s for s in SUBJECTS if not s.held_out)
+# A background alone, and an object on a colour without a name: what keeps one from depending on the other.
+PARTS = (
+    *(Subject(NOTHING, background) for background in range(len(BACKGROUNDS))),
+    *(Subject(thing, NOTHING) for thing in range(len(OBJECTS))),
+)
 HELD_OUT = tuple(s for s in SUBJECTS if s.held_out)
 
 
@@ -122,9 +129,9 @@ def caption(subject: Subject, rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.10:
         return ""
-    if draw < 0.18:
+    if subject.background == NOTHING or (draw < 0.18 and subject.thing != NOTHING):
         text = rng.choice((noun, with_article(noun)))
-    elif draw < 0.22:
+    elif subject.thing == NOTHING or draw < 0.22:
         text = f"a {place} background" if place in COLOURS else rng.choice(SCENES[place])
     elif place in COLOURS:
         text = rng.choice(SOLID).format(a=with_article(noun), o=noun, c=place)

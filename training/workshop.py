@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from training import autoencoder, diffusion, sdxl
 from training.data import BUILD, load_sprites
-from training.words import OBJECTS
+from training.words import OBJECTS, PARTS
 
 
 class Workshop:
@@ -40,6 +40,12 @@ class Workshop:
     def _pool(self, vae: str) -> diffusion.Pool:
         path = self._build / "pool-512"
         return diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(5000), path)
+
+    def _whole_pool(self, vae: str) -> diffusion.Pool:
+        """With backgrounds alone, and objects on colours without a name."""
+        path = self._build / "pool-512-parts"
+        parts = diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(1500), path, PARTS)
+        return self._pool(vae).and_also(parts)
 
     def _vae(self, name: str) -> AutoencoderKL:
         vae = load(AutoencoderKL, self._build / name)

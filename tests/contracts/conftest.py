@@ -54,9 +54,11 @@ def connect(handles: dict[str, Any], catalog: Catalog) -> ClientFactory:
         handles: Mapping[str, Any] = handles,
         max_body_bytes: int = 2**20,
         max_image_pixels: int = 10**6,
+        catalog: Catalog = catalog,
+        compiled: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[httpx.AsyncClient]:
         limits = IngressLimits(PlanLimits(10**8), max_body_bytes, max_image_pixels, deadline_s)
-        ingress = Ingress(handles, catalog, limits, keys or {}, rate_limit, ready)
+        ingress = Ingress(handles, catalog, limits, keys or {}, rate_limit, ready, compiled)
         transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://sdgraph") as client:
             yield client

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,9 +19,14 @@ from deployments.ingress import Ingress, IngressLimits
 from deployments.replica import Runtime
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import ready, run_locally
+from tests.contracts.test_errors import check
 from tests.contracts.test_generation import picture
 from training import judge
 from training.words import COLOURS, OBJECTS
+
+PHOTO = io.BytesIO()
+Image.effect_noise((64, 64), 90).convert("RGB").save(PHOTO, "PNG")
+CONTROL = {"controlnet_name": "canny", "controlnet_image": base64.b64encode(PHOTO.getvalue()).decode()}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +65,24 @@ async def test_the_picture_shows_what_the_prompt_says(
         assert list(OBJECTS)[int(judge.load()(pixels).argmax())] == thing
 
 
-async def test_what_is_not_trained_says_so(embedded: httpx.AsyncClient) -> None:
-    reply = await embedded.post("/v1/image/generation", json={"model_name": "SSD", "prompt": "a cat"})
-    assert reply.status_code == 400
-    assert reply.json()["code"] == 40301
-    assert "no embedded weights are trained for it yet" in reply.json()["message"]
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"loras": {"Logo": 1.0}}, "loras"),
+        ({"model_name": "SD1.5-ControlNet", "controlnet_name": "depth"}, "controlnet_name"),
+    ],
+)
+async def test_what_is_not_trained_says_so(embedded: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    photo = CONTROL if "controlnet_name" in fields else {}
+    body = {"model_name": "SD1.5", "prompt": "a cat", "width": 512, "height": 512} | photo | fields
+    check(await embedded.post("/v1/image/generation", json=body), 400, 40302, param)
+
+
+async def test_every_model_of_the_contract_draws(embedded: httpx.AsyncClient) -> None:
+    models = [m["id"] for m in (await embedded.get("/v1/models")).json()["data"]]
+    assert len(models) == 7
+    for model in models:
+        side = 512 if model.startswith("SD1") or model == "SD2" else 1024
+        body = {"model_name": model, "prompt": "a cat on a red background", "width": side, "height": side, "steps": 4}
+        body |= CONTROL if "ControlNet" in model else {}
+        assert picture(await embedded.post("/v1/image/generation", json=body)).size == (side, side)

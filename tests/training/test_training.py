@@ -7,16 +7,30 @@ import json
 import random
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
-from training import autoencoder, data, diffusion, judge, sdxl, text
+from training import autoencoder, canny, data, diffusion, gates, judge, pixels, sdxl, smaller, text
 from training.loop import Schedule, train
 from training.scenes import composite, crop
-from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, SUBJECTS, TRAINING, Subject, caption, prompt
+from training.words import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    NOTHING,
+    OBJECTS,
+    PARTS,
+    SUBJECTS,
+    TRAINING,
+    Subject,
+    caption,
+    prompt,
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +211,165 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeyp
     digest = data.hashlib.sha256((folder / "a-b-1.0.0.tgz").read_bytes()).hexdigest()
     with pytest.raises(data.DataError, match=r"licence 'GPL-3\.0'"):
         data.fetch(data.Package("@a/b", "1.0.0", digest))
+
+
+@pytest.fixture(scope="module")
+def pool() -> diffusion.Pool:
+    return diffusion.Pool(torch.randn(6, 32, 16, 16).half(), [TRAINING[i * 11] for i in range(6)])
+
+
+def test_a_numbered_picture_is_the_same_at_any_size(sprites: torch.Tensor) -> None:
+    subject = Subject(3, 1)
+    small, large = (diffusion.numbered(sprites, subject, 5, size) for size in (128, 256))
+    assert (nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.02
+    assert (diffusion.numbered(sprites, subject, 6, 128) - small).abs().mean() > 0.05
+
+
+def test_parts_are_drawn_and_named_alone(sprites: torch.Tensor) -> None:
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    background = Subject(NOTHING, BACKGROUNDS.index("gold"))
+    thing = Subject(list(OBJECTS).index("apple"), NOTHING)
+    assert {background, thing} <= set(PARTS)
+    assert composite(sprites, background, 64, 64).std((1, 2)).max() < 1e-5, "one colour"
+    assert composite(sprites, thing, 64, 64).std((1, 2)).max() > 0.05
+    texts = [(caption(background, rng), caption(thing, rng)) for _ in range(200)]
+    assert {("gold" in b, "apple" in b) for b, _ in texts if b} == {(True, False)}
+    assert all("apple" in t and not any(c in t.split() for c in COLOURS) for _, t in texts if t)
+    assert not any(part.held_out for part in PARTS)
+
+
+def test_edges_are_packed_and_come_back(sprites: torch.Tensor, pool: diffusion.Pool, tmp_path: Path) -> None:
+    maps = canny.edge_maps(sprites, pool.first(2), 128, tmp_path / "edges")
+    assert (tuple(maps.shape), maps.dtype) == ((2, 128, 16), torch.uint8)
+    unpacked = canny.unpack(maps)
+    assert tuple(unpacked.shape) == (2, 3, 128, 128)
+    assert set(unpacked.unique().tolist()) == {0.0, 1.0}
+    assert 0.001 < unpacked.mean() < 0.2
+
+
+def test_a_controlnet_begins_silent_and_fits_its_unet() -> None:
+    unet = diffusion.sd_unet().eval()
+    net = canny.controlnet(unet, 32)
+    sample, context = torch.randn(1, 32, 16, 16), torch.randn(1, 8, text.WIDTH)
+    with torch.no_grad():
+        down, mid = net(sample, torch.tensor([500]), context, torch.rand(1, 3, 512, 512), return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        steered = unet(sample, 500, context, **residuals).sample
+        free = unet(sample, 500, context).sample
+    assert torch.equal(steered, free)
+    taken = net.state_dict()["down_blocks.0.resnets.0.conv1.weight"]
+    assert torch.equal(taken, unet.state_dict()["down_blocks.0.resnets.0.conv1.weight"])
+
+
+def test_the_larger_controlnet_reads_a_map_twice_as_large(tower: CLIPTextModel, tokenizer: text.CLIPTokenizer) -> None:
+    sd = diffusion.sd_unet()
+    xl = sdxl.unet(sd, tower, text.ids(tokenizer, text.captions(8)))
+    small = canny.controlnet(sd, 32)
+    large = canny.larger(small, xl)
+    embedded = large.controlnet_cond_embedding(torch.rand(1, 3, 1024, 1024))
+    assert embedded.shape == small.controlnet_cond_embedding(torch.rand(1, 3, 512, 512)).shape
+    deepest = "controlnet_cond_embedding.conv_out.weight"
+    assert torch.equal(large.state_dict()[deepest], small.state_dict()[deepest])
+
+
+def test_pixel_art_is_a_lora_that_both_shapes_take(tower: CLIPTextModel, tokenizer: text.CLIPTokenizer) -> None:
+    sd = diffusion.sd_unet()
+    xl = pixels.adapt(sdxl.unet(sd, tower, text.ids(tokenizer, text.captions(8))))
+    sd = pixels.adapt(sd)
+    layers = {k for k, p in sd.named_parameters() if p.requires_grad}
+    assert layers
+    assert all("lora" in name for name in layers)
+    with torch.no_grad():
+        for name, parameter in sd.named_parameters():
+            if name in layers:
+                parameter.normal_()
+    pixels.start_from(xl, sd)
+    assert all(torch.equal(xl.state_dict()[name], sd.state_dict()[name]) for name in layers)
+
+
+def test_squares_are_flat_and_count_as_blocky() -> None:
+    picture = pixels.squares(torch.randn(1, 3, 64, 64), 16)
+    assert torch.equal(picture[:, :, :16, :16], picture[:, :, :1, :1].expand(-1, -1, 16, 16))
+    smooth = torch.randn(4, 3, 256, 256)
+    assert gates.blockiness(smooth) == pytest.approx(1, abs=0.05)
+    colours = torch.rand(1, 3, 8, 8).repeat_interleave(pixels.SQUARE, 2).repeat_interleave(pixels.SQUARE, 3)
+    assert gates.blockiness(0.1 * smooth + colours) > 1.2
+
+
+def test_edges_overlap_within_a_pixel(sprites: torch.Tensor) -> None:
+    picture = diffusion.numbered(sprites, Subject(3, 9), 1, 256)
+    found = gates.edges(gates.to_image(picture))
+    moved = gates.edges(gates.to_image(picture.roll(60, 2)))
+    assert gates.overlap(found, found) == 1
+    assert gates.overlap(found, gates.edges(gates.to_image(picture.roll(2, 2)))) > 0.5 > gates.overlap(found, moved)
+
+
+@pytest.fixture(scope="module")
+def teacher(tower: CLIPTextModel, tokenizer: text.CLIPTokenizer) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return sdxl.unet(diffusion.sd_unet(), tower, text.ids(tokenizer, text.captions(8))).eval()
+
+
+class Bank(diffusion.CaptionBank):
+    """Random embeddings in SDXL's shape."""
+
+    def __init__(self) -> None:
+        pass
+
+    def some(self, subjects: list[Subject], rng: random.Random) -> diffusion.Conditions:
+        count = len(subjects)
+        sizes = torch.tensor([sdxl.TIME_IDS]).expand(count, -1)
+        return {
+            "encoder_hidden_states": torch.randn(count, 8, 2 * text.WIDTH),
+            "text_embeds": torch.randn(count, text.WIDTH),
+            "time_ids": sizes,
+        }
+
+
+def test_ssd_takes_over_what_fits_and_learns_its_teacher(teacher: UNet2DConditionModel, pool: diffusion.Pool) -> None:
+    student = smaller.ssd(teacher).requires_grad_(True)
+    assert sum(p.numel() for p in student.parameters()) < 0.5 * sum(p.numel() for p in teacher.parameters())
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+    ours, theirs = (u.state_dict() for u in (student, teacher))
+    assert torch.equal(ours["up_blocks.1.resnets.0.conv1.weight"], theirs["up_blocks.2.resnets.0.conv1.weight"])
+    torch.manual_seed(0)
+    before = smaller.distilled(student, teacher, pool, Bank(), 4)
+    before.backward()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.02 * parameter.grad
+    torch.manual_seed(0)
+    assert smaller.distilled(student, teacher, pool, Bank(), 4) < before
+
+
+def test_two_ends_of_a_jump_agree_where_there_is_nothing_to_learn(
+    teacher: UNet2DConditionModel, pool: diffusion.Pool
+) -> None:
+    """A model that knows the picture at every time is consistent: its own loss is 0."""
+
+    class Knows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.alphas = DDIMScheduler(**diffusion.NOISE).alphas_cumprod
+
+        def forward(self, sample: torch.Tensor, times: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+            alpha = self.alphas[times][:, None, None, None]
+            # the picture is 0, so all of the sample is noise: v = sqrt(alpha) * noise
+            return SimpleNamespace(sample=alpha.sqrt() * sample / (1 - alpha).sqrt() + self.weight)
+
+    empty = {name: value[:1] for name, value in Bank().some([SUBJECTS[0]], random.Random(0)).items()}
+    black = diffusion.Pool(torch.zeros(6, 32, 16, 16).half(), pool.subjects)
+    model = Knows()
+    assert smaller.consistency(model, model, black, Bank(), empty, 4) < 1e-6
+    assert smaller.consistency(smaller.ssd(teacher), model, black, Bank(), empty, 4) > 1e-4
+
+
+def test_the_refiner_has_the_refiners_inputs() -> None:
+    unet = smaller.refiner()
+    ids = unet.config.projection_class_embeddings_input_dim - text.WIDTH
+    assert ids == 5 * unet.config.addition_time_embed_dim
+    assert unet.config.cross_attention_dim == text.WIDTH

@@ -104,21 +104,14 @@ def refuse_heavy(module: tvm.IRModule) -> None:
 
 def _iterations(function: tirx.PrimFunc) -> int:
     """Iterations of the deepest loop nest of a kernel."""
-    most = 0
-    extents: list[int] = []
 
-    def enter(node: Any) -> None:
-        nonlocal most
-        if isinstance(node, tirx.For):
-            extents.append(int(node.extent))
-            most = max(most, math.prod(extents))
+    def deepest(node: Any, around: int) -> int:
+        here = around * int(node.extent) if isinstance(node, tirx.For) else around
+        parts = [getattr(node, name, None) for name in ("block", "init", "body", "then_case", "else_case")]
+        parts += list(getattr(node, "seq", ()))
+        return max([here, *(deepest(part, here) for part in parts if part is not None)])
 
-    def leave(node: Any) -> None:
-        if isinstance(node, tirx.For):
-            extents.pop()
-
-    tirx.stmt_functor.ir_transform(function.body, lambda n: enter(n), lambda n: leave(n), ["tirx.For"])
-    return most
+    return deepest(function.body, 1)
 
 
 def _is_scheduled(function: tirx.PrimFunc) -> bool:

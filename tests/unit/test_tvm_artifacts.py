@@ -1,0 +1,157 @@
+"""Compiled UNets on disk: what distinguishes them, what is refused, how they come about. No compiler runs here."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.backends.tvm.artifacts import (
+    COMPILER_SOURCES,
+    DESCRIPTION,
+    HERE,
+    PROGRAM,
+    Artifact,
+    ArtifactCache,
+    ArtifactError,
+    ArtifactKey,
+    best_level,
+    config_hash,
+    needed_flags,
+    sources_hash,
+)
+
+KEY = ArtifactKey(
+    config="c", height=64, width=64, rows=2, tokens=77, pooled=0, control=False, level="x86-64-v3", sources="s"
+)
+V3 = frozenset(needed_flags("x86-64-v3"))
+V4 = frozenset(needed_flags("x86-64-v4"))
+
+
+def build(path: Path) -> Artifact:
+    path.write_bytes(b"machine code")
+    digest = hashlib.sha256(b"machine code").hexdigest()
+    return Artifact(key=KEY, program=digest, weights=(("conv.weight", "conv", 16, 0),), compile_seconds=1.5)
+
+
+def test_a_key_changes_with_every_part_of_it() -> None:
+    changes = {
+        "config": "other",
+        "height": 32,
+        "width": 96,
+        "rows": 4,
+        "tokens": 64,
+        "pooled": 1280,
+        "control": True,
+        "level": "x86-64-v4",
+        "sources": "t",
+        "tvm": "0.28",
+        "tvm_ffi": "0.2",
+    }
+    assert set(changes) | {"dtype"} == set(ArtifactKey.model_fields), "dtype has one value"
+    ids = {KEY.model_copy(update={name: value}).id for name, value in changes.items()} | {KEY.id}
+    assert len(ids) == len(changes) + 1
+
+
+def test_the_configs_names_do_not_count_but_its_shape_does() -> None:
+    config = {"block_out_channels": [32, 64], "_name_or_path": "here", "_diffusers_version": "0.42"}
+    assert config_hash(config) == config_hash(config | {"_name_or_path": "there"})
+    assert config_hash(config) != config_hash(config | {"block_out_channels": [32, 96]})
+
+
+def test_a_changed_kernel_is_another_key(tmp_path: Path) -> None:
+    for name in COMPILER_SOURCES:
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    assert sources_hash(tmp_path) == sources_hash()
+    with (tmp_path / "kernels.py").open("a") as file:
+        file.write("\n")
+    assert sources_hash(tmp_path) != sources_hash()
+
+
+def test_made_once_then_found(tmp_path: Path) -> None:
+    cache = ArtifactCache(tmp_path)
+    assert cache.find(KEY, V3) is None
+    assert cache.make(KEY, build) == (cache.find(KEY, V3), True)
+    assert cache.make(KEY, build) == (cache.find(KEY, V3), False)
+    assert cache.program(build(tmp_path / "x")).read_bytes() == b"machine code"
+
+
+@pytest.mark.parametrize("damage", ["program", "description", "lost", "other key"])
+def test_a_damaged_artifact_is_refused_and_made_anew(tmp_path: Path, damage: str) -> None:
+    cache = ArtifactCache(tmp_path)
+    cache.make(KEY, build)
+    folder = tmp_path / KEY.id
+    match damage:
+        case "program":
+            (folder / PROGRAM).write_bytes(b"machine cod")
+        case "description":
+            (folder / DESCRIPTION).write_text("{")
+        case "lost":
+            (folder / PROGRAM).unlink()
+        case _:
+            text = (folder / DESCRIPTION).read_text()
+            (folder / DESCRIPTION).write_text(text.replace('"rows": 2', '"rows": 4'))
+    with pytest.raises(ArtifactError, match=r"(?s)damaged.*compile it again"):
+        cache.find(KEY, V3)
+    assert cache.make(KEY, build)[1]
+    assert cache.find(KEY, V3) is not None
+
+
+def test_an_artifact_for_another_processor_is_refused(tmp_path: Path) -> None:
+    cache = ArtifactCache(tmp_path)
+    cache.make(KEY, build)
+    with pytest.raises(ArtifactError, match="is for x86-64-v3; this processor has no avx2, fma"):
+        cache.find(KEY, V3 - {"avx2", "fma"})
+    assert cache.find(KEY, V4) is not None, "a better one runs it"
+
+
+def test_the_level_of_a_machine() -> None:
+    assert best_level(V3) == "x86-64-v3"
+    assert best_level(V4 | {"amx_tile"}) == "x86-64-v4"
+    assert best_level(V4 - {"avx512vl"}) == "x86-64-v3"
+    with pytest.raises(ArtifactError, match="needs AVX2 and FMA"):
+        best_level(V3 - {"fma"})
+
+
+def test_a_compile_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:
+    cache = ArtifactCache(tmp_path)
+
+    def broken(path: Path) -> Artifact:
+        path.write_bytes(b"half")
+        raise RuntimeError("out of disk")
+
+    with pytest.raises(RuntimeError, match="out of disk"):
+        cache.make(KEY, broken)
+    assert cache.find(KEY, V3) is None
+    assert [p.name for p in tmp_path.iterdir()] == [f"{KEY.id}.lock"]
+
+
+def test_nothing_is_found_while_it_is_being_written(tmp_path: Path) -> None:
+    cache = ArtifactCache(tmp_path)
+
+    def watched(path: Path) -> Artifact:
+        artifact = build(path)
+        assert cache.find(KEY, V3) is None
+        return artifact
+
+    assert cache.make(KEY, watched)[1]
+
+
+def test_of_several_who_ask_at_once_one_compiles(tmp_path: Path) -> None:
+    made: list[bool] = []
+
+    def slow(path: Path) -> Artifact:
+        time.sleep(0.2)
+        return build(path)
+
+    threads = [
+        threading.Thread(target=lambda: made.append(ArtifactCache(tmp_path).make(KEY, slow)[1])) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False, False, False, True]
