@@ -52,7 +52,9 @@ class AppArgs(BaseModel):
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
     tvm: bool = False
-    """Deploy the compiled UNets beside torch's; `make compile` makes them. On GPUs torch is what `auto` means."""
+    """Deploy compiled UNets beside torch's; `make compile` makes them. On GPUs torch is what `auto` means."""
+    tvm_models: tuple[str, ...] = ()
+    """Models whose UNets are deployed so; every one with a table of sizes if empty."""
     reproducible: Literal["rounding", "strict"] = "rounding"
     """Whether a picture may differ by rounding (1/255 at most) with the company it was drawn in, or not by a byte."""
 
@@ -126,7 +128,9 @@ def bind_compiled(
     """Component id -> the deployment of its compiled UNet, where the graph has them; `bound` are the others."""
     if not args.tvm:
         return {}
-    wanted = {unet for m in catalog.available_models() if m.tvm_sizes for unet in (m.unet, m.refiner)}
+    named = {catalog.model_choices().resolve(name) for name in args.tvm_models}
+    models = [m for m in catalog.available_models() if m.tvm_sizes and (m.name in named or not named)]
+    wanted = {unet for m in models for unet in (m.unet, m.refiner)}
     groups: dict[str, list[str]] = {}
     for component in catalog.served_components():
         if component.id in wanted:

@@ -47,13 +47,8 @@ def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
 def save(judge: Judge) -> Path:
     """Write the judge beside the models."""
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            name: value.half().contiguous() if value.is_floating_point() else value
-            for name, value in judge.state_dict().items()
-        },
-        WEIGHTS,
-    )
+    state = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, WEIGHTS)
     return WEIGHTS
 
 

@@ -73,6 +73,7 @@ def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
         "text-encoder-sd2",
         "text-encoder-sdxl",
         "unet-sd15-torch",
+        "unet-sd15-tvm",
         "unet-sd2-torch",
         "unet-sdxl-base-torch",
         "unet-ssd-torch",
@@ -84,6 +85,21 @@ def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
         "vae-sd2",
         "vae-sdxl",
     }
+
+
+def test_a_compiled_unet_draws_what_torch_draws(client: httpx.Client) -> None:
+    """In a replica of its own, with the thread environment TVM needs; `auto` decides by what it measured there."""
+    fields = request("SD1.5", width=512, height=512)
+    (torch_pixels, _), (tvm_pixels, reply) = (draw(client, **fields, backend=name) for name in ("torch", "tvm"))
+    assert reply.headers["x-backend"] == "tvm"
+    assert np.abs(torch_pixels - tvm_pixels).max() <= 2
+    models = {m["id"]: m for m in client.get("/v1/models").json()["data"]}
+    (entry,) = models["SD1.5"]["tvm_compiled"]
+    assert entry["size"] == "512x512"
+    _, reply = draw(client, **fields)
+    assert reply.headers["x-backend"] == ("tvm" if entry["speedup"] >= 1.1 else "torch")
+    _, reply = draw(client, **request("SD1.5"))
+    assert reply.headers["x-backend"] == "torch", "no program for this size"
 
 
 def test_grouped_by_role_there_are_five(client: httpx.Client) -> None:

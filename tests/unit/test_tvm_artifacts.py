@@ -66,7 +66,7 @@ def test_a_changed_kernel_is_another_key(tmp_path: Path) -> None:
     for name in COMPILER_SOURCES:
         (tmp_path / name).write_bytes((HERE / name).read_bytes())
     assert sources_hash(tmp_path) == sources_hash()
-    with (tmp_path / "kernels.py").open("a") as file:
+    with (tmp_path / "products.py").open("a") as file:
         file.write("\n")
     assert sources_hash(tmp_path) != sources_hash()
 

@@ -11,12 +11,13 @@ import tvm
 import tvm_ffi
 from torch import Tensor, nn
 
-from pipelines.backends.tvm import kernels
+from pipelines.backends.tvm import norms, products, winograd
 from pipelines.backends.tvm.artifacts import best_level
-from pipelines.backends.tvm.convert import Converters, UnsupportedOperationError, import_graph
-from pipelines.backends.tvm.kernels import Tile
+from pipelines.backends.tvm.convert import Converters, import_graph
 from pipelines.backends.tvm.lower import CompileError, lower
 from pipelines.backends.tvm.packing import Layout, aligned
+from pipelines.backends.tvm.pictures import UnsupportedOperationError
+from pipelines.backends.tvm.products import Tile
 
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": best_level()})
 TILES = {"AVX2": Tile.of(256), "AVX-512": Tile.of(512)}  # both compile to what this machine has
@@ -36,7 +37,7 @@ def draw(*shape: int) -> Tensor:
 def test_gemm(tile: Tile, rows: int, columns: int, depth: int) -> None:
     x, w, bias, y = draw(rows, depth), draw(columns, depth), draw(columns), torch.empty(1, rows, columns)
     packed = Layout("matrix", tile.panel(columns)).pack(w)
-    run(kernels.gemm("main", 1, rows, columns, depth, True, tile), x[None], packed, bias, y)
+    run(products.gemm("main", 1, rows, columns, depth, True, tile), x[None], packed, bias, y)
     assert torch.allclose(y[0], functional.linear(x, w, bias), atol=1e-3)
 
 
@@ -52,7 +53,7 @@ def test_conv2d(tile: Tile, height: int, width: int, channels: int, filters: int
     padded = functional.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     packed = Layout("conv", tile.panel(filters)).pack(w)
     sizes = (2, height + 2, width + 2, channels, filters, 3, stride, tile)
-    run(kernels.conv2d("main", *sizes), padded, packed, bias, y)
+    run(products.conv2d("main", *sizes), padded, packed, bias, y)
     assert torch.allclose(y.permute(0, 3, 1, 2), expected, atol=1e-3)
 
 
@@ -65,20 +66,20 @@ def test_winograd(m: int) -> None:
     y = torch.empty(2, height, width, filters)
     padded = functional.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     packed = Layout("winograd", tile.panel(filters), m).pack(w)
-    run(kernels.winograd_input("main", 2, height, width, channels, m), padded, spread)
-    run(kernels.gemm("main", points, tiles, filters, channels, False, tile), spread, packed, product)
-    run(kernels.winograd_output("main", 2, height, width, filters, m), product, bias, y)
+    run(winograd.winograd_input("main", 2, height, width, channels, m), padded, spread)
+    run(products.gemm("main", points, tiles, filters, channels, False, tile), spread, packed, product)
+    run(winograd.winograd_output("main", 2, height, width, filters, m), product, bias, y)
     assert torch.allclose(y.permute(0, 3, 1, 2), functional.conv2d(x, w, bias, padding=1), atol=1e-3)
 
 
 def test_norms() -> None:
     x, weight, bias = draw(2, 30, 48) * 3 + 1, draw(48), draw(48)
     factors, y = torch.empty(2, 2, 48), torch.empty(60, 48)
-    run(kernels.group_norm("main", 2, 30, 48, 8, 1e-5), x, weight, bias, factors)
+    run(norms.group_norm("main", 2, 30, 48, 8, 1e-5), x, weight, bias, factors)
     expected = functional.group_norm(x.transpose(1, 2), 8, weight, bias, 1e-5).transpose(1, 2)
     assert torch.allclose(x * factors[:, :1] + factors[:, 1:], expected, atol=1e-4)
     flat = x.reshape(60, 48)
-    run(kernels.layer_norm("main", 60, 48, 1e-5), flat, weight, bias, y)
+    run(norms.layer_norm("main", 60, 48, 1e-5), flat, weight, bias, y)
     assert torch.allclose(y, functional.layer_norm(flat, (48,), weight, bias), atol=1e-4)
 
 

@@ -22,7 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 logger = logging.getLogger("sdgraph.tvm")
 
 HERE = Path(__file__).parent
-COMPILER_SOURCES = ("kernels.py", "packing.py", "convert.py", "lower.py", "compile.py", "shapes.py")
+COMPILER_SOURCES = (
+    *("compile.py", "convert.py", "lower.py", "norms.py", "packing.py"),
+    *("pictures.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
+)
 BATCHES = (1, 2, 4, 8)
 """Rows that are compiled; others are padded to the next."""
 LEVELS = {

@@ -33,8 +33,8 @@ from pipelines.backends.tvm.artifacts import (
     best_level,
 )
 from pipelines.backends.tvm.convert import Converters, import_graph
-from pipelines.backends.tvm.kernels import Tile
 from pipelines.backends.tvm.lower import lower
+from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
 from pipelines.weights import read_config
 

@@ -1,0 +1,191 @@
+"""Matrix products and convolutions on packed weights, in NHWC.
+
+They follow Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008): a block of
+`Tile.rows` x `Tile.columns` of the result stays in registers, a chunk of the packed weights stays in the cache while
+all rows pass it. A convolution is the same product with the taps as outer chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as ir
+
+from pipelines.backends.tvm.tir import FLOAT, kernel
+
+CHUNK = 256
+"""Products a block sums up before it goes on to the next rows: their weights (16 KB on AVX2) stay in L1."""
+GROUP = 96
+"""Rows that pass all columns together: their chunk of the input stays in the second cache."""
+JOBS = 8
+"""Pieces of work that a kernel offers at least, where it can: enough to share among a few threads."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Registers of one core.
+
+    Attributes:
+        columns: most columns of the result a block holds, the packing's width.
+        rows: most rows of the result a block holds.
+    """
+
+    columns: int
+    rows: int
+
+    @classmethod
+    def of(cls, vector_bits: int) -> Tile:
+        """Blocks that fill 32 registers of 512 bits or 16 of 256."""
+        return cls(64, 6) if vector_bits >= 512 else cls(16, 6)
+
+    def panel(self, columns: int) -> int:
+        """Columns of a panel of packed weights."""
+        return math.gcd(columns, self.columns)
+
+    def row_block(self, rows: int) -> int:
+        """The largest block that divides `rows`, if it is no dwarf; else one that leaves a rest."""
+        fitting = [n for n in range(self.rows, 0, -1) if rows % n == 0]
+        return fitting[0] if fitting[0] * 3 >= self.rows * 2 or rows < self.rows else self.rows - 2
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
+    return next(n for n in range(max(1, min(number, most)), 0, -1) if number % n == 0)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The loops of a matrix product over packed weights.
+
+    Attributes:
+        batch: independent products.
+        lines, width: rows of the result, as lines of neighbouring rows.
+        columns, panel: columns of the result, and how many a panel of packed weights has.
+        parts, chunk: the sum, in parts of `chunk` products.
+        block: rows that are held in registers.
+    """
+
+    batch: int
+    lines: int
+    width: int
+    columns: int
+    panel: int
+    parts: int
+    chunk: int
+    block: int
+
+    def write(
+        self,
+        a: Callable[[Any, Any, Any, Any, Any], Any],
+        b: Callable[[Any, Any, Any, Any, Any], Any],
+        bias: Any,
+        result: Callable[[Any, Any, Any], tuple[Any, list[Any]]],
+    ) -> None:
+        """Write the loops.
+
+        Args:
+            a: `(product, line, row, part, k)` -> the input's value.
+            b: `(product, panel, part, k, lane)` -> the weight's.
+            bias: buffer `[columns]`, or None to begin with 0.
+            result: `(product, line, row)` -> the buffer of the result and the indices of the row in it.
+        """
+        groups = self.lines // _divisor(self.lines, max(1, GROUP // self.width))
+        panels = self.columns // self.panel
+        shares = 1
+        while self.batch * groups * shares < JOBS and (more := _next_divisor(panels, shares)):
+            shares = more
+        with ir.parallel(0, self.batch * groups * shares) as job:
+            t, group, share = job // (groups * shares), job // shares % groups, job % shares
+
+            def part(number: Any, begins: bool) -> None:
+                with ir.serial(0, panels // shares) as own, ir.serial(0, self.lines // groups) as line:
+                    where = (t, group * (self.lines // groups) + line, share * (panels // shares) + own, number)
+                    blocks = self.width // self.block
+                    if blocks:
+                        with ir.serial(0, blocks) as nth:
+                            self._block(a, b, bias, result, where, nth * self.block, self.block, begins)
+                    if rest := self.width % self.block:
+                        self._block(a, b, bias, result, where, blocks * self.block, rest, begins)
+
+            part(0, True)
+            if self.parts > 1:
+                with ir.serial(1, self.parts) as number:
+                    part(number, False)
+
+    def _block(
+        self, a: Any, b: Any, bias: Any, result: Any, where: tuple[Any, ...], row: Any, rows: int, begins: bool
+    ) -> None:
+        t, line, panel, part = where
+        sums = ir.alloc_buffer((rows, self.panel), FLOAT)
+        for i in range(rows):
+            y, indices = result(t, line, row + i)
+            with ir.vectorized(0, self.panel) as z:
+                column = panel * self.panel + z
+                start = bias[column] if bias is not None else ir.float32(0)
+                value = start if begins else y[*indices, column]
+                ir.buffer_store(sums, value, [i, z])
+        with ir.serial(0, self.chunk) as k:
+            for i in range(rows):
+                with ir.vectorized(0, self.panel) as z:
+                    ir.buffer_store(sums, sums[i, z] + a(t, line, row + i, part, k) * b(t, panel, part, k, z), [i, z])
+        for i in range(rows):
+            y, indices = result(t, line, row + i)
+            with ir.vectorized(0, self.panel) as z:
+                ir.buffer_store(y, sums[i, z], [*indices, panel * self.panel + z])
+
+
+def _next_divisor(number: int, above: int) -> int | None:
+    return next((n for n in range(above + 1, number + 1) if number % n == 0), None)
+
+
+def gemm(name: str, batch: int, rows: int, columns: int, depth: int, bias: bool, tile: Tile) -> Any:
+    """`y[t] = x[t] @ w[t] + bias`.
+
+    x `[batch, rows, depth]`, w packed `[batch, columns / panel, depth, panel]`, bias `[columns]` if any,
+    y `[batch, rows, columns]`.
+    """
+    panel, chunk, width = tile.panel(columns), _divisor(depth, CHUNK), _divisor(rows, GROUP)
+    if width < tile.rows and rows > width:  # an awkward number of rows: one line, with a rest
+        width = rows
+    loops = _Product(batch, rows // width, width, columns, panel, depth // chunk, chunk, tile.row_block(width))
+
+    def body(x: Any, w: Any, *rest: Any) -> None:
+        loops.write(
+            lambda t, line, row, part, k: x[t, line * width + row, part * chunk + k],
+            lambda t, p, part, k, z: w[t, p, part * chunk + k, z],
+            rest[0] if bias else None,
+            lambda t, line, row: (rest[-1], [t, line * width + row]),
+        )
+
+    shapes = {"x": (batch, rows, depth), "w": (batch, columns // panel, depth, panel)}
+    shapes |= {"bias": (columns,)} if bias else {}
+    return kernel(name, shapes | {"y": (batch, rows, columns)}, body)
+
+
+def conv2d(
+    name: str, batch: int, height: int, width: int, channels: int, filters: int, taps: int, stride: int, tile: Tile
+) -> Any:
+    """A convolution of x `[batch, height, width, channels]`, already padded, with `taps` x `taps` weights.
+
+    w packed `[filters / panel, taps, taps, channels, panel]`, bias `[filters]`, y `[batch, h, w, filters]`.
+    """
+    high, wide = (height - taps) // stride + 1, (width - taps) // stride + 1
+    panel, chunk = tile.panel(filters), _divisor(channels, CHUNK)
+    pieces = channels // chunk
+    loops = _Product(1, batch * high, wide, filters, panel, taps * taps * pieces, chunk, tile.row_block(wide))
+
+    def body(x: Any, w: Any, bias: Any, y: Any) -> None:
+        def value(t: Any, line: Any, row: Any, part: Any, k: Any) -> Any:
+            down, right, piece = part // (taps * pieces), part // pieces % taps, part % pieces
+            return x[line // high, line % high * stride + down, row * stride + right, piece * chunk + k]
+
+        def weight(t: Any, p: Any, part: Any, k: Any, z: Any) -> Any:
+            return w[p, part // (taps * pieces), part // pieces % taps, part % pieces * chunk + k, z]
+
+        loops.write(value, weight, bias, lambda t, line, row: (y, [line // high, line % high, row]))
+
+    shapes = {"x": (batch, height, width, channels), "w": (filters // panel, taps, taps, channels, panel)}
+    return kernel(name, shapes | {"bias": (filters,), "y": (batch, high, wide, filters)}, body)
