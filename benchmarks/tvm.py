@@ -127,9 +127,11 @@ class Sides:
         self.facts: dict[str, Any] = {"parameters_m": round(sum(p.numel() for p in self.unet.parameters()) / 1e6)}
 
     def eager(self) -> TorchDenoiser:
+        """Torch as it is."""
         return TorchDenoiser(self.unet)
 
     def channels_last(self) -> Any:
+        """Torch with its weights in NHWC; in place."""
         return TorchDenoiser(self.unet.to(memory_format=torch.channels_last))
 
     def compiled(self, batch: StepBatch) -> Any:
@@ -150,12 +152,14 @@ class Sides:
         return denoiser
 
     def program(self) -> Artifact:
+        """The compiled program, made now if need be."""
         config = json.loads(self.unet.to_json_string())
         artifact, _ = ArtifactCache(TVM_CACHE).make(self.key, lambda path: compile_unet(config, self.key, path))
         self.facts["tvm_compile_s"] = artifact.compile_seconds
         return artifact
 
     def tvm(self) -> TvmDenoiser:
+        """The program over packed weights."""
         weights = PackedWeights(self.unet.state_dict())
         before, begin = resident_gib(), time.perf_counter()
         denoiser = TvmDenoiser(dict(self.unet.config), load_programs(ArtifactCache(TVM_CACHE), [self.key], weights))
