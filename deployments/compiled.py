@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipelines.plan import CompiledSize
@@ -20,9 +21,10 @@ DISTRUST_S = 60.0
 class CompiledSizes:
     """Asks each deployment once, and again some time after it failed."""
 
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        """Ask `handles`, by component id; several components may share one."""
+    def __init__(self, handles: Mapping[str, Any], torch_handles: Mapping[str, Any]) -> None:
+        """Ask `handles`, by component id; several components may share one. `torch_handles` run the same UNets."""
         self.handles = handles
+        self._torch_handles = torch_handles
         self._answers: dict[str, tuple[CompiledSize, ...]] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._distrusted: dict[str, float] = {}
@@ -47,6 +49,9 @@ class CompiledSizes:
     async def _ask(self, component: str) -> None:
         try:
             sizes = await self.handles[component].compiled_sizes.remote()
+            # They were measured against torch on the CPU: beside a GPU they are for who asks for them by name.
+            if sizes and await self._torch_handles[component].device.remote() != "cpu":
+                sizes = [replace(size, speedup=0.0) for size in sizes]
         except Exception as error:  # whatever it is, torch draws
             logger.warning("compiled %s does not answer: %s", component, error)
             self.distrust(component)

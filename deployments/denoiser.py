@@ -70,7 +70,7 @@ class DenoiserDeployment:
         from pipelines.controlnet import ColocatedControl
         from pipelines.weights import load_controlnets, load_engine
 
-        device = runtime.apply()
+        device = self._device = runtime.apply()
         self._compiled: tuple[CompiledSize, ...] = ()
         if compiled is None:
             self._engines = {c: load_engine(catalog, c, device, max_rows, strict) for c in components}
@@ -97,6 +97,10 @@ class DenoiserDeployment:
         loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}
         self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
         return {component: unet.engine for component, unet in loaded.items() if unet}
+
+    async def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self._device
 
     async def compiled_sizes(self) -> tuple[CompiledSize, ...]:
         """What this replica's programs can draw, with what was measured when it started."""

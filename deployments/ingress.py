@@ -77,7 +77,7 @@ class Ingress:
         self.keys = KeyRing(keys)
         self.rate = RateLimit(rate_limit)
         self.readiness = readiness
-        self.compiled = CompiledSizes(compiled or {})
+        self.compiled = CompiledSizes(compiled or {}, handles)
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)

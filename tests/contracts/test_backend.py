@@ -88,7 +88,7 @@ Connect = Callable[..., Any]
 
 @pytest.fixture
 def with_compiled(connect: ClientFactory, sized: Catalog) -> Connect:
-    return lambda handle: connect(catalog=sized, compiled={UNET: handle})
+    return lambda handle, **changes: connect(catalog=sized, compiled={UNET: handle}, **changes)
 
 
 async def backend(client: httpx.AsyncClient, **fields: Any) -> str:
@@ -127,6 +127,23 @@ async def test_auto_leaves_tvm_where_it_did_not_pay(
             assert await backend(client) == "torch"
         assert "unet-sd15 at 128x128 runs on torch: tvm was only 1.05 times as fast" in caplog.text
         assert await backend(client, backend="tvm") == "tvm", "asked for by name"
+
+
+async def test_auto_means_torch_where_torch_has_a_gpu(
+    with_compiled: Connect, compiled: Any, handles: dict[str, Any]
+) -> None:
+    async def cuda() -> str:
+        return "cuda"
+
+    class OnGpu:
+        device = SimpleNamespace(remote=cuda)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(handles[UNET], name)
+
+    async with with_compiled(Claims(compiled, 5.0), handles=handles | {UNET: OnGpu()}) as client:
+        assert await backend(client) == "torch"
+        assert await backend(client, backend="tvm") == "tvm"
 
 
 @pytest.mark.parametrize(
