@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
@@ -66,6 +66,11 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
         case BackPressureError():
             headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
             return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
+        case RayActorError():
+            headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
+            logger.error("request %s failed twice on replicas that died", request_id, exc_info=error)
+            message = f"a part of the graph is restarting; try again (request {request_id})"
+            return Failure(503, 42903, "overloaded_error", message, headers=headers)
         case DeadlineError():
             return Failure(504, 50006, "timeout_error", f"deadline passed: {error} (request {request_id})")
         case BackendError():

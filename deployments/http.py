@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -99,12 +100,12 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
         body: GenerationRequest, request: Request, response: Response
     ) -> GenerationResponse | StreamingResponse:
         if body.stream:
-            items = ingress.watch(body.to_params(), bool(body.preview))
+            items = ingress.watch(body.to_params(), bool(body.preview), _wanted_deadline(request))
             first = await anext(items)  # a bad request is refused here, with a status of its own
             assert isinstance(first, Progress)
             stream = events(first, items, request_id_of(request.scope))
             return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        made = await _until_disconnect(request, ingress.generate(body.to_params()))
+        made = await _until_disconnect(request, ingress.generate(body.to_params(), _wanted_deadline(request)))
         _describe(response, made)
         return cast(GenerationResponse, made.response())
 
@@ -129,6 +130,15 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
         return OpenAIImageResponse(created=int(time.time()), data=data)
 
     return router
+
+
+def _wanted_deadline(request: Request) -> float | None:
+    """Seconds a client allows, in the header that Serve's proxy reads too; None if it does not say, or nonsense."""
+    try:
+        seconds = float(request.headers.get("x-request-timeout-seconds", "nan"))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 async def _until_disconnect(request: Request, work: Any) -> Any:

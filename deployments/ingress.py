@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import DeploymentStatus
 
@@ -82,8 +85,8 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
 
-    async def generate(self, params: GenerationParams) -> Generated:
-        """Draw one picture.
+    async def generate(self, params: GenerationParams, deadline_s: float | None = None) -> Generated:
+        """Draw one picture, within `deadline_s` or the server's own limit, whichever is less.
 
         Raises:
             RequestError: the request cannot be served.
@@ -92,18 +95,17 @@ class Ingress:
         """
         begin = time.perf_counter()
         plan = await self._admit(params)
-        try:
-            async with asyncio.timeout(self.limits.deadline_s):
-                try:
-                    image = await self._compose(plan, params.image, params.controlnet_image)
-                except Exception as error:
-                    plan = self._without_tvm(params, plan, error)
-                    image = await self._compose(plan, params.image, params.controlnet_image)
-        except TimeoutError:
-            raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
+        async with self._deadline(deadline_s):
+            try:
+                image = await self._compose(plan, params.image, params.controlnet_image)
+            except Exception as error:
+                plan = self._second_try(params, plan, error)
+                image = await self._compose(plan, params.image, params.controlnet_image)
         return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
 
-    async def watch(self, params: GenerationParams, previews: bool) -> AsyncIterator[Progress | bytes | Generated]:
+    async def watch(
+        self, params: GenerationParams, previews: bool, deadline_s: float | None = None
+    ) -> AsyncIterator[Progress | bytes | Generated]:
         """Draw one picture, telling progress on the way: Progress, preview JPEGs, and at last the picture.
 
         The plan is made before this returns its first item, so that a bad request is refused at once. Latents of each
@@ -113,23 +115,19 @@ class Ingress:
         plan = await self._admit(params)
         yield Progress(plan.stages[0].component, 0, 0)
         image: Traced[EncodedImage] | None = None
-        try:
-            async with asyncio.timeout(self.limits.deadline_s):
+        async with self._deadline(deadline_s):
+            for first in (True, False):
                 try:
                     async for item in self._watch_plan(plan, params, previews):
                         if isinstance(item, Traced):
                             image = item
                         else:
                             yield item
+                    break
                 except Exception as error:
-                    plan = self._without_tvm(params, plan, error)
-                    async for item in self._watch_plan(plan, params, previews):
-                        if isinstance(item, Traced):
-                            image = item
-                        else:
-                            yield item
-        except TimeoutError:
-            raise DeadlineError(f"not finished within {self.limits.deadline_s:g} seconds") from None
+                    if not first:
+                        raise
+                    plan = self._second_try(params, plan, error)
         assert image is not None
         yield Generated(image.value, plan, time.perf_counter() - begin, image.spans)
 
@@ -168,6 +166,16 @@ class Ingress:
                 await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
         return plan
 
+    @asynccontextmanager
+    async def _deadline(self, asked_s: float | None) -> AsyncIterator[None]:
+        """Raise DeadlineError when the block takes longer than asked for, or than the server allows."""
+        seconds = min(asked_s or math.inf, self.limits.deadline_s)
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise DeadlineError(f"not finished within {seconds:g} seconds") from None
+
     async def _plan(self, params: GenerationParams) -> GenerationPlan:
         return make_plan(params, self.catalog, self.limits.plan, await self.compiled.known())
 
@@ -175,21 +183,30 @@ class Ingress:
         handles = self.compiled.handles if stage.backend == "tvm" else self._handles
         return handles[stage.component]
 
-    def _without_tvm(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
-        """The same request on torch, after the graph failed with backend tvm in it.
+    def _second_try(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
+        """How to go on after the graph failed; the seed is decided, so it is the same picture.
+
+        What ran on tvm and may run on torch does. A replica that died, of whatever kind, is worth another try: Serve
+        sends it to another one, or to its successor.
 
         Raises:
             BackendError: the request asked for tvm by name.
-            Exception: `error` itself, if tvm cannot be its reason.
+            Exception: `error` itself, if another try would fail like this one.
         """
+        cause = cause_of(error)
         compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
-        if not compiled or isinstance(cause_of(error), RequestError | BackPressureError):
+        if isinstance(cause, RequestError | BackPressureError):
             raise error
         for component in compiled:
             self.compiled.distrust(component)
+        if isinstance(cause, RayActorError) and (not compiled or params.backend.lower() == "tvm"):
+            logger.warning("a replica died, trying again: %s", type(cause).__name__)
+            return plan
+        if not compiled:
+            raise error
         if params.backend.lower() == "tvm":
-            raise BackendError(f"backend 'tvm' failed: {cause_of(error)}. Send backend 'auto' or 'torch'") from error
-        logger.warning("backend tvm failed, torch takes over: %s", cause_of(error))
+            raise BackendError(f"backend 'tvm' failed: {cause}. Send backend 'auto' or 'torch'") from error
+        logger.warning("backend tvm failed, torch takes over: %s", cause)
         return make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
 
     def _hint(self, plan: GenerationPlan, stage: StagePlan, photo: bytes | None) -> Any:

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from tests.contracts.conftest import ClientFactory
-from tests.contracts.test_generation import SMALL
+from tests.contracts.test_generation import SMALL, picture, pixels
 
 
 def check(reply: httpx.Response, status: int, code: int, param: str | None) -> str:
@@ -223,6 +225,52 @@ async def test_faults_below(
             assert int(reply.headers["retry-after"]) > 0
         else:
             assert "abc-1" in message
+
+
+async def test_a_replica_that_dies_is_tried_again(connect: ClientFactory, handles: dict[str, Any]) -> None:
+    """Once; the picture is the same. Dead again, the client is told when to come back."""
+    deaths = 0
+
+    def dying(times: int) -> dict[str, Any]:
+        vae = handles["vae-sd15"]
+
+        async def die() -> None:
+            nonlocal deaths
+            deaths += 1
+            raise ActorDiedError
+
+        def decode(*args: Any) -> Any:
+            return die() if deaths < times else vae.decode.remote(*args)
+
+        return handles | {"vae-sd15": SimpleNamespace(decode=SimpleNamespace(remote=decode))}
+
+    async with connect(handles=dying(1)) as client, connect() as healthy:
+        body = SMALL | {"output_format": "png"}
+        replies = [await c.post("/v1/image/generation", json=body) for c in (client, healthy)]
+    assert deaths == 1
+    again, undisturbed = (pixels(picture(reply)) for reply in replies)
+    assert np.abs(again - undisturbed).max() <= 1
+    deaths = 0
+    async with connect(handles=dying(2)) as client:
+        reply = await client.post("/v1/image/generation", json=SMALL)
+    check(reply, 503, 42903, None)
+    assert int(reply.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(("header", "waits"), [("0.05", False), ("5000", True), ("soon", True), ("-1", True)])
+async def test_a_client_may_shorten_its_deadline_and_no_more(
+    connect: ClientFactory, handles: dict[str, Any], header: str, waits: bool
+) -> None:
+    async def slow() -> None:
+        await asyncio.sleep(0.5)
+        raise BackPressureError(1, 1)
+
+    late = dict.fromkeys(handles, Unused()) | {
+        "vae-sd15": SimpleNamespace(decode=SimpleNamespace(remote=lambda *_: slow()))
+    }
+    async with connect(handles=late) as client:
+        reply = await client.post("/v1/image/generation", json=SMALL, headers={"x-request-timeout-seconds": header})
+    assert reply.status_code == (503 if waits else 504)
 
 
 async def test_deadline(connect: ClientFactory, handles: dict[str, Any]) -> None:
