@@ -251,36 +251,30 @@ class BackendChoice:
 
     def for_stage(self, component: str, steered: bool, loras: bool) -> BackendName:
         """The backend of one stage; the refiner of an explicit `tvm` runs there too where it is compiled."""
-        here = next(
-            (
-                entry
-                for entry in self.compiled
-                if (entry.component, entry.width, entry.height, entry.control)
-                == (component, self.width, self.height, steered)
-            ),
-            None,
-        )
-        lacking = self._lacking(here, loras)
-        if self.wanted == "tvm" and component == self.model.unet and (here is None or loras):
-            raise InvalidValueError(f"backend 'tvm': {lacking}", "backend")
+        wanted = (component, self.width, self.height, steered)
+        here = next((c for c in self.compiled if (c.component, c.width, c.height, c.control) == wanted), None)
+        cannot = self._why_not(here, loras)
+        if self.wanted == "tvm":
+            if cannot and component == self.model.unet:
+                raise InvalidValueError(f"backend 'tvm': {cannot}", "backend")
+            return "torch" if cannot else "tvm"
+        if self.wanted == "auto" and here is not None and not cannot and here.speedup < WORTHWHILE:
+            cannot = f"tvm was only {here.speedup:.2f} times as fast when it started"
         if self.wanted == "auto" and self.compiled:
-            logger.info("%s at %dx%d runs on %s", component, self.width, self.height, lacking or "tvm")
-        takes = here is not None and not loras and (self.wanted == "tvm" or not lacking)
-        return "tvm" if takes and self.wanted != "torch" else "torch"
+            on = f"torch: {cannot}" if cannot else "tvm"
+            logger.info("%s at %dx%d runs on %s", component, self.width, self.height, on)
+        return "torch" if cannot or self.wanted == "torch" else "tvm"
 
-    def _lacking(self, here: CompiledSize | None, loras: bool) -> str | None:
-        """Why `auto` does not take tvm, None if it does."""
+    def _why_not(self, here: CompiledSize | None, loras: bool) -> str | None:
+        """Why tvm cannot run a stage, None if it can."""
         if loras:
-            return "torch: compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
-        if here is None:
-            components = {c.component for c in self.compiled}
-            sizes = list(dict.fromkeys(str(c) for c in self.compiled if c.component == self.model.unet))
-            if not components or not sizes:
-                return "torch: not compiled on this server. Only ['auto', 'torch'] allowed now"
-            return f"torch: not compiled for this size and ControlNet on this server. Only {sizes} are compiled"
-        if here.speedup < WORTHWHILE:
-            return f"torch: tvm was only {here.speedup:.2f} times as fast when it started"
-        return None
+            return "compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
+        if here is not None:
+            return None
+        sizes = list(dict.fromkeys(str(c) for c in self.compiled if c.component == self.model.unet))
+        if not sizes:
+            return "not compiled on this server. Only ['auto', 'torch'] allowed now"
+        return f"not compiled for this size and ControlNet on this server. Only {sizes} are compiled"
 
 
 def _styled(params: GenerationParams, catalog: Catalog) -> tuple[str, str | None, str | None, str | None]:

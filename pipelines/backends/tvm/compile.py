@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tvm
@@ -63,13 +63,11 @@ class PositionalUNet(nn.Module):
         if self.control:
             residuals["down_block_additional_residuals"] = rest[:-1]
             residuals["mid_block_additional_residual"] = rest[-1]
-        output: Tensor = self.unet(sample, timesteps, context, added_cond_kwargs=added, return_dict=False, **residuals)[
-            0
-        ]
-        return output
+        outputs = self.unet(sample, timesteps, context, added_cond_kwargs=added, return_dict=False, **residuals)
+        return cast(Tensor, outputs[0])
 
 
-def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path, winograd: bool = True) -> Artifact:
+def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> Artifact:
     """Write the program of `key` for a UNet of this configuration; describes it.
 
     The UNet exists without weights: its tensors are reserved, never touched, so that a 2.6 B UNet costs no memory.
@@ -85,7 +83,7 @@ def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path, win
     with torch.no_grad():
         exported = torch.export.export(model, example_inputs(config, key))
     target = tvm.target.Target({"kind": "llvm", "mcpu": key.level})
-    converters = Converters(exported, Tile.of(512 if key.level == "x86-64-v4" else 256), winograd)
+    converters = Converters(exported, Tile.of(512 if key.level == "x86-64-v4" else 256))
     executable = lower(import_graph(converters, exported), target)
     executable.export_library(str(program))
     return Artifact(

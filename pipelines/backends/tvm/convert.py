@@ -43,12 +43,11 @@ tvm_ffi.register_global_func(SDPA, _attention, override=True)
 class Converters(PictureConverters):
     """One model's conversion; `weights` fills up on the way."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, tile: Tile, winograd: bool = True) -> None:
-        """Convert `exported` for a machine with `tile`'s registers; without `winograd` every convolution is direct."""
+    def __init__(self, exported: torch.export.ExportedProgram, tile: Tile) -> None:
+        """Convert `exported` for a machine with `tile`'s registers."""
         super().__init__()
         self._parameters = dict(exported.graph_signature.inputs_to_parameters)
         self._tile = tile
-        self._winograd = winograd
         self._untransposed: dict[relax.Expr, relax.Expr] = {}
         self._kernels: dict[tuple[Any, ...], Any] = {}
         self.weights: dict[tuple[str, Layout], relax.Var] = {}
@@ -102,7 +101,7 @@ class Converters(PictureConverters):
             raise UnsupportedOperationError(f"{node}: a convolution with dilation, groups or unequal sides")
         panel = self._tile.panel(filters)
         bias = self._bias(argument(node, 2), bias, filters)
-        if taps == 1 and stride == 1:
+        if (taps, stride, pad) == (1, 1, 0):
             packed = self._weight(node.args[1], Layout("matrix", panel), weight)
             flat = bb.emit(relax.op.reshape(picture, (1, batch * height * width, channels)))
             product = self._gemm(bb, flat, packed, bias)
@@ -121,7 +120,7 @@ class Converters(PictureConverters):
         m = next((m for m in (4, 2) if height % m == 0 and width % m == 0), 0)
         size = 4 * (m + 2) ** 2 * channels * filters
         pays = min(height, width) >= WINOGRAD_SIDE or size <= WINOGRAD_BYTES
-        return m if self._winograd and pays and channels % 8 == 0 and filters % 8 == 0 else 0
+        return m if pays and channels % 8 == 0 and filters % 8 == 0 else 0
 
     def _by_winograd(
         self, bb: Any, node: fx.Node, padded: relax.Expr, weight: Any, bias: relax.Expr, m: int
@@ -144,7 +143,7 @@ class Converters(PictureConverters):
         )
 
     def _gemm(self, bb: Any, x: relax.Expr, packed: relax.Var, bias: relax.Expr) -> relax.Expr:
-        """X `[1, rows, depth]` times a packed matrix."""
+        """The product of x `[1, rows, depth]` and a packed matrix."""
         (_, rows, depth), (_, panels, _, panel) = shape_of(x), shape_of(packed)
         columns = panels * panel
         sizes = (1, rows, columns, depth, True, self._tile)
@@ -207,7 +206,7 @@ class Converters(PictureConverters):
 
     def _sdpa(self, node: fx.Node, importer: Any) -> relax.Expr:
         bb, given = importer.block_builder, importer.retrieve_args(node)
-        if any(argument not in (None, 0.0, False) for argument in given[3:]) or node.kwargs.get("scale") is not None:
+        if any(option not in (None, 0.0, False) for option in given[3:]) or node.kwargs.get("scale") is not None:
             raise UnsupportedOperationError(f"{node}: attention with a mask, dropout or a scale of its own")
         query, key, value = (self._untransposed[t] for t in given[:3])
         shape = relax.TensorType(shape_of(query), FLOAT)

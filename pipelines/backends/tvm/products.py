@@ -46,7 +46,7 @@ class Tile:
         return math.gcd(columns, self.columns)
 
     def row_block(self, rows: int) -> int:
-        """The largest block that divides `rows`, if it is no dwarf; else one that leaves a rest."""
+        """The largest block that divides `rows`, unless that is a dwarf: then one that leaves a rest."""
         fitting = [n for n in range(self.rows, 0, -1) if rows % n == 0]
         return fitting[0] if fitting[0] * 3 >= self.rows * 2 or rows < self.rows else self.rows - 2
 
