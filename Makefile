@@ -15,7 +15,7 @@ export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
-.PHONY: setup models demo serve compile compile-demo check test bench clients train gates clean
+.PHONY: setup models demo serve compile compile-demo check test bench clients train gates k8s clean
 
 setup: .venv/installed models  ## everything a fresh machine needs
 
@@ -61,6 +61,9 @@ train: setup  ## the embedded models, from package registries; SIZE=smoke|cpu|gp
 
 gates: setup  ## what the embedded models reach, through the running graph
 	TQDM_DISABLE= $(BIN)/python -m training.gates
+
+k8s:  ## copy the production Serve config to where kustomize reads it
+	cp serve_config.yaml k8s/base/serve_config.yaml
 
 clean:
 	rm -rf .venv models/tiny result.jpg *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,145 @@
+"""The production Serve config: strict, the one the RayService carries, and small enough for its worker groups."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ServeDeploySchema
+
+from config.catalog import ROOT
+from deployments.app import AppArgs, build_app
+from tests.k8s.conftest import documents, groups, ray_service
+
+Config = dict[str, Any]
+SERVE_CONFIG = ROOT / "serve_config.yaml"
+DEFAULT_CPUS = 0  # app.py's default for deployments that a config does not tune
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What Ray would refuse, and what it would take without a word: unknown fields, bad autoscaling, odd GPU shares."""
+    yield from _unknown(ServeDeploySchema, config, "$")
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValueError as error:
+        yield str(error)
+    for deployment in (d for app in config["applications"] for d in app.get("deployments", [])):
+        name, scaling = deployment["name"], deployment.get("autoscaling_config")
+        if isinstance(scaling, dict):
+            yield from (
+                f"{name}: {key} is no autoscaling field"
+                for key in scaling.keys() - AutoscalingConfig.model_fields.keys()
+            )
+            try:
+                AutoscalingConfig(**{k: v for k, v in scaling.items() if k in AutoscalingConfig.model_fields})
+            except ValueError as error:
+                yield f"{name}: {error}"
+        gpus = (deployment.get("ray_actor_options") or {}).get("num_gpus", 0)
+        if gpus > 1 and gpus != int(gpus):
+            yield f"{name}: num_gpus {gpus} must be whole above 1"
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _unknown(model: type[BaseModel], data: Any, path: str) -> Iterator[str]:
+    if not isinstance(data, dict):
+        return
+    fields = {field.alias or name: field for name, field in model.model_fields.items()} | model.model_fields
+    for key, value in data.items():
+        if key not in fields:
+            yield f"{path}.{key} is no field"
+            continue
+        for inner in list(_models(fields[key].annotation))[:1]:
+            for item in value if isinstance(value, list) else [value]:
+                yield from _unknown(inner, item, f"{path}.{key}")
+
+
+def test_the_config_is_strictly_valid() -> None:
+    assert list(problems(yaml.safe_load(SERVE_CONFIG.read_text()))) == []
+
+
+MUTANTS: list[tuple[list[Any], Any, str]] = [
+    (["http_option"], {}, "$.http_option is no field"),
+    (["applications", 0, "import_pth"], "x", "import_pth is no field"),
+    (["applications", 0, "deployments", 0, "max_ongoing_request"], 1, "max_ongoing_request is no field"),
+    (["applications", 0, "deployments", 0, "ray_actor_options", "num_gpu"], 1, "num_gpu is no field"),
+    (
+        ["applications", 0, "deployments", 0, "autoscaling_config", "min_replica"],
+        1,
+        "min_replica is no",
+    ),
+    (["applications", 0, "deployments", 0, "autoscaling_config", "min_replicas"], 99, "ingress:"),
+    (["applications", 0, "deployments", 0, "autoscaling_config", "max_replicas"], "4x", "ingress:"),
+    (["applications", 0, "deployments", 1, "ray_actor_options", "num_gpus"], 1.5, "must be whole above 1"),
+    (["applications", 0, "deployments", 1, "ray_actor_options", "num_gpus"], -1, "num_gpus"),
+    (["applications", 0, "import_path"], "nowhere", "import_path"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), MUTANTS)
+def test_the_checker_is_alive(path: list[Any], value: Any, complaint: str) -> None:
+    config = copy.deepcopy(yaml.safe_load(SERVE_CONFIG.read_text()))
+    inner = config
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    assert any(complaint in problem for problem in problems(config)), list(problems(config))
+
+
+@pytest.mark.parametrize("overlay", ["prod", "staging"])
+def test_the_ray_service_carries_it_byte_for_byte(overlay: str) -> None:
+    assert (ROOT / "k8s" / "base" / "serve_config.yaml").read_bytes() == SERVE_CONFIG.read_bytes(), "run `make k8s`"
+    assert ray_service(documents(overlay))["spec"]["serveConfigV2"] == SERVE_CONFIG.read_text()
+
+
+@pytest.mark.parametrize("overlay", ["prod", "dev-cpu"])
+def test_it_tunes_every_deployment_of_the_graph(overlay: str) -> None:
+    config = yaml.safe_load(ray_service(documents(overlay))["spec"]["serveConfigV2"])
+    assert list(problems(config)) == []
+    (application,) = config["applications"]
+    bound = build_app(AppArgs.model_validate(application["args"]))._bound_deployment.init_args
+    names = {app._bound_deployment.name for apps in (bound[0], bound[-1]) for app in apps.values()} | {"ingress"}
+    assert {d["name"] for d in application["deployments"]} == names
+
+
+@pytest.mark.parametrize("overlay", ["prod", "staging", "dev-cpu"])
+def test_every_deployment_fits_a_group_even_at_its_most(overlay: str) -> None:
+    service = ray_service(documents(overlay))
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    room: dict[str, dict[str, float]] = {}
+    pod: dict[str, dict[str, float]] = {}
+    for name, group in groups(service):
+        if name != "head":
+            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            role = group["labels"]["sdgraph/role"]
+            pod[role] = {"cpus": float(limits["cpu"]), "gpus": float(limits.get("nvidia.com/gpu", 0))}
+            room[role] = {what: share * group["maxReplicas"] for what, share in pod[role].items()}
+    for deployment in application["deployments"]:
+        options = deployment["ray_actor_options"]
+        role = options["label_selector"]["sdgraph/role"]
+        need = {"cpus": options.get("num_cpus", DEFAULT_CPUS), "gpus": options.get("num_gpus", 0)}
+        most = (deployment.get("autoscaling_config") or {}).get("max_replicas", 1)
+        for what, share in need.items():
+            assert share <= pod[role][what], f"{deployment['name']} fits no pod of group {role}"
+            room[role][what] -= share * most
+    assert all(left >= -1e-9 for shares in room.values() for left in shares.values()), room
+
+
+def test_everything_is_bounded_and_rare_components_go_to_zero() -> None:
+    (application,) = yaml.safe_load(SERVE_CONFIG.read_text())["applications"]
+    for deployment in application["deployments"]:
+        assert deployment["max_ongoing_requests"] > 0
+        assert deployment["autoscaling_config"]["max_replicas"] >= 2
+    idle = {d["name"] for d in application["deployments"] if d["autoscaling_config"]["min_replicas"] == 0}
+    assert {"refiner-sdxl", "controlnet-sdxl", "controlnet-sd15", "unet-sd2-torch"} <= idle
+    assert "ingress" not in idle
