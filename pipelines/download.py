@@ -30,8 +30,9 @@ def download(catalog: Catalog) -> Iterator[tuple[str, Path]]:
                 yield f"lora {lora.name}", fetch(f"lora {lora.name}", weights.source, [weights.file])
     for spec in catalog.annotators:
         patterns = [spec.file] if spec.file else ["*.json", "*.safetensors"]
-        for source in filter(None, (spec.source, spec.detector)):
-            yield f"annotator {spec.name}", fetch(f"annotator {spec.name}", source, patterns)
+        for source in (spec.source, spec.detector):
+            if source is not None:
+                yield f"annotator {spec.name}", fetch(f"annotator {spec.name}", source, patterns)
 
 
 def main() -> None:
