@@ -27,7 +27,8 @@ GUIDANCE = 4.0
 
 def ssd(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """`teacher` without its deepest level and its mid block: a third of the weights, those that fit taken over."""
-    config = dict(teacher.config) | {
+    # A private entry of diffusers' configs lists fields to be set to their defaults again.
+    config = {name: value for name, value in teacher.config.items() if name != "_use_default_values"} | {
         "block_out_channels": teacher.config.block_out_channels[:2],
         "attention_head_dim": teacher.config.attention_head_dim[:2],
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -329,7 +329,7 @@ class Bank(diffusion.CaptionBank):
 
 def test_ssd_takes_over_what_fits_and_learns_its_teacher(teacher: UNet2DConditionModel, pool: diffusion.Pool) -> None:
     student = smaller.ssd(teacher).requires_grad_(True)
-    assert sum(p.numel() for p in student.parameters()) < 0.5 * sum(p.numel() for p in teacher.parameters())
+    assert sum(p.numel() for p in student.parameters()) < 0.4 * sum(p.numel() for p in teacher.parameters())
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
     ours, theirs = (u.state_dict() for u in (student, teacher))
