@@ -92,8 +92,8 @@ class Derived(Workshop):
         average = train(
             "turbo",
             student.to(self._device, memory_format=torch.channels_last),
-            lambda model: smaller.consistency(model, teacher, pool, bank, empty, 24),
-            Schedule(self._steps(700), 3e-4, average=0.99),
+            lambda model: smaller.guided(model, teacher, pool, bank, empty, 24),
+            Schedule(self._steps(350), 3e-4, average=0.99),
             self._build / "turbo.checkpoint",
         )
         self._save(average, "turbo")

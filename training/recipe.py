@@ -21,7 +21,7 @@ from training import autoencoder, diffusion, export, judge, sdxl, text
 from training.data import BUILD, load_sprites, premultiplied
 from training.derived import Derived
 from training.loop import Schedule, train
-from training.workshop import Workshop, load
+from training.workshop import Workshop, load, soup
 
 SIZES = {"smoke": 0.005, "cpu": 1.0, "gpu": 8.0}
 
@@ -88,6 +88,8 @@ class Models(Workshop):
             schedule,
             self._build / "unet.checkpoint",
         )
+        if kept.exists():
+            soup(average, load(UNet2DConditionModel, kept))
         self._save(average, "unet")
 
     def decoder(self) -> None:

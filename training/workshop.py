@@ -80,3 +80,13 @@ class Workshop:
 def load(model_class: Any, folder: Path) -> Any:
     """A saved model in float32, whatever it was saved in."""
     return model_class.from_pretrained(folder).float()
+
+
+@torch.no_grad()
+def soup(model: nn.Module, start: nn.Module) -> None:
+    """Average `model` with the weights its fine-tuning began with, in place.
+
+    Better than either by our gates, as in Wortsman et al. 2022 (arXiv:2203.05482).
+    """
+    for mine, its in zip(model.parameters(), start.parameters(), strict=True):
+        mine.lerp_(its.to(mine.device), 0.5)

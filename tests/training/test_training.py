@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -345,27 +345,24 @@ def test_ssd_takes_over_what_fits_and_learns_its_teacher(teacher: UNet2DConditio
     assert smaller.distilled(student, teacher, pool, Bank(), 4) < before
 
 
-def test_two_ends_of_a_jump_agree_where_there_is_nothing_to_learn(
-    teacher: UNet2DConditionModel, pool: diffusion.Pool
-) -> None:
-    """A model that knows the picture at every time is consistent: its own loss is 0."""
-
-    class Knows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-            self.alphas = DDIMScheduler(**diffusion.NOISE).alphas_cumprod
-
-        def forward(self, sample: torch.Tensor, times: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
-            alpha = self.alphas[times][:, None, None, None]
-            # the picture is 0, so all of the sample is noise: v = sqrt(alpha) * noise
-            return SimpleNamespace(sample=alpha.sqrt() * sample / (1 - alpha).sqrt() + self.weight)
-
+def test_turbo_learns_what_its_guided_teacher_answers(teacher: UNet2DConditionModel, pool: diffusion.Pool) -> None:
+    """A student that already answers so has nothing to learn; the unguided teacher has."""
     empty = {name: value[:1] for name, value in Bank().some([SUBJECTS[0]], random.Random(0)).items()}
-    black = diffusion.Pool(torch.zeros(6, 32, 16, 16).half(), pool.subjects)
-    model = Knows()
-    assert smaller.consistency(model, model, black, Bank(), empty, 4) < 1e-6
-    assert smaller.consistency(smaller.ssd(teacher), model, black, Bank(), empty, 4) > 1e-4
+
+    class Answers(nn.Module):
+        """The text's first number, once for each picture: guided, 2 times the text's minus the empty one's."""
+
+        def __init__(self, guidance: float) -> None:
+            super().__init__()
+            self.weight, self.guidance = nn.Parameter(torch.zeros(1)), guidance
+
+        def forward(self, sample: torch.Tensor, _: object, context: torch.Tensor, **__: object) -> SimpleNamespace:
+            nothing = empty["encoder_hidden_states"][0, 0, 0]
+            said = nothing + self.guidance * (context[:, 0, 0] - nothing) + self.weight
+            return SimpleNamespace(sample=said[:, None, None, None].expand_as(sample))
+
+    assert smaller.guided(Answers(smaller.GUIDANCE), Answers(1.0), pool, Bank(), empty, 4) < 1e-9
+    assert smaller.guided(Answers(1.0), Answers(1.0), pool, Bank(), empty, 4) > 0.01
 
 
 def test_the_refiner_has_the_refiners_inputs() -> None:
