@@ -21,14 +21,14 @@ class Derived(Workshop):
 
     def stages(self) -> dict[str, Callable[[], None]]:
         """Name -> stage, in order."""
-        names = ("canny", "pixel_art", "sdxl_canny", "sdxl_pixel_art", "refiner", "ssd", "turbo", "export_derived")
+        names = ("canny", "pixel_art", "sdxl_canny", "sdxl_pixel_art", "ssd", "turbo", "refiner", "export_derived")
         return {name: getattr(self, name) for name in names}
 
     def canny(self) -> None:
         """The canny ControlNet of the SD shape."""
         unet = self._unet("unet")
         net = canny.controlnet(unet, 32)
-        self._steer("canny", net, unet, self._sd_bank(4), 512, 12, Schedule(self._steps(700), 1e-3, average=0.99))
+        self._steer("canny", net, unet, self._sd_bank(4), 512, 12, Schedule(self._steps(450), 1e-3, average=0.99))
 
     def sdxl_canny(self) -> None:
         """The canny ControlNet of the SDXL shape, from the SD shape's."""
@@ -52,15 +52,15 @@ class Derived(Workshop):
         self._pixelate("sdxl-pixel-art", unet, self._sdxl_bank(2), Schedule(self._steps(60), 5e-4, average=0.95))
 
     def refiner(self) -> None:
-        """The refiner."""
+        """The refiner, from SSD."""
         _, second = self._sdxl_texts()
         bank = diffusion.CaptionBank(smaller.conditions_of_refiner(second, self._tokenizer()), 4)
         pool = self._pool("vae-scaled")
         average = train(
             "refiner",
-            smaller.refiner().to(self._device, memory_format=torch.channels_last),
+            smaller.refiner(self._unet("ssd")).requires_grad_(True).to(self._device, memory_format=torch.channels_last),
             lambda model: smaller.refiner_loss(model, pool, bank, 32),
-            Schedule(self._steps(600), 1e-3, average=0.99),
+            Schedule(self._steps(350), 4e-4, average=0.99),
             self._build / "refiner.checkpoint",
         )
         self._save(average, "refiner")

@@ -9,7 +9,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.autoencoder import LATENT_CHANNELS
 from training.diffusion import CaptionBank, Conditions, Noised, Pool, noised
 from training.sdxl import TIME_WIDTH
 from training.text import WIDTH, ids
@@ -79,23 +78,25 @@ def _guided(unet: nn.Module, drawn: Noised, empty: Conditions) -> Tensor:
     return answer
 
 
-def refiner() -> UNet2DConditionModel:
-    """A small UNet in the refiner's shape: the second text encoder alone, an aesthetic score among the time ids."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        norm_num_groups=16,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME_WIDTH,
-        projection_class_embeddings_input_dim=len(REFINER_IDS) * TIME_WIDTH + WIDTH,
-    )
+def refiner(base: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The refiner's shape out of SSD's: the second text encoder alone, an aesthetic score among the time ids.
+
+    It keeps `base`'s convolutions and the attention on the way down; at low noise nothing is left to be decided.
+    """
+    config = {name: value for name, value in base.config.items() if name != "_use_default_values"} | {
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "projection_class_embeddings_input_dim": len(REFINER_IDS) * TIME_WIDTH + WIDTH,
+    }
+    model = UNet2DConditionModel.from_config(config)
+    own = model.state_dict()
+    for name, value in base.state_dict().items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            value = 2 * value[:, WIDTH:]  # half of what came in was the second encoder's
+        if name in own and own[name].shape == value.shape:
+            own[name] = value
+    model.load_state_dict(own)
+    return model
 
 
 def conditions_of_refiner(second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> Any:

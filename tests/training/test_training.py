@@ -365,8 +365,11 @@ def test_turbo_learns_what_its_guided_teacher_answers(teacher: UNet2DConditionMo
     assert smaller.guided(Answers(1.0), Answers(1.0), pool, Bank(), empty, 4) > 0.01
 
 
-def test_the_refiner_has_the_refiners_inputs() -> None:
-    unet = smaller.refiner()
+def test_the_refiner_has_the_refiners_inputs_and_ssds_convolutions(teacher: UNet2DConditionModel) -> None:
+    base = smaller.ssd(teacher)
+    unet = smaller.refiner(base)
     ids = unet.config.projection_class_embeddings_input_dim - text.WIDTH
     assert ids == 5 * unet.config.addition_time_embed_dim
     assert unet.config.cross_attention_dim == text.WIDTH
+    name = "up_blocks.1.resnets.0.conv1.weight"
+    assert torch.equal(unet.state_dict()[name], base.state_dict()[name])
