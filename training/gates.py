@@ -1,6 +1,6 @@
 """The gates of the embedded models, asked through the HTTP API of the running graph at default settings. Prints JSON.
 
-    python -m training.gates [--prompts 200] [--model SD1.5 SDXL1.0-base]
+    python -m training.gates [--prompts 200] [--model SD1.5 SDXL1.0-base] [--config config/serve.tvm.yaml]
 
 A gate that is not reached is printed with what was reached; the command fails only if the graph does.
 """
@@ -195,12 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--model", nargs="+", default=list(SIZE), choices=list(SIZE))
+    parser.add_argument("--config", type=Path, default=LOCAL_CONFIG, help="the graph to ask")
     options = parser.parse_args()
     results = offline()
-    with running_graph(LOCAL_CONFIG, log=MODELS.parent / "build" / "gates.log") as url:
+    with running_graph(options.config, log=MODELS.parent / "build" / "gates.log") as url:
         gates = Gates(url)
         sprites = load_sprites().named(list(OBJECTS.values()))
-        few = max(10, options.prompts // 8)
+        few = max(10, options.prompts // 10)
         for model in options.model:
             reached = gates.held_out(model, options.prompts)
             results[model] = {
