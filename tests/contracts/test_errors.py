@@ -48,7 +48,7 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"style_preset": "Watercolr"}, "style_preset", "Did you mean 'Watercolor'?"),
     ({"backend": "onnx"}, "backend", "['auto', 'tvm', 'torch']"),
     ({"backend": "tvm"}, "backend", "'512x512'"),
-    ({"backend": "tvm", "width": 512, "height": 512}, "backend", "not compiled"),
+    ({"backend": "tvm", "width": 512, "height": 768}, "backend", "not compiled"),
     ({"width": 132}, "width", "[128, 136]"),
     ({"height": 64}, "height", "128"),
     ({"width": 2504}, "width", "2496"),

@@ -215,6 +215,7 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def pool() -> diffusion.Pool:
+    torch.manual_seed(0)
     return diffusion.Pool(torch.randn(6, 32, 16, 16).half(), [TRAINING[i * 11] for i in range(6)])
 
 
@@ -289,15 +290,17 @@ def test_pixel_art_is_a_lora_that_both_shapes_take(tower: CLIPTextModel, tokeniz
 
 
 def test_squares_are_flat_and_count_as_blocky() -> None:
+    torch.manual_seed(0)
     picture = pixels.squares(torch.randn(1, 3, 64, 64), 16)
     assert torch.equal(picture[:, :, :16, :16], picture[:, :, :1, :1].expand(-1, -1, 16, 16))
     smooth = torch.randn(4, 3, 256, 256)
     assert gates.blockiness(smooth) == pytest.approx(1, abs=0.05)
     colours = torch.rand(1, 3, 8, 8).repeat_interleave(pixels.SQUARE, 2).repeat_interleave(pixels.SQUARE, 3)
-    assert gates.blockiness(0.1 * smooth + colours) > 1.2
+    assert gates.blockiness(0.02 * smooth + colours) > 1.5
 
 
 def test_edges_overlap_within_a_pixel(sprites: torch.Tensor) -> None:
+    torch.manual_seed(0)
     picture = diffusion.numbered(sprites, Subject(3, 9), 1, 256)
     found = gates.edges(gates.to_image(picture))
     moved = gates.edges(gates.to_image(picture.roll(60, 2)))
