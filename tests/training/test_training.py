@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -376,3 +377,11 @@ def test_the_refiner_has_the_refiners_inputs_and_ssds_convolutions(teacher: UNet
     assert unet.config.cross_attention_dim == text.WIDTH
     name = "up_blocks.1.resnets.0.conv1.weight"
     assert torch.equal(unet.state_dict()[name], base.state_dict()[name])
+
+
+def test_a_grid_holds_every_picture(tmp_path: Path) -> None:
+    gates.grid(torch.ones(10, 3, 4, 6), tmp_path / "new" / "grid.png", across=4)
+    picture = Image.open(tmp_path / "new" / "grid.png")
+    assert picture.size == (24, 12)
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((23, 11)) == (0, 0, 0)
