@@ -2,8 +2,8 @@
 
     python -m training.gates [--prompts 200] [--model SD1.5 SDXL1.0-base] [--config config/serve.tvm.yaml]
 
-A gate that is not reached is printed with what was reached; the command fails only if the graph does. Grids of pictures are
-left in build/gates.
+A gate that is not reached is printed with what was reached; the command fails only if the graph does. Grids of pictures
+are left in build/gates.
 """
 
 from __future__ import annotations
