@@ -242,6 +242,7 @@ def main() -> None:
     results = {}
     for name in options.model:
         results[name] = together(name, options.repeats, options.torch_compile)
+        print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
         gc.collect()
         for side in ("eager", "tvm"):
             command = [sys.executable, "-m", "benchmarks.tvm", "--alone", side, "--model", name]
@@ -249,7 +250,7 @@ def main() -> None:
                 [*command, "--repeats", str(options.repeats)], cwd=ROOT, check=True, capture_output=True, text=True
             )
             results[name][f"{side}_alone"] = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
+            print(side, results[name][f"{side}_alone"], file=sys.stderr, flush=True)
     json.dump(results, sys.stdout, indent=2)
     print()
 
