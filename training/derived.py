@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from training import canny, diffusion, export, pixels, smaller
+from training import canny, diffusion, export, pixels, sdxl, smaller
 from training.loop import Schedule, train
 from training.workshop import Workshop, load
 
@@ -79,9 +79,7 @@ class Derived(Workshop):
 
     @torch.no_grad()
     def _empty(self) -> diffusion.Conditions:
-        from training.sdxl import conditions_of_sdxl
-
-        empty: diffusion.Conditions = conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer())([""])
+        empty: diffusion.Conditions = sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer())([""])
         return empty
 
     def turbo(self) -> None:
