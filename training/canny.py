@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines.annotators import canny
-from training.diffusion import CaptionBank, Pool, noised, numbered
+from training.diffusion import CaptionBank, Pool, noised, numbered, take_over
 
 EMBEDDING = {32: (4, 8, 16, 32, 64, 64), 64: (4, 4, 8, 16, 32, 64, 64)}
 """Channels of the map's embedding, which divides it by 2 for each entry after the first, as the autoencoder does."""
@@ -50,7 +50,7 @@ def controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetModel:
         mid_block_type="UNetMidBlock2D",
         conditioning_embedding_out_channels=EMBEDDING[downscale],
     )
-    _take(net, unet.state_dict())
+    take_over(net, unet.state_dict())
     _enliven(net.controlnet_cond_embedding)
     return net
 
@@ -88,7 +88,7 @@ def larger(net: ControlNetModel, unet: UNet2DConditionModel) -> ControlNetModel:
             number, rest = name.removeprefix(blocks).split(".")
             name = f"{blocks}{int(number) + 2}.{rest}"
         shifted[name] = value
-    _take(large, shifted)
+    take_over(large, shifted)
     keep, halve = large.controlnet_cond_embedding.blocks[:2]
     nn.init.dirac_(keep.weight)
     nn.init.zeros_(halve.weight)
@@ -97,11 +97,6 @@ def larger(net: ControlNetModel, unet: UNet2DConditionModel) -> ControlNetModel:
     for conv in (keep, halve):
         nn.init.zeros_(conv.bias)
     return large
-
-
-def _take(net: nn.Module, state: dict[str, Tensor]) -> None:
-    own = net.state_dict()
-    net.load_state_dict(own | {k: v for k, v in state.items() if k in own and v.shape == own[k].shape})
 
 
 def loss_of(net: nn.Module, unet: nn.Module, pool: Pool, bank: CaptionBank, maps: Tensor, batch: int) -> Tensor:

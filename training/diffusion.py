@@ -202,6 +202,12 @@ def noised(
     return Noised(rows, latents, noise, times, noisy, context, conditions or None)
 
 
+def take_over(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load from `state` what `model` has by the same name in the same shape."""
+    own = model.state_dict()
+    model.load_state_dict(own | {k: v for k, v in state.items() if k in own and v.shape == own[k].shape})
+
+
 def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
     """Squared error of v."""
     drawn = noised(pool, bank, batch, next(unet.parameters()).device)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.diffusion import CaptionBank, Conditions, Noised, Pool, noised
+from training.diffusion import CaptionBank, Conditions, Noised, Pool, noised, take_over
 from training.sdxl import TIME_WIDTH
 from training.text import WIDTH, ids
 
@@ -32,15 +32,13 @@ def ssd(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
         "mid_block_type": None,
     }
     student = UNet2DConditionModel.from_config(config)
-    own = student.state_dict()
+    shifted = {}
     for name, value in teacher.state_dict().items():
         parts = name.split(".")
         if parts[0] == "up_blocks":
             parts[1] = str(int(parts[1]) - 1)
-        name = ".".join(parts)
-        if name in own and own[name].shape == value.shape:
-            own[name] = value
-    student.load_state_dict(own)
+        shifted[".".join(parts)] = value
+    take_over(student, shifted)
     return student
 
 
@@ -89,13 +87,11 @@ def refiner(base: UNet2DConditionModel) -> UNet2DConditionModel:
         "projection_class_embeddings_input_dim": len(REFINER_IDS) * TIME_WIDTH + WIDTH,
     }
     model = UNet2DConditionModel.from_config(config)
-    own = model.state_dict()
-    for name, value in base.state_dict().items():
+    state = base.state_dict()
+    for name, value in state.items():
         if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-            value = 2 * value[:, WIDTH:]  # half of what came in was the second encoder's
-        if name in own and own[name].shape == value.shape:
-            own[name] = value
-    model.load_state_dict(own)
+            state[name] = 2 * value[:, WIDTH:]  # half of what came in was the second encoder's
+    take_over(model, state)
     return model
 
 

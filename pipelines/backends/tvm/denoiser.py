@@ -117,7 +117,12 @@ class TvmDenoiser:
         inputs = [batch.sample, batch.timesteps, batch.prompt_embeds]
         inputs += [batch.added_conditions[name] for name in ("text_embeds", "time_ids") if batch.added_conditions]
         inputs += self._residuals(batch)
-        return torch.cat([self._padded(shape, [t[first:last] for t in inputs]) for first, last in self._runs(batch)])
+        return torch.cat(
+            [
+                self._padded(shape, [t[first:last] for t in inputs])
+                for first, last in self._runs(shape, len(batch.sample))
+            ]
+        )
 
     def _residuals(self, batch: StepBatch) -> list[Tensor]:
         """Residuals of every row, zero for those that nothing steers."""
@@ -129,11 +134,9 @@ class TvmDenoiser:
         blank = [torch.zeros(len(batch.sample), *s) for s in residual_shapes(self.config, height, width)]
         return [zeros.index_copy_(0, rows, part) for zeros, part in zip(blank, given, strict=True)]
 
-    def _runs(self, batch: StepBatch) -> list[tuple[int, int]]:
+    def _runs(self, shape: Shape, count: int) -> list[tuple[int, int]]:
         """First and last row of every run: the largest compiled batch as often as it fills, then the rest."""
-        *_, height, width = batch.sample.shape
-        most = max(self._programs[Shape(height, width, batch.controlled is not None)])
-        count = len(batch.sample)
+        most = max(self._programs[shape])
         return [(first, min(first + most, count)) for first in range(0, count, most)]
 
     def _padded(self, shape: Shape, inputs: list[Tensor]) -> Tensor:
