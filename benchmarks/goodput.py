@@ -161,7 +161,12 @@ def main() -> None:
     graph = yaml.safe_load(LOCAL_CONFIG.read_text())
     graph["http_options"]["port"] = PORT
     models = [model for model, *_ in MIX]
-    graph["applications"][0]["args"] = {"catalog": "tiny", "grouping": options.grouping, "models": models}
+    graph["applications"][0]["args"] = {
+        "auth": "none",
+        "catalog": "tiny",
+        "grouping": options.grouping,
+        "models": models,
+    }
     whole = json.loads(json.dumps(graph))
     whole["applications"][0] |= {
         "import_path": "benchmarks.whole_pipelines:build_app",

@@ -190,7 +190,7 @@ def placements(repeats: int) -> dict[str, Any]:
     for placement in ("deployment", "colocated"):
         graph = yaml.safe_load(LOCAL_CONFIG.read_text())
         graph["http_options"]["port"] = PORT
-        args = {"catalog": "tiny", "grouping": "role", "models": ["SD1.5-ControlNet"]}
+        args = {"auth": "none", "catalog": "tiny", "grouping": "role", "models": ["SD1.5-ControlNet"]}
         graph["applications"][0]["args"] = args | {"controlnet_placement": placement}
         with tempfile.TemporaryDirectory() as scratch:
             config = Path(scratch) / "graph.yaml"

@@ -23,9 +23,15 @@ class Settings(BaseSettings):
     tvm_cache: Path = TVM_CACHE
     """Folder of compiled UNets, which `make compile` fills."""
     api_keys_file: Path | None = None
-    """Lines `<name> <sha256 of the key in hex>`; no file means no keys are asked for."""
-    rate_limit: str | None = None
-    """Requests a key (or, without keys, an address) may send, in `limits` notation such as `60/minute`."""
+    """Lines `<name> <sha256 of the key in hex>`; needed unless the graph says `auth: none`."""
+    rate_limit: str | None = "60/minute"
+    """Requests a key may send, in `limits` notation; empty for any number."""
+    pixel_steps_per_day: int | None = Field(default=None, gt=0)
+    """Work a key may ask for in 24 hours, steps x width x height."""
+    limits_store: str = "memory://"
+    """Where the two are counted: each ingress replica for itself, or all in `redis://[:password@]host:port`."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines for people, or one JSON object each."""
     deadline_s: float = Field(default=600, gt=0)
     """Seconds after which an unfinished request is answered 504."""
     max_body_bytes: int = Field(default=32 * 2**20, gt=0)

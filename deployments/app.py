@@ -15,11 +15,11 @@ from starlette.middleware import Middleware
 
 from config.catalog import Catalog, ComponentSpec
 from config.settings import Settings
-from deployments.auth import read_key_hashes
 from deployments.controlnet import ControlNetDeployment
 from deployments.denoiser import DenoiserDeployment
 from deployments.ingress import Ingress, IngressLimits, deployment_states
-from deployments.middleware import BodyLimit
+from deployments.limits import KeyLimits
+from deployments.middleware import BodyLimit, ProxyAnswers
 from deployments.replica import Runtime
 from deployments.text_encoder import TextEncoderDeployment
 from deployments.vae import VAEDeployment
@@ -41,6 +41,8 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    auth: Literal["keys", "none"] = "keys"
+    """Who may ask: those with a key, or, with `none`, everybody on this machine, over loopback alone."""
     catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
     grouping: Literal["component", "role"] = "component"
@@ -78,18 +80,21 @@ def build_app(args: AppArgs) -> Application:
     catalog = Catalog.load(args.catalog)
     if args.models:
         catalog = catalog.only(args.models)
-    runtime = Runtime(device=settings.device, torch_threads=settings.torch_threads)
+    runtime = Runtime(settings.device, settings.torch_threads, settings.log_format)
     limits = IngressLimits(
         plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
         max_body_bytes=settings.max_body_bytes,
         max_image_pixels=settings.max_image_pixels,
         deadline_s=settings.deadline_s,
     )
-    keys = read_key_hashes(settings.api_keys_file)
+    keys_file = _keys_file(args, settings)
+    key_limits = KeyLimits(settings.rate_limit or None, settings.pixel_steps_per_day, settings.limits_store)
     ingress = _deploy(serve.ingress()(Ingress), "ingress")
     components = bind_components(args, catalog, runtime)
     compiled = bind_compiled(args, catalog, runtime, components, settings.tvm_cache)
-    return ingress.bind(components, catalog, limits, keys, settings.rate_limit, deployment_states, compiled)
+    return ingress.bind(
+        components, catalog, limits, keys_file, key_limits, deployment_states, compiled, settings.log_format
+    )
 
 
 def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[str, Application]:
@@ -157,7 +162,17 @@ def bind_compiled(
 
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's HTTP proxies put in front of the graph; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it."""
-    return [Middleware(BodyLimit, max_bytes=Settings().max_body_bytes)]
+    return [Middleware(ProxyAnswers), Middleware(BodyLimit, max_bytes=Settings().max_body_bytes)]  # innermost first
+
+
+def _keys_file(args: AppArgs, settings: Settings) -> Path | None:
+    if args.auth == "none":
+        return None
+    if settings.api_keys_file is None:
+        raise ValueError(
+            "SDGRAPH_API_KEYS_FILE names no file of keys; for a server on loopback set `auth: none` in args"
+        )
+    return settings.api_keys_file.resolve()
 
 
 def _deploy(replica_class: type, name: str, **options: Any) -> Any:

@@ -1,42 +1,38 @@
-"""Who may ask, and how often."""
+"""Who may ask: API keys, known by their hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import math
+import ipaddress
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-
-from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from typing import Any
 
 from pipelines.errors import SdgraphError
 
+logger = logging.getLogger("sdgraph.auth")
+
+REREAD_S = 1.0
+"""How often a file of keys is looked at: a key put into a Secret counts within a second of the mount's update."""
+
 
 class UnauthorizedError(SdgraphError):
-    """No key, or a wrong one."""
+    """No key, or a wrong one; the message is for the caller."""
 
 
-class RateLimitedError(SdgraphError):
-    """Too many requests; `retry_after` is whole seconds."""
+def read_key_hashes(path: Path) -> list[tuple[str, str]]:
+    """Names and SHA-256 hashes of the keys in a file of lines `<name> <hash in hex>`.
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after)
-        self.retry_after = retry_after
-
-
-def read_key_hashes(path: Path | None) -> dict[str, str]:
-    """Names and SHA-256 hashes of the keys in a file of lines `<name> <hash in hex>`; empty without a file.
+    A name may have several keys, so that one can be replaced without a gap.
 
     Raises:
-        ValueError: a line of another form. The line is not repeated: it may be a key.
+        ValueError: a line of another form, which is not repeated, for it may be a key; or a file without keys.
+        OSError: the file cannot be read.
     """
-    if path is None:
-        return {}
-    keys: dict[str, str] = {}
+    keys: list[tuple[str, str]] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -44,45 +40,71 @@ def read_key_hashes(path: Path | None) -> dict[str, str]:
         digest = digest.strip().lower()
         if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
-        keys[name] = digest
+        keys.append((name, digest))
+    if not keys:
+        raise ValueError(f"{path} holds no key: nobody could ask. Add lines '<name> <sha256 of the key in hex>'")
     return keys
 
 
 class KeyRing:
-    """Bearer keys, known by their hashes."""
+    """The keys of a file, read again when it changes."""
 
-    def __init__(self, hashes: Mapping[str, str]) -> None:
-        """Accept the keys of `hashes` (name -> SHA-256 in hex); everybody when it is empty."""
-        self._hashes = dict(hashes)
+    def __init__(self, path: Path) -> None:
+        """Read the file; the errors are those of `read_key_hashes`."""
+        self._path = path
+        self._stamp = self._stamp_now()
+        self._keys = read_key_hashes(path)
+        self._looked = time.monotonic()
 
-    def identify(self, authorization: str | None) -> str | None:
-        """Name of the key in an `Authorization` header, None where no keys are asked for.
+    def identify(self, scope: Mapping[str, Any]) -> str:
+        """Name of the key of a request, given its ASGI scope.
 
         Every known hash is compared in constant time, so that timing tells nothing.
 
         Raises:
             UnauthorizedError: no key or a wrong one.
         """
-        if not self._hashes:
-            return None
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        names = [name for name, known in self._hashes.items() if hmac.compare_digest(known, digest)]
+        self._reread()
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
+        names = [name for name, known in self._keys if hmac.compare_digest(known, digest)]
         if scheme.lower() != "bearer" or not names:
-            raise UnauthorizedError
+            raise UnauthorizedError("missing or wrong API key")
         return names[0]
 
+    def _reread(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < REREAD_S:
+            return
+        self._looked = now
+        try:
+            if (stamp := self._stamp_now()) != self._stamp:
+                self._keys, self._stamp = read_key_hashes(self._path), stamp
+                logger.info("API keys read again: %d", len(self._keys))
+        except (OSError, ValueError) as error:  # who could ask before still can
+            logger.error("API keys stay as they were: %s", error)
 
-class RateLimit:
-    """A moving window per caller, in this process's memory."""
+    def _stamp_now(self) -> tuple[int, int, int]:
+        status = self._path.stat()
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def __init__(self, rate: str | None) -> None:
-        """Allow `rate` (`limits` notation, such as `60/minute`) to each caller; None allows everything."""
-        self._rate = parse(rate) if rate else None
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    def hit(self, caller: str) -> None:
-        """Count a request; raises RateLimitedError when the window is full."""
-        if self._rate is not None and not self._limiter.hit(self._rate, caller):
-            reset = self._limiter.get_window_stats(self._rate, caller).reset_time
-            raise RateLimitedError(max(1, math.ceil(reset - time.time())))
+class Loopback:
+    """No keys (`auth: none`): everybody on this machine may ask, nobody else."""
+
+    def identify(self, scope: Mapping[str, Any]) -> None:
+        """Accept a connection that was made to a loopback address.
+
+        Raises:
+            UnauthorizedError: it was made to another one: the server listens where others can reach it.
+        """
+        host = (scope.get("server") or ("", None))[0]
+        try:
+            local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise UnauthorizedError(
+                f"this server asks for no keys, so it answers on loopback alone, not on {host!r}; give it keys"
+            )

@@ -32,18 +32,24 @@ class CompiledSizes:
     async def known(self) -> list[CompiledSize]:
         """What is on offer now."""
         now = asyncio.get_running_loop().time()
+        for component in [c for c, until in self._distrusted.items() if until <= now]:
+            del self._distrusted[component]
+            self._answers.pop(component, None)  # asked anew
         for component in self.handles:
-            if component not in self._answers and self._distrusted.get(component, 0.0) <= now:
+            if component not in self._answers and component not in self._distrusted:
                 task = self._asking.get(component)
                 if task is None or task.done():
                     self._asking[component] = asyncio.create_task(self._ask(component))
         if running := [task for task in self._asking.values() if not task.done()]:
             await asyncio.wait(running, timeout=PATIENCE_S)
-        return [size for sizes in self._answers.values() for size in sizes]
+        return [
+            replace(size, speedup=0.0) if component in self._distrusted else size
+            for component, sizes in self._answers.items()
+            for size in sizes
+        ]
 
     def distrust(self, component: str) -> None:
-        """A compiled UNet failed: nothing is sent there for a while."""
-        self._answers.pop(component, None)
+        """A compiled UNet failed: for a while only who names tvm is sent there."""
         self._distrusted[component] = asyncio.get_running_loop().time() + DISTRUST_S
 
     async def _ask(self, component: str) -> None:

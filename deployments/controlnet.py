@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from config.catalog import Catalog
+from deployments.metrics import metrics
 from deployments.observability import Traced, stopwatch
 from deployments.replica import Runtime, Worker
 from pipelines.plan import GenerationPlan
@@ -33,20 +34,22 @@ class ControlNetDeployment:
         """The control map of a request; remembered here under its id, so that ticks only name it."""
         stage = plan.stages[0]
         assert stage.control is not None
-        with stopwatch("controlnet_prepare") as watch:
-            hint = await self._worker.run(self._nets.prepare, photo, stage.control, plan.width, plan.height)
+        with stopwatch("controlnet_prepare", stage.control.component) as watch:
+            hint = await self._worker.stage(watch, self._nets.prepare, photo, stage.control, plan.width, plan.height)
         self._remember({hint.id: hint})
         return watch.trace(hint)
 
     async def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
         """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got."""
-        from pipelines.controlnet import MissingHintsError
-
         self._remember(hints)
-        try:
-            return await self._worker.run(self._nets.residuals, batch, {**self._hints, **hints})
-        except MissingHintsError:
+        known = {**self._hints, **hints}
+        if any(hint not in known for hint, _, _ in batch.hints):
             return None
+        component = batch.hints[0][1]
+        with stopwatch("controlnet", component) as watch:
+            residuals = await self._worker.stage(watch, self._nets.residuals, batch, known)
+        metrics().cache("control map", component, self._nets.cache)
+        return residuals
 
     def _remember(self, hints: Mapping[str, ControlHint]) -> None:
         self._hints.update(hints)

@@ -12,18 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayActorError
+
 from config.catalog import Catalog
-from deployments.observability import Progress, Traced, stopwatch
+from deployments.autoscaling import OUTSTANDING, PACE
+from deployments.metrics import metrics
+from deployments.observability import Progress, Stopwatch, Traced, stopwatch
 from deployments.replica import Runtime, Worker
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
     from pipelines.controlnet import ControlBatch, ControlHint, ControlNets, PendingResiduals, Residuals
-    from pipelines.engine import StepEngine, TickReport
+    from pipelines.engine import DenoiseJob, StepEngine, TickReport
     from pipelines.latents import Latents
 
 logger = logging.getLogger("sdgraph.denoiser")
+
+PACE_WEIGHT = 0.1
+"""Share of the newest tick in the pace."""
 
 
 @dataclass
@@ -32,7 +39,8 @@ class _Waiting:
 
     component: str
     result: asyncio.Future[Latents]
-    added: bool = False
+    watch: Stopwatch
+    job: DenoiseJob | None = None
     progress: asyncio.Queue[Progress] | None = None
     previews: bool = False
     position: int | None = None
@@ -86,6 +94,7 @@ class DenoiserDeployment:
         self._worker = Worker()
         self._waiting: dict[str, _Waiting] = {}  # oldest first
         self._loop: asyncio.Task[None] | None = None
+        self._pace = 0.0  # rows x pixels a second
 
     def _load_compiled(
         self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
@@ -96,6 +105,10 @@ class DenoiserDeployment:
         cache = ArtifactCache(folder)
         loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}
         self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
+        for component in components:
+            metrics().programs.set(
+                sum(size.component == component for size in self._compiled), {"component": component}
+            )
         return {component: unet.engine for component, unet in loaded.items() if unet}
 
     async def device(self) -> str:
@@ -111,8 +124,8 @@ class DenoiserDeployment:
         stage = plan.stages[0]
         nets = self._colocated[stage.component]
         assert stage.control is not None
-        with stopwatch("controlnet_prepare") as watch:
-            hint = await self._worker.run(nets.prepare, photo, stage.control, plan.width, plan.height)
+        with stopwatch("controlnet_prepare", stage.control.component) as watch:
+            hint = await self._worker.stage(watch, nets.prepare, photo, stage.control, plan.width, plan.height)
         return watch.trace(hint)
 
     async def denoise(
@@ -130,8 +143,8 @@ class DenoiserDeployment:
             latents: None for a picture from text; else where the stage begins.
             hint: the control map, where the stage has a ControlNet.
         """
-        with stopwatch(f"denoise_{stage.component}") as watch:
-            async with self._job(stage, conditioning, latents, hint) as waiting:
+        with stopwatch("denoise", stage.component) as watch:
+            async with self._job(watch, stage, conditioning, latents, hint) as waiting:
                 result = await waiting.result
         return watch.trace(result, conditioning, latents, hint)
 
@@ -144,8 +157,8 @@ class DenoiserDeployment:
         previews: bool = False,
     ) -> AsyncIterator[Progress | Traced[Latents]]:
         """The same, telling its progress on the way; the last item is the result."""
-        with stopwatch(f"denoise_{stage.component}") as watch:
-            async with self._job(stage, conditioning, latents, hint) as waiting:
+        with stopwatch("denoise", stage.component) as watch:
+            async with self._job(watch, stage, conditioning, latents, hint) as waiting:
                 progress: asyncio.Queue[Progress] = asyncio.Queue()
                 waiting.progress = progress
                 waiting.previews = previews
@@ -161,6 +174,7 @@ class DenoiserDeployment:
     @asynccontextmanager
     async def _job(
         self,
+        watch: Stopwatch,
         stage: StagePlan,
         conditioning: Traced[Conditioning],
         latents: Traced[Latents] | None,
@@ -169,15 +183,15 @@ class DenoiserDeployment:
         """A job in its engine for as long as the block; leaving early frees its rows at the next tick."""
         job_id = uuid.uuid4().hex
         engine = self._engines[stage.component]
-        waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future(), watch)
         self._waiting[job_id] = waiting
         try:
             # Reading a LoRA from disk must not hold up the ticks of others.
             loras = await asyncio.to_thread(engine.loras.mixture, stage) if stage.loras else ()
             start = latents.value if latents is not None else None
             control = hint.value if hint is not None and stage.control else None
-            await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
-            waiting.added = True
+            metrics().cache("lora", stage.component, engine.loras.cache)
+            waiting.job = await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
             self._ensure_loop()
             yield waiting
         except BaseException:  # cancelled, or failed
@@ -185,6 +199,7 @@ class DenoiserDeployment:
             raise
         finally:
             self._waiting.pop(job_id, None)
+            metrics().outstanding.set(self._outstanding(stage.component), {"component": stage.component})
 
     def _ensure_loop(self) -> None:
         if self._loop is None or self._loop.done():
@@ -193,25 +208,47 @@ class DenoiserDeployment:
 
     async def _run(self) -> None:
         try:
-            while oldest := next((w for w in self._waiting.values() if w.added), None):
+            while oldest := next((w for w in self._waiting.values() if w.job), None):
                 report = await self._worker.run(self._engines[oldest.component].tick)
+                self._count(oldest.component, report)
                 self._tell(oldest.component, report)
                 for job in report.finished:
                     if waiting := self._waiting.pop(job.id, None):
                         _settle(waiting.result, job.result())
                 for job, error in report.failed:
                     if waiting := self._waiting.pop(job.id, None):
-                        _settle(waiting.result, error)
+                        # A ControlNet that died twice is known to the ingress as what it is.
+                        cause = error.__cause__
+                        _settle(waiting.result, cause if isinstance(cause, RayActorError) else error)
         except Exception as error:  # a fault of the loop itself must not leave anybody waiting for ever
             for waiting in self._waiting.values():
                 _settle(waiting.result, error)
             raise
 
+    def _count(self, component: str, report: TickReport) -> None:
+        """Metrics, and the pace that autoscaling goes by: a mean of the last ticks, since batches differ."""
+        if report.rows:
+            metrics().tick(component, report.rows, report.padding, report.seconds)
+            pace = sum(job.work for job in report.advanced) / report.seconds
+            self._pace += (pace - self._pace) * (PACE_WEIGHT if self._pace else 1.0)
+        metrics().outstanding.set(self._outstanding(component), {"component": component})
+
+    def _outstanding(self, component: str | None = None) -> int:
+        """Rows x ticks to come x pixels, of one component or of all."""
+        jobs = (w.job for w in self._waiting.values() if component in (None, w.component))
+        return sum(job.outstanding_work for job in jobs if job)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to deployments/autoscaling.py."""
+        return {OUTSTANDING: float(self._outstanding()), PACE: self._pace}
+
     def _tell(self, component: str, report: TickReport) -> None:
         """Tell the watchers: step i of n to those who ran, their place to those who wait."""
         ran = {job.id for job in report.advanced}
         for job in report.advanced:
-            if (waiting := self._waiting.get(job.id)) and waiting.progress is not None:
+            if waiting := self._waiting.get(job.id):
+                waiting.watch.start_work()
+            if waiting and waiting.progress is not None:
                 preview = job.result() if waiting.previews and not job.done else None
                 waiting.progress.put_nowait(Progress(component, job.steps_done, job.steps, latents=preview))
         for position, (job_id, waiting) in enumerate(self._waiting.items()):
@@ -232,10 +269,21 @@ class RemoteControl:
         return asyncio.run_coroutine_threadsafe(self._call(batch, hints), self._loop)
 
     async def _call(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
-        residuals: Residuals | None = await self._handle.residuals.remote(batch, {})
+        residuals = await self._ask(batch, {})
         if residuals is None:
-            residuals = await self._handle.residuals.remote(batch, dict(hints))
+            residuals = await self._ask(batch, hints)
         assert residuals is not None, "the maps were sent along"
+        return residuals
+
+    async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
+        """One call, and a second one where the replica died: to another one, or to its successor."""
+        residuals: Residuals | None
+        try:
+            residuals = await self._handle.residuals.remote(batch, dict(hints))
+        except RayActorError as error:
+            logger.warning("a ControlNet replica died, asking again: %s", type(error).__name__)
+            metrics().retries.inc(1, {"reason": "controlnet died"})
+            residuals = await self._handle.residuals.remote(batch, dict(hints))
         return residuals
 
 
@@ -245,10 +293,10 @@ def _drop(engine: StepEngine, job_id: str) -> None:
         logger.info("left at step %d of %d", job.steps_done, job.steps)
 
 
-def _settle(future: asyncio.Future[Latents], outcome: Latents | Exception) -> None:
+def _settle(future: asyncio.Future[Latents], outcome: Latents | BaseException) -> None:
     if future.done():  # cancelled meanwhile
         return
-    if isinstance(outcome, Exception):
+    if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

@@ -10,10 +10,12 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from deployments.auth import RateLimitedError, UnauthorizedError
+from deployments.auth import UnauthorizedError
+from deployments.limits import RateLimitedError
+from deployments.metrics import metrics
 from deployments.schemas import ErrorDetail, ErrorResponse
 from pipelines.errors import BackendError, DeadlineError, RequestError, TooLargeError, UnavailableModelError
 
@@ -48,7 +50,16 @@ def cause_of(error: BaseException) -> BaseException:
 
 def failure_of(error: BaseException, request_id: str) -> Failure:
     """The answer to an exception. One we do not know is a 500 that tells the request id and nothing of the inside."""
-    error = cause_of(error)
+    return counted(_failure_of(cause_of(error), request_id))
+
+
+def counted(failure: Failure) -> Failure:
+    """The failure, which the metrics now know of."""
+    metrics().errors.inc(1, {"status": str(failure.status), "code": str(failure.code)})
+    return failure
+
+
+def _failure_of(error: BaseException, request_id: str) -> Failure:
     match error:
         case UnavailableModelError():
             return Failure(400, 40301, "invalid_request_error", error.message, error.param)
@@ -58,21 +69,20 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             return Failure(400, 40302, "invalid_request_error", error.message, error.param)
         case UnauthorizedError():
             headers = {"WWW-Authenticate": "Bearer"}
-            return Failure(401, 40101, "authentication_error", "missing or wrong API key", headers=headers)
+            return Failure(401, 40101, "authentication_error", str(error), headers=headers)
         case RateLimitedError():
             headers = {"Retry-After": str(error.retry_after)}
-            message = f"rate limit exceeded; try again in {error.retry_after} s"
-            return Failure(429, 42901, "rate_limit_error", message, headers=headers)
+            return Failure(429, 42901, "rate_limit_error", error.message, headers=headers)
         case BackPressureError():
-            headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
-            return Failure(503, 42903, "overloaded_error", "all queues are full; try again", headers=headers)
+            return overloaded("all queues are full; try again")
         case RayActorError():
-            headers = {"Retry-After": str(RETRY_AFTER_OVERLOAD_S)}
             logger.error("request %s failed twice on replicas that died", request_id, exc_info=error)
-            message = f"a part of the graph is restarting; try again (request {request_id})"
-            return Failure(503, 42903, "overloaded_error", message, headers=headers)
+            return restarting(request_id)
+        case DeploymentUnavailableError():
+            logger.error("request %s met a deployment that did not start", request_id, exc_info=error)
+            return overloaded(f"a part of the graph cannot start; /readyz says which and why (request {request_id})")
         case DeadlineError():
-            return Failure(504, 50006, "timeout_error", f"deadline passed: {error} (request {request_id})")
+            return late(str(error), request_id)
         case BackendError():
             logger.error("request %s failed", request_id, exc_info=error)
             return Failure(500, 50001, "server_error", f"{error} (request {request_id})", "backend")
@@ -87,6 +97,21 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
     return Failure(500, 50001, "server_error", f"internal error; the server's log knows it as request {request_id}")
 
 
+def overloaded(message: str) -> Failure:
+    """Come back later."""
+    return Failure(503, 42903, "overloaded_error", message, headers={"Retry-After": str(RETRY_AFTER_OVERLOAD_S)})
+
+
+def restarting(request_id: str) -> Failure:
+    """A replica died under the request, twice."""
+    return overloaded(f"a part of the graph is restarting; try again (request {request_id})")
+
+
+def late(message: str, request_id: str) -> Failure:
+    """The deadline passed."""
+    return Failure(504, 50006, "timeout_error", f"deadline passed: {message} (request {request_id})")
+
+
 def validation_failure(error: RequestValidationError) -> Failure:
     """A body that does not fit the schema: a wrong value is 400, a wrong type or broken JSON 422 with `detail`."""
     # The offending input and pydantic's context stay out: a 20 MB picture, or something that is no JSON.
@@ -96,8 +121,8 @@ def validation_failure(error: RequestValidationError) -> Failure:
     param = location[0] if location and first["type"] != "json_invalid" else None
     message = f"{'.'.join(location)}: {first['msg']}" if param else str(first["msg"])
     if first["type"] in _VALUE_ERRORS:
-        return Failure(400, 40302, "invalid_request_error", message, param)
-    return Failure(422, 40001, "invalid_request_error", message, param, detail=errors)
+        return counted(Failure(400, 40302, "invalid_request_error", message, param))
+    return counted(Failure(422, 40001, "invalid_request_error", message, param, detail=errors))
 
 
 _VALUE_ERRORS = {

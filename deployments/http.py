@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.events import events
 from deployments.failures import failure_of, reply, validation_failure
-from deployments.middleware import AccessLog, BodyLimit, request_id_of
+from deployments.middleware import KEY, AccessLog, BodyLimit, request_id_of
 from deployments.observability import Progress, server_timing
 from deployments.schemas import (
     AnyImageRequest,
@@ -29,6 +29,7 @@ from deployments.schemas import (
     OpenAIImage,
     OpenAIImageRequest,
     OpenAIImageResponse,
+    Wish,
 )
 from pipelines.samplers import SAMPLER_CHOICES, SAMPLERS
 
@@ -81,9 +82,10 @@ def _admitting(ingress: Ingress) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def admit(request: Request) -> Response:
-                caller = ingress.keys.identify(request.headers.get("authorization"))
-                if request.method == "POST":
-                    ingress.rate.hit(caller or (request.client.host if request.client else "unknown"))
+                key = ingress.keys.identify(request.scope)
+                request.scope[KEY] = key
+                if key is not None and request.method == "POST":
+                    await ingress.allowance.request(key)
                 kept = [(name, value) for name, value in request.scope["headers"] if name.lower() != b"content-type"]
                 headers = [*kept, (b"content-type", b"application/json")]
                 return await handle(Request({**request.scope, "headers": headers}, request.receive))
@@ -99,13 +101,14 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
     async def hyperbolic(
         body: GenerationRequest, request: Request, response: Response
     ) -> GenerationResponse | StreamingResponse:
+        wish = _wish(request)
         if body.stream:
-            items = ingress.watch(body.to_params(), bool(body.preview), _wanted_deadline(request))
+            items = ingress.watch(body.to_params(), bool(body.preview), wish)
             first = await anext(items)  # a bad request is refused here, with a status of its own
             assert isinstance(first, Progress)
             stream = events(first, items, request_id_of(request.scope))
             return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        made = await _until_disconnect(request, ingress.generate(body.to_params(), _wanted_deadline(request)))
+        made = await _until_disconnect(request, ingress.generate(body.to_params(), wish))
         _describe(response, made)
         return cast(GenerationResponse, made.response())
 
@@ -124,7 +127,7 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
         if isinstance(body, GenerationRequest):
             return await hyperbolic(body, request, response)
         assert isinstance(body, OpenAIImageRequest)
-        made = await _until_disconnect(request, ingress.generate_series(body.to_params(), body.n or 1))
+        made = await _until_disconnect(request, ingress.generate_series(body.to_params(), body.n or 1, _wish(request)))
         _describe(response, made[0])
         data = [OpenAIImage(b64_json=base64.b64encode(m.image.data).decode()) for m in made]
         return OpenAIImageResponse(created=int(time.time()), data=data)
@@ -132,13 +135,13 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
     return router
 
 
-def _wanted_deadline(request: Request) -> float | None:
-    """Seconds a client allows, in the header that Serve's proxy reads too; None if it does not say, or nonsense."""
+def _wish(request: Request) -> Wish:
+    """Who asks, and the seconds they allow in the header that Serve's proxy reads too, unless it is nonsense."""
     try:
-        seconds = float(request.headers.get("x-request-timeout-seconds", "nan"))
+        seconds = float(request.headers.get("x-request-timeout-seconds", "inf"))
     except ValueError:
-        return None
-    return seconds if 0 < seconds < math.inf else None
+        seconds = math.inf
+    return Wish(request.scope.get(KEY), seconds if seconds > 0 else math.inf)
 
 
 async def _until_disconnect(request: Request, work: Any) -> Any:
@@ -148,7 +151,7 @@ async def _until_disconnect(request: Request, work: Any) -> Any:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            logger.info("client left, id=%s", request_id_of(request.scope))
+            logger.info("client left")
             task.cancel()
         return await task
     finally:

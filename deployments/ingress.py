@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -18,12 +18,15 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import DeploymentStatus
 
 from config.catalog import Catalog
-from deployments.auth import KeyRing, RateLimit
+from deployments.auth import KeyRing, Loopback
 from deployments.compiled import CompiledSizes
 from deployments.failures import cause_of
 from deployments.http import create_http_app
-from deployments.observability import Progress, Span, Traced, show_logs
-from deployments.schemas import GeneratedImage, GenerationResponse
+from deployments.limits import Allowance, KeyLimits
+from deployments.logs import LogFormat, show_logs
+from deployments.metrics import metrics
+from deployments.observability import Progress, Span, Traced
+from deployments.schemas import ANYBODY, GeneratedImage, GenerationResponse, Wish
 from pipelines.errors import BackendError, DeadlineError, RequestError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
@@ -68,43 +71,45 @@ class Ingress:
         handles: Mapping[str, Any],
         catalog: Catalog,
         limits: IngressLimits,
-        keys: Mapping[str, str],
-        rate_limit: str | None,
+        keys_file: Path | None,
+        key_limits: KeyLimits,
         readiness: Readiness,
         compiled: Mapping[str, Any] | None = None,
+        log_format: LogFormat = "text",
     ) -> None:
-        show_logs()
+        show_logs(log_format)
         self._handles = handles
         self.catalog = catalog
         self.limits = limits
-        self.keys = KeyRing(keys)
-        self.rate = RateLimit(rate_limit)
+        self.keys = KeyRing(keys_file) if keys_file else Loopback()
+        self.allowance = Allowance(key_limits)
         self.readiness = readiness
         self.compiled = CompiledSizes(compiled or {}, handles)
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
 
-    async def generate(self, params: GenerationParams, deadline_s: float | None = None) -> Generated:
-        """Draw one picture, within `deadline_s` or the server's own limit, whichever is less.
+    async def generate(self, params: GenerationParams, wish: Wish = ANYBODY) -> Generated:
+        """Draw one picture, within the caller's deadline or the server's own, whichever is less.
 
         Raises:
             RequestError: the request cannot be served.
             DeadlineError: it took too long.
             BackendError: backend tvm was asked for by name and failed.
+            RateLimitedError: the caller's quota is used up.
         """
         begin = time.perf_counter()
-        plan = await self._admit(params)
-        async with self._deadline(deadline_s):
+        plan = await self._admit(params, wish)
+        async with self._deadline(wish.deadline_s):
             try:
                 image = await self._compose(plan, params.image, params.controlnet_image)
             except Exception as error:
                 plan = self._second_try(params, plan, error)
                 image = await self._compose(plan, params.image, params.controlnet_image)
-        return Generated(image.value, plan, time.perf_counter() - begin, image.spans)
+        return _finished(image, plan, begin)
 
     async def watch(
-        self, params: GenerationParams, previews: bool, deadline_s: float | None = None
+        self, params: GenerationParams, previews: bool, wish: Wish = ANYBODY
     ) -> AsyncIterator[Progress | bytes | Generated]:
         """Draw one picture, telling progress on the way: Progress, preview JPEGs, and at last the picture.
 
@@ -112,10 +117,10 @@ class Ingress:
         stage pass through this process, which those of `generate` do not: a watcher costs that.
         """
         begin = time.perf_counter()
-        plan = await self._admit(params)
+        plan = await self._admit(params, wish)
         yield Progress(plan.stages[0].component, 0, 0)
         image: Traced[EncodedImage] | None = None
-        async with self._deadline(deadline_s):
+        async with self._deadline(wish.deadline_s):
             for first in (True, False):
                 try:
                     async for item in self._watch_plan(plan, params, previews):
@@ -129,7 +134,7 @@ class Ingress:
                         raise
                     plan = self._second_try(params, plan, error)
         assert image is not None
-        yield Generated(image.value, plan, time.perf_counter() - begin, image.spans)
+        yield _finished(image, plan, begin)
 
     async def _watch_plan(
         self, plan: GenerationPlan, params: GenerationParams, previews: bool
@@ -150,26 +155,28 @@ class Ingress:
                     latents = item
         yield await vae.decode.remote(plan, latents)
 
-    async def generate_series(self, params: GenerationParams, count: int) -> list[Generated]:
+    async def generate_series(self, params: GenerationParams, count: int, wish: Wish = ANYBODY) -> list[Generated]:
         """`count` pictures of consecutive seeds; they share ticks."""
         first = (await self._plan(params)).seed
         requests = [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.generate(request)) for request in requests]
+            tasks = [group.create_task(self.generate(request, wish)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def _admit(self, params: GenerationParams) -> GenerationPlan:
-        """Decide, and look at the pictures: a damaged one must not fail on a GPU replica after it queued there."""
+    async def _admit(self, params: GenerationParams, wish: Wish) -> GenerationPlan:
+        """Decide, look at the pictures (a damaged one must not fail on a GPU replica after it queued there), charge."""
         plan = await self._plan(params)
         for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
             if data is not None:
                 await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+        if wish.key is not None:
+            await self.allowance.pixel_steps(wish.key, plan.pixel_steps)
         return plan
 
     @asynccontextmanager
-    async def _deadline(self, asked_s: float | None) -> AsyncIterator[None]:
+    async def _deadline(self, asked_s: float) -> AsyncIterator[None]:
         """Raise DeadlineError when the block takes longer than asked for, or than the server allows."""
-        seconds = min(asked_s or math.inf, self.limits.deadline_s)
+        seconds = min(asked_s, self.limits.deadline_s)
         try:
             async with asyncio.timeout(seconds):
                 yield
@@ -194,19 +201,24 @@ class Ingress:
             Exception: `error` itself, if another try would fail like this one.
         """
         cause = cause_of(error)
-        compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
         if isinstance(cause, RequestError | BackPressureError):
             raise error
-        for component in compiled:
-            self.compiled.distrust(component)
-        if isinstance(cause, RayActorError) and (not compiled or params.backend.lower() == "tvm"):
+        compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
+        named = params.backend.lower() == "tvm"
+        died = isinstance(cause, RayActorError)
+        if compiled and not (died and named):
+            for component in compiled:
+                self.compiled.distrust(component)
+        if died and (named or not compiled):
             logger.warning("a replica died, trying again: %s", type(cause).__name__)
+            metrics().retries.inc(1, {"reason": "replica died"})
             return plan
         if not compiled:
             raise error
-        if params.backend.lower() == "tvm":
+        if named:
             raise BackendError(f"backend 'tvm' failed: {cause}. Send backend 'auto' or 'torch'") from error
         logger.warning("backend tvm failed, torch takes over: %s", cause)
+        metrics().retries.inc(1, {"reason": "tvm failed"})
         return make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
 
     def _hint(self, plan: GenerationPlan, stage: StagePlan, photo: bytes | None) -> Any:
@@ -222,6 +234,12 @@ class Ingress:
             hint = self._hint(plan, stage, photo)
             latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint)
         return await vae.decode.remote(plan, latents)
+
+
+def _finished(image: Traced[EncodedImage], plan: GenerationPlan, begin: float) -> Generated:
+    seconds = time.perf_counter() - begin
+    metrics().request_seconds.observe(seconds, {"model": plan.model, "backend": plan.stages[0].backend})
+    return Generated(image.value, plan, seconds, image.spans)
 
 
 _SERVING = (DeploymentStatus.HEALTHY, DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)

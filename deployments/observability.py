@@ -1,29 +1,25 @@
-"""Seeing a request on its way: stage times that travel with the data, and one log line a request."""
+"""Seeing a request on its way: times of its stages, as spans that travel with the data, metrics and traces."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from opentelemetry import trace
+
+from deployments.metrics import metrics
+
 if TYPE_CHECKING:
     from pipelines.latents import Latents
 
+tracer = trace.get_tracer("sdgraph")
+"""Does nothing until Serve is told of an exporter (README, Traces)."""
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-
-def show_logs() -> None:
-    """Let this process's error stream, which Ray collects, have sdgraph's messages from INFO upwards; once."""
-    logger = logging.getLogger("sdgraph")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,31 @@ class Progress:
 class Stopwatch:
     """Collects the span of a stage's own work."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str, component: str) -> None:
+        self._stage = stage
+        self._component = component
+        self._begin = time.perf_counter()
+        self._working = False
         self.span: Span | None = None
+
+    def start_work(self) -> None:
+        """The model has got to it: what passed since the beginning was waiting. Later calls change nothing."""
+        if not self._working:
+            self._working = True
+            waited = time.perf_counter() - self._begin
+            metrics().queue_seconds.observe(waited, {"stage": self._stage, "component": self._component})
+
+    def stop(self) -> None:
+        """The stage is done."""
+        seconds = time.perf_counter() - self._begin
+        name = f"{self._stage}_{self._component}" if self._stage == "denoise" else self._stage
+        self.span = Span(name, seconds)
+        metrics().stage_seconds.observe(seconds, {"stage": self._stage, "component": self._component})
+
+    def fail(self, error: BaseException) -> None:
+        """The stage raised."""
+        of = {"stage": self._stage, "component": self._component}
+        metrics().stage_errors.inc(1, of | {"error": type(error).__name__})
 
     def trace(self, value: T, *inputs: Traced[object] | None) -> Traced[T]:
         """Wrap a result: the spans of its inputs, each once, then this one."""
@@ -79,12 +98,16 @@ class Stopwatch:
 
 
 @contextmanager
-def stopwatch(name: str) -> Iterator[Stopwatch]:
-    """Time a block as the stage `name`."""
-    watch = Stopwatch()
-    begin = time.perf_counter()
-    yield watch
-    watch.span = Span(name, time.perf_counter() - begin)
+def stopwatch(stage: str, component: str) -> Iterator[Stopwatch]:
+    """Time a block as a stage of one component; where traces are exported it is a span of the request's."""
+    watch = Stopwatch(stage, component)
+    with tracer.start_as_current_span(stage, attributes={"sdgraph.component": component}):
+        try:
+            yield watch
+        except BaseException as error:
+            watch.fail(error)
+            raise
+    watch.stop()
 
 
 def server_timing(spans: tuple[Span, ...]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from config.catalog import Catalog
+from deployments.metrics import metrics
 from deployments.observability import Traced, stopwatch
 from deployments.replica import Runtime, Worker
 from pipelines.plan import StagePlan
@@ -26,6 +27,9 @@ class TextEncoderDeployment:
 
     async def encode(self, component: str, stage: StagePlan) -> Traced[Conditioning]:
         """Conditioning of one stage."""
-        with stopwatch("text_encoder") as watch:
-            conditioning = await self._worker.run(self._stacks[component].encode, stage)
+        encoders = self._stacks[component].encoders
+        with stopwatch("text_encoder", component) as watch:
+            conditioning = await self._worker.stage(watch, self._stacks[component].encode, stage)
+        metrics().cache("embedding", component, *(encoder.cache for encoder in encoders))
+        metrics().cache("lora", component, *(encoder.loras.cache for encoder in encoders))
         return watch.trace(conditioning)

@@ -27,14 +27,14 @@ class VAEDeployment:
 
     async def encode(self, plan: GenerationPlan, image: bytes) -> Traced[Latents]:
         """Latents of the picture an img2img request starts from."""
-        with stopwatch("vae_encode") as watch:
-            latents = await self._worker.run(self._encode, plan, image)
+        with stopwatch("vae_encode", plan.vae) as watch:
+            latents = await self._worker.stage(watch, self._encode, plan, image)
         return watch.trace(latents)
 
     async def decode(self, plan: GenerationPlan, latents: Traced[Latents]) -> Traced[EncodedImage]:
         """The finished file, with the plan inside."""
-        with stopwatch("vae_decode") as watch:
-            image = await self._worker.run(self._decode, plan, latents.value)
+        with stopwatch("vae_decode", plan.vae) as watch:
+            image = await self._worker.stage(watch, self._decode, plan, latents.value)
         return watch.trace(image, latents)
 
     async def preview(self, plan: GenerationPlan, latents: Latents) -> bytes:

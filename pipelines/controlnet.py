@@ -7,7 +7,6 @@ and pre-hooks of the up blocks add what came back: bit-equal to passing them as 
 from __future__ import annotations
 
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 
 from pipelines.annotators import Annotators
+from pipelines.cache import LruCache
 from pipelines.errors import WeightsError
 from pipelines.images import read_image
 from pipelines.plan import ControlUse
@@ -126,7 +126,7 @@ class ControlNets:
         """
         self._models = {component: model.eval() for component, model in models.items()}
         self._embedders = {component: model.controlnet_cond_embedding for component, model in models.items()}
-        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.cache: LruCache[str, torch.Tensor] = LruCache(REMEMBERED_EMBEDDINGS)
         for component, model in models.items():
             if model.config.controlnet_conditioning_channel_order != "rgb":
                 raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")
@@ -163,14 +163,11 @@ class ControlNets:
 
     def _embed(self, hint: ControlHint) -> torch.Tensor:
         """Embedding `[1, channels, height, width]` of a map, in the latents' size."""
-        embedding = self._embeddings.get(hint.id)
+        embedding = self.cache.get(hint.id)
         if embedding is None:
             model = self._models[hint.component]
-            embedding = self._embedders[hint.component](hint.image.to(model.device, model.dtype))
-            self._embeddings[hint.id] = embedding
-            if len(self._embeddings) > REMEMBERED_EMBEDDINGS:
-                self._embeddings.popitem(last=False)
-        self._embeddings.move_to_end(hint.id)
+            made = self._embedders[hint.component](hint.image.to(model.device, model.dtype))
+            embedding = self.cache.put(hint.id, made)
         return embedding
 
     def _forward(

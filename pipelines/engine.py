@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,6 +78,16 @@ class DenoiseJob:
         return math.ceil(len(self.sampler.timesteps) / self.sampler.order)
 
     @property
+    def work(self) -> int:
+        """What one tick costs: rows x pixels of the picture."""
+        return self.rows * self.plan.width * self.plan.height
+
+    @property
+    def outstanding_work(self) -> int:
+        """What is left to do: work of a tick x ticks to come."""
+        return self.work * (len(self.sampler.timesteps) - self.tick)
+
+    @property
     def timestep(self) -> torch.Tensor:
         """What the UNet is asked next, a scalar."""
         return self.sampler.timesteps[self.tick]
@@ -101,13 +112,17 @@ class TickReport:
     """What a tick did.
 
     Attributes:
-        rows: UNet batch entries evaluated.
+        rows: UNet batch entries that jobs asked for.
+        padding: entries that only filled a batch.
+        seconds: what it took.
         advanced: jobs that took part, those that left included.
         finished: jobs that left with a result.
         failed: jobs that left with an exception.
     """
 
     rows: int = 0
+    padding: int = 0
+    seconds: float = 0.0
     advanced: tuple[DenoiseJob, ...] = ()
     finished: tuple[DenoiseJob, ...] = ()
     failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
@@ -208,6 +223,7 @@ class StepEngine:
         An exception of the evaluation fails every job of this tick; one of a job's own sampler fails that job alone.
         When memory runs out, the row budget is halved for good and the tick tried once more with fewer jobs.
         """
+        begin, evaluated = time.perf_counter(), self._denoiser.rows_evaluated
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
         selected = self._select([job for job in self._jobs.values() if not job.done])
         failed: list[tuple[DenoiseJob, DenoiseError]] = []
@@ -232,7 +248,10 @@ class StepEngine:
         # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
         left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
         broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
-        return TickReport(sum(job.rows for job in selected), tuple(selected), tuple(left), tuple(broken))
+        rows = sum(job.rows for job in selected)
+        padding = max(0, self._denoiser.rows_evaluated - evaluated - rows)
+        seconds = time.perf_counter() - begin
+        return TickReport(rows, padding, seconds, tuple(selected), tuple(left), tuple(broken))
 
     def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
         """The jobs of the next tick: a row budget from memory, `max_rows` at most."""

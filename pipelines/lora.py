@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from diffusers.utils import (
 from safetensors import safe_open
 from torch import nn
 
+from pipelines.cache import LruCache
 from pipelines.errors import InvalidValueError
 from pipelines.plan import StagePlan
 
@@ -244,8 +244,7 @@ class LoraStore:
     def __init__(self, load: Callable[[str, str], RowLora], max_bytes: int = LORA_BYTES) -> None:
         """Load by public name and base UNet with `load`, keep up to `max_bytes`."""
         self._load = load
-        self._max_bytes = max_bytes
-        self._loaded: OrderedDict[tuple[str, str], RowLora] = OrderedDict()
+        self.cache: LruCache[tuple[str, str], RowLora] = LruCache(max_bytes, lambda lora: lora.nbytes)
         self._lock = threading.Lock()
 
     def mixture(self, stage: StagePlan) -> Mixture:
@@ -254,10 +253,4 @@ class LoraStore:
 
     def _get(self, name: str, base: str) -> RowLora:
         with self._lock:
-            lora = self._loaded.get((name, base))
-            if lora is None:
-                lora = self._loaded[name, base] = self._load(name, base)
-            self._loaded.move_to_end((name, base))
-            while len(self._loaded) > 1 and sum(entry.nbytes for entry in self._loaded.values()) > self._max_bytes:
-                self._loaded.popitem(last=False)
-            return lora
+            return self.cache.get((name, base)) or self.cache.put((name, base), self._load(name, base))

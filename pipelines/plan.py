@@ -145,3 +145,8 @@ class GenerationPlan(_Plan):
     vae: str
     stages: tuple[StagePlan, ...]
     output_format: OutputFormat = "jpeg"
+
+    @property
+    def pixel_steps(self) -> int:
+        """What the picture costs, by the request: steps x width x height."""
+        return self.stages[0].schedule.steps * self.width * self.height

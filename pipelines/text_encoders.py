@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pipelines.cache import LruCache
 from pipelines.conditioning import Conditioning
 from pipelines.families import Family
 from pipelines.lora import LoraStore, RowLora, RowLoraHooks
@@ -47,7 +47,7 @@ class TextEncoder:
         self._model = model.eval()
         self._hooks = RowLoraHooks(model)
         self.loras = LoraStore(lambda name, base: self._hooks.fit(read(name, base), model.device, model.dtype))
-        self._cache: OrderedDict[tuple[str, str, tuple[LoraUse, ...]], EncodedText] = OrderedDict()
+        self.cache: LruCache[tuple[str, str, tuple[LoraUse, ...]], EncodedText] = LruCache(CACHED_TEXTS)
 
     def encode(self, text: str, stage: StagePlan) -> EncodedText:
         """Encode one text under the LoRAs of its stage; a longer one is cut to the model's context, as CLIP does.
@@ -55,15 +55,10 @@ class TextEncoder:
         One text a forward pass: batched with others its last bits would depend on them, and on what the cache held.
         """
         key = (text, stage.component if stage.loras else "", stage.loras)
-        cached = self._cache.get(key)
-        if cached is not None:
-            self._cache.move_to_end(key)
+        if cached := self.cache.get(key):
             return cached
         with self._hooks.active([self.loras.mixture(stage)]):
-            encoded = self._cache[key] = self._forward(text)
-        if len(self._cache) > CACHED_TEXTS:
-            self._cache.popitem(last=False)
-        return encoded
+            return self.cache.put(key, self._forward(text))
 
     @torch.inference_mode()
     def _forward(self, text: str) -> EncodedText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs, build_app
+from deployments.ingress import Ingress
 from deployments.local import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
 from training.words import COLOURS, OBJECTS
 
@@ -66,15 +68,19 @@ def test_only_app_wraps_deployments() -> None:
 @pytest.mark.parametrize(
     "name", ["config/serve.local.yaml", "config/serve.tvm.yaml", "serve_config.yaml", "tests/serve/graph.yaml"]
 )
-def test_serve_configs_build(name: str) -> None:
+def test_serve_configs_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments parse, and every deployment a config tunes exists in the graph it builds."""
+    monkeypatch.setenv("SDGRAPH_API_KEYS_FILE", "/etc/sdgraph/api-keys")
     config = yaml.safe_load((ROOT / name).read_text())
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
         assert application["import_path"] == "deployments.app:build_app"
         args = AppArgs.model_validate(application["args"])
-        bound = build_app(args)._bound_deployment.init_args
-        names = {app._bound_deployment.name for apps in (bound[0], bound[-1]) for app in apps.values()} | {"ingress"}
+        bound = dict(
+            zip(inspect.signature(Ingress).parameters, build_app(args)._bound_deployment.init_args, strict=False)
+        )
+        apps = [*bound["handles"].values(), *bound["compiled"].values()]
+        names = {app._bound_deployment.name for app in apps} | {"ingress"}
         deployments = application.get("deployments", [])
         tuned = {deployment["name"] for deployment in deployments}
         for deployment in deployments:  # Serve's schema takes any mapping here
@@ -112,6 +118,7 @@ def test_every_setting_is_in_the_readme() -> None:
 def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> None:
     local, compiled = (yaml.safe_load(p.read_text()) for p in (LOCAL_CONFIG, LOCAL_CONFIG.with_name("serve.tvm.yaml")))
     assert local["http_options"]["host"] == "127.0.0.1"
+    assert local["applications"][0]["args"]["auth"] == "none"
     assert compiled["applications"][0]["args"].pop("tvm") is True
     assert compiled == local
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +15,11 @@ from ray.serve import Application
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.ingress import Ingress, IngressLimits
+from deployments.limits import KeyLimits
 from deployments.replica import Runtime
 from pipelines.planning import PlanLimits
 
+NO_LIMITS = KeyLimits()
 ClientFactory = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
@@ -48,8 +51,9 @@ def connect(handles: dict[str, Any], catalog: Catalog) -> ClientFactory:
     @asynccontextmanager
     async def open_client(
         *,
-        keys: Mapping[str, str] | None = None,
-        rate_limit: str | None = None,
+        keys_file: Path | None = None,
+        key_limits: KeyLimits = NO_LIMITS,
+        base_url: str = "http://127.0.0.1",
         deadline_s: float = 60,
         handles: Mapping[str, Any] = handles,
         max_body_bytes: int = 2**20,
@@ -58,9 +62,9 @@ def connect(handles: dict[str, Any], catalog: Catalog) -> ClientFactory:
         compiled: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[httpx.AsyncClient]:
         limits = IngressLimits(PlanLimits(10**8), max_body_bytes, max_image_pixels, deadline_s)
-        ingress = Ingress(handles, catalog, limits, keys or {}, rate_limit, ready, compiled)
+        ingress = Ingress(handles, catalog, limits, keys_file, key_limits, ready, compiled)
         transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://sdgraph") as client:
+        async with httpx.AsyncClient(transport=transport, base_url=base_url) as client:
             yield client
 
     return open_client

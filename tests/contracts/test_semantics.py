@@ -16,6 +16,7 @@ from PIL import Image
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
 from deployments.ingress import Ingress, IngressLimits
+from deployments.limits import KeyLimits
 from deployments.replica import Runtime
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import ready, run_locally
@@ -44,9 +45,9 @@ def embedded_handles(embedded_catalog: Catalog) -> dict[str, Any]:
 @pytest.fixture
 async def embedded(embedded_catalog: Catalog, embedded_handles: dict[str, Any]) -> AsyncIterator[httpx.AsyncClient]:
     limits = IngressLimits(PlanLimits(10**8), 2**20, 10**6, 120)
-    ingress = Ingress(embedded_handles, embedded_catalog, limits, {}, None, ready)
+    ingress = Ingress(embedded_handles, embedded_catalog, limits, None, KeyLimits(), ready)
     transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://sdgraph", timeout=120) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=120) as client:
         yield client
 
 

@@ -41,6 +41,10 @@ class Recorder:
         self.fail = False
         self.config, self.device, self.dtype = inner.config, inner.device, inner.dtype
 
+    @property
+    def rows_evaluated(self) -> int:
+        return int(self.inner.rows_evaluated)
+
     def predict(self, batch: StepBatch) -> torch.Tensor:
         if self.fail:
             raise ArithmeticError("broken")

@@ -91,6 +91,7 @@ class TvmDenoiser:
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.rows_evaluated = 0
         self._programs: dict[Shape, dict[int, Program]] = {}
         for program in programs:
             key = program.artifact.key
@@ -145,7 +146,9 @@ class TvmDenoiser:
         rows = min(size for size in programs if size >= count)
         index = torch.arange(rows).clamp(max=count - 1)
         filled = inputs if rows == count else [tensor[index] for tensor in inputs]
-        return programs[rows].run([tensor.to(self.device, self.dtype) for tensor in filled])[:count]
+        output = programs[rows].run([tensor.to(self.device, self.dtype) for tensor in filled])
+        self.rows_evaluated += rows
+        return output[:count]
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:

@@ -1,0 +1,113 @@
+"""How much a key may ask for: requests a minute, pixel-steps a day."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+from limits import RateLimitItem, RateLimitItemPerDay, parse
+from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
+from limits.errors import StorageError
+from limits.storage import storage_from_string
+
+from pipelines.errors import SdgraphError
+
+logger = logging.getLogger("sdgraph.limits")
+
+STORE_TIMEOUT_S = 1.0
+
+
+class RateLimitedError(SdgraphError):
+    """Too much asked for; `retry_after` is whole seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message, retry_after)
+        self.message = message
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What each key may ask for.
+
+    Attributes:
+        rate: requests, in `limits` notation such as `60/minute`; None for any number.
+        pixel_steps_per_day: sum of steps x width x height in the 24 hours from a key's first picture; None for any.
+        store: where counts are kept: `memory://`, each ingress replica for itself, or `redis://[:password@]host:port`.
+    """
+
+    rate: str | None = None
+    pixel_steps_per_day: int | None = None
+    store: str = "memory://"
+
+
+class Allowance:
+    """Counts what keys ask for, in a moving window (requests) and by the day (pixel-steps)."""
+
+    def __init__(self, limits: KeyLimits) -> None:
+        """Count by `limits`.
+
+        Raises:
+            ValueError: a rate or a store of another notation.
+        """
+        self._rate = parse(limits.rate) if limits.rate else None
+        self._quota = RateLimitItemPerDay(limits.pixel_steps_per_day) if limits.pixel_steps_per_day else None
+        self._counters = [_Counters(store) for store in (_store(limits.store), MemoryStorage())]
+
+    async def request(self, key: str) -> None:
+        """Count one request; raises RateLimitedError when the window is full."""
+        if self._rate is not None and (wait := await self._count("requests", self._rate, key, 1)):
+            raise RateLimitedError(f"rate limit of {self._rate} exceeded; try again in {wait} s", wait)
+
+    async def pixel_steps(self, key: str, amount: int) -> None:
+        """Count the work of a picture that is about to be drawn; raises RateLimitedError when the day's is used up."""
+        if self._quota is not None and (wait := await self._count("pixel-steps", self._quota, key, amount)):
+            raise RateLimitedError(
+                f"quota of {self._quota.amount} pixel-steps (steps x width x height) a day used up: "
+                f"this picture takes {amount}; try again in {wait} s",
+                wait,
+            )
+
+    async def _count(self, what: str, item: RateLimitItem, key: str, cost: int) -> int:
+        """Seconds to wait, 0 if it was counted. A store that is away must not stop the service: memory counts then."""
+        counters, spare = self._counters
+        try:
+            return await counters.hit(what, item, key, cost)
+        except StorageError as error:
+            logger.warning("the store of limits does not answer, this replica counts for itself: %s", error)
+            return await spare.hit(what, item, key, cost)
+
+
+class _Counters:
+    """The two ways of counting over one store."""
+
+    def __init__(self, store: Storage) -> None:
+        self._limiters = {
+            "requests": MovingWindowRateLimiter(store),
+            # A moving window keeps an entry for each unit, and a picture costs millions.
+            "pixel-steps": FixedWindowRateLimiter(store),
+        }
+
+    async def hit(self, what: str, item: RateLimitItem, key: str, cost: int) -> int:
+        limiter = self._limiters[what]
+        # Looked at first: a fixed window would count what it refuses, and one large picture would lock small ones out.
+        if await limiter.test(item, what, key, cost=cost) and await limiter.hit(item, what, key, cost=cost):
+            return 0
+        reset = (await limiter.get_window_stats(item, what, key)).reset_time
+        return max(1, math.ceil(reset - time.time()))
+
+
+def _store(uri: str) -> Storage:
+    if uri.startswith("memory://"):
+        return MemoryStorage()
+    options = {
+        "implementation": "redispy",
+        "socket_timeout": STORE_TIMEOUT_S,
+        "socket_connect_timeout": STORE_TIMEOUT_S,
+    }
+    store = storage_from_string(f"async+{uri}", wrap_exceptions=True, key_prefix="sdgraph", **options)  # type: ignore[arg-type]
+    assert isinstance(store, Storage)
+    return store

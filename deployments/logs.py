@@ -1,0 +1,45 @@
+"""Log lines: for people, or JSON with the request's id and, where there is a trace, its id."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from opentelemetry import trace
+from pythonjsonlogger.json import JsonFormatter
+from ray.serve.context import _get_serve_request_context
+
+LogFormat = Literal["text", "json"]
+
+TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
+JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def show_logs(form: LogFormat = "text") -> None:
+    """Let this process's error stream, which Ray collects, have sdgraph's messages from INFO upwards; once."""
+    logger = logging.getLogger("sdgraph")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(_Identify())
+        if form == "json":
+            renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
+            handler.setFormatter(JsonFormatter(JSON, rename_fields=renamed))
+        else:
+            handler.setFormatter(logging.Formatter(TEXT))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+class _Identify(logging.Filter):
+    """Adds the ids that find a request's lines in every process it went through; never drops a line.
+
+    Serve carries a request's id to every replica that works for it. A line that speaks of one request from outside its
+    context (the engine's loop) passes `extra={"request_id": ...}` itself.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "request_id"):
+            record.request_id = _get_serve_request_context().request_id or "-"
+        if (span := trace.get_current_span().get_span_context()).is_valid:
+            record.trace_id = f"{span.trace_id:032x}"
+        return True

