@@ -5,7 +5,7 @@ FROM ${BASE} AS build
 WORKDIR /opt/sdgraph
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt .
+ && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[otlp]'
 
 FROM ${BASE} AS runtime
 # KubeRay's probes and start commands run bash and wget inside the container.

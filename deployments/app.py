@@ -31,7 +31,7 @@ DEFAULTS: Mapping[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
     "max_ongoing_requests": 64,
     "max_queued_requests": 256,
-    "health_check_period_s": 10,
+    "health_check_period_s": 5,  # how long a death may go unnoticed
     "health_check_timeout_s": 60,
 }
 

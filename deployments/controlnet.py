@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ class ControlNetDeployment:
         if any(hint not in known for hint, _, _ in batch.hints):
             return None
         component = batch.hints[0][1]
-        with stopwatch("controlnet", component) as watch:
+        with stopwatch("controlnet", component, logging.DEBUG) as watch:  # every tick
             residuals = await self._worker.stage(watch, self._nets.residuals, batch, known)
         metrics().cache("control map", component, self._nets.cache)
         return residuals

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,12 +20,14 @@ from config.catalog import Catalog
 from deployments.autoscaling import OUTSTANDING, PACE
 from deployments.metrics import metrics
 from deployments.observability import Progress, Stopwatch, Traced, stopwatch
+from deployments.remote_control import RemoteControl
 from deployments.replica import Runtime, Worker
+from pipelines.errors import OverloadedError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
-    from pipelines.controlnet import ControlBatch, ControlHint, ControlNets, PendingResiduals, Residuals
+    from pipelines.controlnet import ControlHint, ControlNets
     from pipelines.engine import DenoiseJob, StepEngine, TickReport
     from pipelines.latents import Latents
 
@@ -31,6 +35,7 @@ logger = logging.getLogger("sdgraph.denoiser")
 
 PACE_WEIGHT = 0.1
 """Share of the newest tick in the pace."""
+LONGEST_RETRY_S = 60
 
 
 @dataclass
@@ -40,6 +45,7 @@ class _Waiting:
     component: str
     result: asyncio.Future[Latents]
     watch: Stopwatch
+    expires: float
     job: DenoiseJob | None = None
     progress: asyncio.Queue[Progress] | None = None
     previews: bool = False
@@ -95,6 +101,7 @@ class DenoiserDeployment:
         self._waiting: dict[str, _Waiting] = {}  # oldest first
         self._loop: asyncio.Task[None] | None = None
         self._pace = 0.0  # rows x pixels a second
+        self._tick_s = 0.0
 
     def _load_compiled(
         self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
@@ -134,6 +141,7 @@ class DenoiserDeployment:
         conditioning: Traced[Conditioning],
         latents: Traced[Latents] | None,
         hint: Traced[ControlHint] | None = None,
+        expires: float = math.inf,
     ) -> Traced[Latents]:
         """Run one stage, in ticks shared with whoever else is here.
 
@@ -142,9 +150,13 @@ class DenoiserDeployment:
             conditioning: what the text says.
             latents: None for a picture from text; else where the stage begins.
             hint: the control map, where the stage has a ControlNet.
+            expires: when nobody waits for the picture any more, in seconds of Unix time.
+
+        Raises:
+            OverloadedError: the work that is here already leaves too little time.
         """
         with stopwatch("denoise", stage.component) as watch:
-            async with self._job(watch, stage, conditioning, latents, hint) as waiting:
+            async with self._job(watch, stage, conditioning, latents, hint, expires) as waiting:
                 result = await waiting.result
         return watch.trace(result, conditioning, latents, hint)
 
@@ -155,10 +167,11 @@ class DenoiserDeployment:
         latents: Traced[Latents] | None,
         hint: Traced[ControlHint] | None = None,
         previews: bool = False,
+        expires: float = math.inf,
     ) -> AsyncIterator[Progress | Traced[Latents]]:
         """The same, telling its progress on the way; the last item is the result."""
         with stopwatch("denoise", stage.component) as watch:
-            async with self._job(watch, stage, conditioning, latents, hint) as waiting:
+            async with self._job(watch, stage, conditioning, latents, hint, expires) as waiting:
                 progress: asyncio.Queue[Progress] = asyncio.Queue()
                 waiting.progress = progress
                 waiting.previews = previews
@@ -179,11 +192,12 @@ class DenoiserDeployment:
         conditioning: Traced[Conditioning],
         latents: Traced[Latents] | None,
         hint: Traced[ControlHint] | None,
+        expires: float,
     ) -> AsyncIterator[_Waiting]:
         """A job in its engine for as long as the block; leaving early frees its rows at the next tick."""
         job_id = uuid.uuid4().hex
         engine = self._engines[stage.component]
-        waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future(), watch)
+        waiting = _Waiting(stage.component, asyncio.get_running_loop().create_future(), watch, expires)
         self._waiting[job_id] = waiting
         try:
             # Reading a LoRA from disk must not hold up the ticks of others.
@@ -192,6 +206,7 @@ class DenoiserDeployment:
             control = hint.value if hint is not None and stage.control else None
             metrics().cache("lora", stage.component, engine.loras.cache)
             waiting.job = await self._worker.run(engine.add, job_id, stage, conditioning.value, start, loras, control)
+            self._refuse_if_late(expires)
             self._ensure_loop()
             yield waiting
         except BaseException:  # cancelled, or failed
@@ -201,6 +216,21 @@ class DenoiserDeployment:
             self._waiting.pop(job_id, None)
             metrics().outstanding.set(self._outstanding(stage.component), {"component": stage.component})
 
+    def _refuse_if_late(self, expires: float) -> None:
+        """Jobs run oldest first, so the newest is done when all is: never, if that is past its deadline."""
+        if self._pace:
+            over = time.time() + self._outstanding() / self._pace - expires
+            if over > 0:
+                raise _overloaded(over)
+
+    def _shed(self) -> None:
+        """Let go of jobs that would not be done in time even if they were in every tick: others can use theirs."""
+        for waiting in self._waiting.values():
+            if waiting.job is not None:
+                over = time.time() + waiting.job.ticks_left * self._tick_s - waiting.expires
+                if over > 0:
+                    _settle(waiting.result, _overloaded(over))
+
     def _ensure_loop(self) -> None:
         if self._loop is None or self._loop.done():
             # A fresh context: the loop outlives the request that started it and must not run under its identity.
@@ -209,8 +239,10 @@ class DenoiserDeployment:
     async def _run(self) -> None:
         try:
             while oldest := next((w for w in self._waiting.values() if w.job), None):
+                begin = time.perf_counter()
                 report = await self._worker.run(self._engines[oldest.component].tick)
-                self._count(oldest.component, report)
+                self._count(oldest.component, report, time.perf_counter() - begin)
+                self._shed()
                 self._tell(oldest.component, report)
                 for job in report.finished:
                     if waiting := self._waiting.pop(job.id, None):
@@ -225,12 +257,14 @@ class DenoiserDeployment:
                 _settle(waiting.result, error)
             raise
 
-    def _count(self, component: str, report: TickReport) -> None:
-        """Metrics, and the pace that autoscaling goes by: a mean of the last ticks, since batches differ."""
+    def _count(self, component: str, report: TickReport, seconds: float) -> None:
+        """Metrics, and the pace that autoscaling and deadlines go by: means of the last ticks, pauses included."""
         if report.rows:
             metrics().tick(component, report.rows, report.padding, report.seconds)
-            pace = sum(job.work for job in report.advanced) / report.seconds
-            self._pace += (pace - self._pace) * (PACE_WEIGHT if self._pace else 1.0)
+            pace = sum(job.work for job in report.advanced) / seconds
+            weight = PACE_WEIGHT if self._pace else 1.0
+            self._pace += (pace - self._pace) * weight
+            self._tick_s += (seconds - self._tick_s) * weight
         metrics().outstanding.set(self._outstanding(component), {"component": component})
 
     def _outstanding(self, component: str | None = None) -> int:
@@ -257,34 +291,8 @@ class DenoiserDeployment:
                 waiting.progress.put_nowait(Progress(waiting.component, 0, 0, position))
 
 
-class RemoteControl:
-    """ControlNets in their own deployment. The call runs on the replica's event loop while the UNet goes down."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._loop = asyncio.get_event_loop()
-
-    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
-        """Begin the call; a replica that has not seen the maps asks for them once."""
-        return asyncio.run_coroutine_threadsafe(self._call(batch, hints), self._loop)
-
-    async def _call(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
-        residuals = await self._ask(batch, {})
-        if residuals is None:
-            residuals = await self._ask(batch, hints)
-        assert residuals is not None, "the maps were sent along"
-        return residuals
-
-    async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
-        """One call, and a second one where the replica died: to another one, or to its successor."""
-        residuals: Residuals | None
-        try:
-            residuals = await self._handle.residuals.remote(batch, dict(hints))
-        except RayActorError as error:
-            logger.warning("a ControlNet replica died, asking again: %s", type(error).__name__)
-            metrics().retries.inc(1, {"reason": "controlnet died"})
-            residuals = await self._handle.residuals.remote(batch, dict(hints))
-        return residuals
+def _overloaded(over_s: float) -> OverloadedError:
+    return OverloadedError(min(math.ceil(over_s), LONGEST_RETRY_S))
 
 
 def _drop(engine: StepEngine, job_id: str) -> None:

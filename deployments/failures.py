@@ -9,15 +9,22 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.exceptions import HTTPException
 
 from deployments.auth import UnauthorizedError
 from deployments.limits import RateLimitedError
 from deployments.metrics import metrics
 from deployments.schemas import ErrorDetail, ErrorResponse
-from pipelines.errors import BackendError, DeadlineError, RequestError, TooLargeError, UnavailableModelError
+from pipelines.errors import (
+    BackendError,
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    TooLargeError,
+    UnavailableModelError,
+)
 
 logger = logging.getLogger("sdgraph.http")
 
@@ -38,10 +45,16 @@ class Failure:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What really happened: Ray wraps a replica's exception, once an edge; a task group groups them."""
+    """What really happened.
+
+    Ray wraps a replica's exception, once an edge; a task group groups them; and Serve has a wrapper for a call that
+    could not begin because one it depends on died.
+    """
     while True:
         if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
             error = error.cause
+        elif isinstance(error, RayServeException) and isinstance(error.__cause__, RayActorError):
+            error = error.__cause__
         elif isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         else:
@@ -73,6 +86,8 @@ def _failure_of(error: BaseException, request_id: str) -> Failure:
         case RateLimitedError():
             headers = {"Retry-After": str(error.retry_after)}
             return Failure(429, 42901, "rate_limit_error", error.message, headers=headers)
+        case OverloadedError():
+            return overloaded("more is waiting than can be done in time; try again", error.retry_after)
         case BackPressureError():
             return overloaded("all queues are full; try again")
         case RayActorError():
@@ -81,6 +96,8 @@ def _failure_of(error: BaseException, request_id: str) -> Failure:
         case DeploymentUnavailableError():
             logger.error("request %s met a deployment that did not start", request_id, exc_info=error)
             return overloaded(f"a part of the graph cannot start; /readyz says which and why (request {request_id})")
+        case TaskCancelledError():  # the client left: nobody reads this
+            return Failure(499, 40000, "cancelled", "the client left")
         case DeadlineError():
             return late(str(error), request_id)
         case BackendError():
@@ -97,9 +114,9 @@ def _failure_of(error: BaseException, request_id: str) -> Failure:
     return Failure(500, 50001, "server_error", f"internal error; the server's log knows it as request {request_id}")
 
 
-def overloaded(message: str) -> Failure:
+def overloaded(message: str, retry_after: int = RETRY_AFTER_OVERLOAD_S) -> Failure:
     """Come back later."""
-    return Failure(503, 42903, "overloaded_error", message, headers={"Retry-After": str(RETRY_AFTER_OVERLOAD_S)})
+    return Failure(503, 42903, "overloaded_error", message, headers={"Retry-After": str(retry_after)})
 
 
 def restarting(request_id: str) -> Failure:

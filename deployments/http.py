@@ -55,11 +55,9 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app.add_middleware(AccessLog)
 
     async def fail(request: Request, error: Exception) -> Response:
-        if isinstance(error, RequestValidationError):
-            return reply(validation_failure(error))
-        return reply(failure_of(error, request_id_of(request.scope)))
+        return answer_to(error, request)
 
-    for handled in (RequestValidationError, HTTPException, Exception):
+    for handled in (HTTPException, Exception):
         app.add_exception_handler(handled, fail)
 
     documented: dict[int | str, dict[str, Any]] = {
@@ -69,6 +67,13 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app.include_router(_listing_routes(ingress), dependencies=[_DOCUMENTED_KEY])
     app.include_router(_health_routes(ingress))
     return app
+
+
+def answer_to(error: Exception, request: Request) -> Response:
+    """The contract's answer to whatever went wrong."""
+    if isinstance(error, RequestValidationError):
+        return reply(validation_failure(error))
+    return reply(failure_of(error, request_id_of(request.scope)))
 
 
 def _admitting(ingress: Ingress) -> type[APIRoute]:
@@ -82,6 +87,13 @@ def _admitting(ingress: Ingress) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def admit(request: Request) -> Response:
+                try:
+                    return await serve(request)
+                # Starlette answers the unforeseen too, but then raises it again, and Serve logs a crash.
+                except Exception as error:
+                    return answer_to(error, request)
+
+            async def serve(request: Request) -> Response:
                 key = ingress.keys.identify(request.scope)
                 request.scope[KEY] = key
                 if key is not None and request.method == "POST":

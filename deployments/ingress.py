@@ -27,12 +27,14 @@ from deployments.logs import LogFormat, show_logs
 from deployments.metrics import metrics
 from deployments.observability import Progress, Span, Traced
 from deployments.schemas import ANYBODY, GeneratedImage, GenerationResponse, Wish
-from pipelines.errors import BackendError, DeadlineError, RequestError
+from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 
 logger = logging.getLogger("sdgraph.ingress")
+
+LAST_STAGE_S = 5.0
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
@@ -100,12 +102,12 @@ class Ingress:
         """
         begin = time.perf_counter()
         plan = await self._admit(params, wish)
-        async with self._deadline(wish.deadline_s):
+        async with self._deadline(wish.deadline_s) as expires:
             try:
-                image = await self._compose(plan, params.image, params.controlnet_image)
+                image = await self._compose(plan, params, expires)
             except Exception as error:
                 plan = self._second_try(params, plan, error)
-                image = await self._compose(plan, params.image, params.controlnet_image)
+                image = await self._compose(plan, params, expires)
         return _finished(image, plan, begin)
 
     async def watch(
@@ -120,10 +122,10 @@ class Ingress:
         plan = await self._admit(params, wish)
         yield Progress(plan.stages[0].component, 0, 0)
         image: Traced[EncodedImage] | None = None
-        async with self._deadline(wish.deadline_s):
+        async with self._deadline(wish.deadline_s) as expires:
             for first in (True, False):
                 try:
-                    async for item in self._watch_plan(plan, params, previews):
+                    async for item in self._watch_plan(plan, params, previews, expires):
                         if isinstance(item, Traced):
                             image = item
                         else:
@@ -137,7 +139,7 @@ class Ingress:
         yield _finished(image, plan, begin)
 
     async def _watch_plan(
-        self, plan: GenerationPlan, params: GenerationParams, previews: bool
+        self, plan: GenerationPlan, params: GenerationParams, previews: bool, expires: float
     ) -> AsyncIterator[Progress | bytes | Traced[EncodedImage]]:
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
         latents = vae.encode.remote(plan, params.image) if params.image is not None else None
@@ -145,7 +147,7 @@ class Ingress:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
             hint = self._hint(plan, stage, params.controlnet_image)
             denoiser = self._denoiser(stage).options(stream=True)
-            items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews)
+            items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews, expires)
             async for item in items:
                 if isinstance(item, Progress):
                     yield replace(item, latents=None)
@@ -174,12 +176,13 @@ class Ingress:
         return plan
 
     @asynccontextmanager
-    async def _deadline(self, asked_s: float) -> AsyncIterator[None]:
-        """Raise DeadlineError when the block takes longer than asked for, or than the server allows."""
+    async def _deadline(self, asked_s: float) -> AsyncIterator[float]:
+        """Raise DeadlineError when the block takes too long for caller or server; yields when UNets must be done."""
         seconds = min(asked_s, self.limits.deadline_s)
         try:
             async with asyncio.timeout(seconds):
-                yield
+                # UNets must be done a little earlier: the picture is decoded and sent after them.
+                yield time.time() + seconds - min(seconds / 10, LAST_STAGE_S)
         except TimeoutError:
             raise DeadlineError(f"not finished within {seconds:g} seconds") from None
 
@@ -201,7 +204,7 @@ class Ingress:
             Exception: `error` itself, if another try would fail like this one.
         """
         cause = cause_of(error)
-        if isinstance(cause, RequestError | BackPressureError):
+        if isinstance(cause, RequestError | OverloadedError | BackPressureError):
             raise error
         compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
         named = params.backend.lower() == "tvm"
@@ -225,14 +228,14 @@ class Ingress:
         """The control map under way, None for a stage without ControlNet."""
         return self._handles[stage.control.component].prepare.remote(plan, photo) if stage.control else None
 
-    async def _compose(self, plan: GenerationPlan, image: bytes | None, photo: bytes | None) -> Any:
+    async def _compose(self, plan: GenerationPlan, params: GenerationParams, expires: float) -> Any:
         """Chain the calls. Responses are handed on un-awaited, so no tensor passes through this process."""
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
-        latents = vae.encode.remote(plan, image) if image is not None else None
+        latents = vae.encode.remote(plan, params.image) if params.image is not None else None
         for stage in plan.stages:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
-            hint = self._hint(plan, stage, photo)
-            latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint)
+            hint = self._hint(plan, stage, params.controlnet_image)
+            latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint, expires)
         return await vae.decode.remote(plan, latents)
 
 

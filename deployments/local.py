@@ -39,6 +39,9 @@ ENVIRONMENT = {
     "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
     "RAY_AUTH_MODE": "disabled",  # unset, a local start may leave a token in the user's home
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.app:proxy_middlewares",
+    # A sleeping deployment wakes when its waiting requests are reported: every 10 s by default.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from typing import Any
+
+from fastapi.responses import JSONResponse
 
 from deployments.failures import Failure, counted, failure_of, late, overloaded, reply, restarting
 from deployments.metrics import metrics
@@ -76,9 +77,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 class ProxyAnswers:
     """Stands around Serve's proxy: what the proxy answers by itself, in plain text, becomes the contract's answer.
 
-    An ingress replica that died takes the requests in it along; the proxy answers them 500. As nothing of an answer was
-    sent yet, the request is sent once more, to another replica or to the successor. It must stand inside a BodyLimit,
-    which has read the body.
+    An ingress replica that died takes the requests in it along, and the proxy then sends nothing. As the client saw
+    nothing of an answer yet, the request is sent once more, to another replica or to the successor. It must stand
+    inside a BodyLimit, which has read the body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -90,61 +91,98 @@ class ProxyAnswers:
             await self._app(scope, receive, send)
             return
         body = bytes((await receive()).get("body", b""))
-        plain = await self._try(scope, _replay(body, receive), send)
-        if plain is not None and plain.status == 500:
-            logger.warning("an ingress replica died, trying again: %s", plain.text[:200])
+        attempt = _Attempt(self._app, scope, body, receive, send)
+        await attempt.run()
+        if attempt.nothing and not attempt.disconnected:
+            logger.warning("an ingress replica died, trying again")
             metrics().retries.inc(1, {"reason": "ingress died"})
-            plain = await self._try(scope, _replay(body, receive), send)
-        if plain is not None:
-            answer = reply(counted(plain.failure()))
-            answer.raw_headers.extend(plain.headers)
-            await answer(scope, receive, send)
-
-    async def _try(self, scope: Scope, receive: Receive, send: Send) -> _PlainError | None:
-        """Pass an answer of the application on; one of the proxy's own comes back instead."""
-        plain: _PlainError | None = None
-
-        async def watched(message: Message) -> None:
-            nonlocal plain
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                headers = [(bytes(name).lower(), bytes(value)) for name, value in message["headers"]]
-                if dict(headers).get(b"content-type", b"").startswith(b"text/plain"):
-                    plain = _PlainError(message["status"], [h for h in headers if not h[0].startswith(b"content-")])
-                    return
-            if plain is None:
-                await send(message)
-            else:
-                plain.text += bytes(message.get("body", b"")).decode("utf-8", "replace")
-
-        # A copy: the layers inside write into it, and a second try begins like the first.
-        await self._app(dict(scope), receive, watched)
-        return plain
+            attempt = _Attempt(self._app, scope, body, receive, send)
+            await attempt.run()
+        if not attempt.answered and not attempt.disconnected:
+            await attempt.translated()(scope, receive, send)
 
 
-@dataclass
-class _PlainError:
-    """An error that Serve's proxy made: no route, a full queue, a dead replica, its own timeout."""
+class _Attempt:
+    """One pass through the proxy.
 
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    text: str = ""
+    Attributes:
+        answered: the application's own answer went out, or began to.
+        disconnected: the client left.
+    """
 
-    def failure(self) -> Failure:
-        request_id = dict(self.headers).get(b"x-request-id", b"unknown").decode("latin-1")
-        match self.status:
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        # The layers inside write into the scope, and a second pass begins like the first.
+        self._call = app(dict(scope), self._watch(_replay(body, receive)), self._sort)
+        self._send = send
+        self._start: Message | None = None
+        self.answered = False
+        self.disconnected = False
+
+    async def run(self) -> None:
+        """Until the proxy is done with it."""
+        try:
+            await self._call
+        except Exception:
+            if self.answered:
+                raise
+            logger.exception("the proxy raised")
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing came that could be an answer: a start without a body is none."""
+        return not self.answered and not self._plain
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the proxy answered by itself: the application never sends an error as plain text."""
+        if self._start is None or self._start["status"] < 400:
+            return False
+        return self._header(b"content-type").startswith(b"text/plain")
+
+    def _header(self, name: bytes) -> bytes:
+        headers = self._start["headers"] if self._start else ()
+        return next((bytes(value) for key, value in headers if bytes(key).lower() == name), b"")
+
+    def _watch(self, receive: Receive) -> Receive:
+        async def watched() -> Message:
+            message = await receive()
+            self.disconnected |= message["type"] == "http.disconnect"
+            return message
+
+        return watched
+
+    async def _sort(self, message: Message) -> None:
+        """Pass on what is the application's; a start waits for its body, for a replica can die between the two."""
+        if message["type"] == "http.response.start":
+            self._start = message
+        elif not self._plain:
+            if not self.answered and self._start is not None:
+                await self._send(self._start)
+            self.answered = True
+            await self._send(message)
+
+    def translated(self) -> JSONResponse:
+        """What the proxy meant: no route, a full queue, its own timeout, a dead replica."""
+        request_id = self._header(b"x-request-id").decode("latin-1") or "unknown"
+        match self._start["status"] if self._plain and self._start else None:
             case 404:
-                return Failure(404, 40000, "invalid_request_error", "Not Found")
+                failure = Failure(404, 40000, "invalid_request_error", "Not Found")
             case 408:
-                return late("the proxy waited long enough", request_id)
-            case 500:
-                return restarting(request_id)
+                failure = late("the proxy waited long enough", request_id)
+            case 503 | 429:
+                failure = overloaded("all queues are full; try again")
             case _:
-                self.headers = [header for header in self.headers if header[0] != b"retry-after"]
-                return overloaded("all queues are full; try again")
+                failure = restarting(request_id)
+        answer = reply(counted(failure))
+        if self._start is not None:
+            answer.headers["x-request-id"] = request_id
+        return answer
 
 
 KEY = "sdgraph.key"
 """Where the application leaves the name of a request's key in its ASGI scope."""
+PROBED = ("/healthz", "/readyz")
+"""Asked every few seconds by probes; their lines would bury the others."""
 
 
 class AccessLog:
@@ -170,7 +208,8 @@ class AccessLog:
                 seconds, key = time.perf_counter() - begin, scope.get(KEY) or "-"
                 route = getattr(scope.get("route"), "path", "unknown")
                 metrics().requests.inc(1, {"route": route, "status": str(status)})
-                logger.info(
+                logger.log(
+                    logging.DEBUG if route in PROBED else logging.INFO,
                     "%s %s %d %.0f ms key=%s",
                     *(scope["method"], scope["path"], status, seconds * 1000, key),
                     extra={"request_id": request_id_of(scope), "status": status, "key": key},

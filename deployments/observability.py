@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from deployments.metrics import metrics
 if TYPE_CHECKING:
     from pipelines.latents import Latents
 
+logger = logging.getLogger("sdgraph.stage")
 tracer = trace.get_tracer("sdgraph")
 """Does nothing until Serve is told of an exporter (README, Traces)."""
 
@@ -63,19 +65,21 @@ class Progress:
 class Stopwatch:
     """Collects the span of a stage's own work."""
 
-    def __init__(self, stage: str, component: str) -> None:
+    def __init__(self, stage: str, component: str, level: int) -> None:
+        self._level = level
         self._stage = stage
         self._component = component
         self._begin = time.perf_counter()
         self._working = False
+        self._waited = 0.0
         self.span: Span | None = None
 
     def start_work(self) -> None:
         """The model has got to it: what passed since the beginning was waiting. Later calls change nothing."""
         if not self._working:
             self._working = True
-            waited = time.perf_counter() - self._begin
-            metrics().queue_seconds.observe(waited, {"stage": self._stage, "component": self._component})
+            self._waited = time.perf_counter() - self._begin
+            metrics().queue_seconds.observe(self._waited, {"stage": self._stage, "component": self._component})
 
     def stop(self) -> None:
         """The stage is done."""
@@ -83,6 +87,12 @@ class Stopwatch:
         name = f"{self._stage}_{self._component}" if self._stage == "denoise" else self._stage
         self.span = Span(name, seconds)
         metrics().stage_seconds.observe(seconds, {"stage": self._stage, "component": self._component})
+        logger.log(
+            self._level,
+            "%s %s: %.3f s, of it %.3f s waiting",
+            *(self._stage, self._component, seconds, self._waited),
+            extra={"stage": self._stage, "component": self._component, "seconds": seconds, "waited": self._waited},
+        )
 
     def fail(self, error: BaseException) -> None:
         """The stage raised."""
@@ -98,9 +108,12 @@ class Stopwatch:
 
 
 @contextmanager
-def stopwatch(stage: str, component: str) -> Iterator[Stopwatch]:
-    """Time a block as a stage of one component; where traces are exported it is a span of the request's."""
-    watch = Stopwatch(stage, component)
+def stopwatch(stage: str, component: str, level: int = logging.INFO) -> Iterator[Stopwatch]:
+    """Time a block as a stage of one component.
+
+    It is counted, logged at `level`, and, where traces are exported, a span of the request's.
+    """
+    watch = Stopwatch(stage, component, level)
     with tracer.start_as_current_span(stage, attributes={"sdgraph.component": component}):
         try:
             yield watch

@@ -248,12 +248,12 @@ def controlnet(seed: int) -> ControlNetModel:
     return seeded(seed, ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16)))
 
 
-def controlnet_union() -> ControlNetUnionModel:
-    """A union ControlNet of the tiny SDXL, six control types; its map is 32 times the latents' size."""
+def controlnet_union(channels: tuple[int, ...] = (8, 8, 8, 8, 8, 16)) -> ControlNetUnionModel:
+    """A union ControlNet of the tiny SDXL, six control types; its map is 2^(channels - 1) times the latents."""
     unet = sdxl_unet(96, 6, 48)
     shape = {k: v for k, v in unet.config.items() if k in inspect.signature(ControlNetUnionModel).parameters}
     shape |= {"num_trans_head": 4, "num_trans_channel": 32, "num_proj_channel": 32}
-    shape["conditioning_embedding_out_channels"] = (8, 8, 8, 8, 8, 16)
+    shape["conditioning_embedding_out_channels"] = channels
     return seeded(53, ControlNetUnionModel(**shape))
 
 

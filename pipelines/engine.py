@@ -65,7 +65,7 @@ class DenoiseJob:
     @property
     def done(self) -> bool:
         """Whether the slice of the schedule is finished."""
-        return self.tick >= len(self.sampler.timesteps)
+        return self.ticks_left <= 0
 
     @property
     def steps_done(self) -> int:
@@ -83,9 +83,14 @@ class DenoiseJob:
         return self.rows * self.plan.width * self.plan.height
 
     @property
+    def ticks_left(self) -> int:
+        """UNet evaluations to come."""
+        return len(self.sampler.timesteps) - self.tick
+
+    @property
     def outstanding_work(self) -> int:
         """What is left to do: work of a tick x ticks to come."""
-        return self.work * (len(self.sampler.timesteps) - self.tick)
+        return self.work * self.ticks_left
 
     @property
     def timestep(self) -> torch.Tensor:

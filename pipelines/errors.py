@@ -5,6 +5,7 @@ SdgraphError
 │   ├── InvalidValueError       out of range, or not allowed for this model
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
+├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
 ├── BackendError            backend tvm was asked for by name and failed
@@ -40,6 +41,14 @@ class UnavailableModelError(RequestError):
 
 class TooLargeError(RequestError):
     """A body, or a picture after decoding, over the limit."""
+
+
+class OverloadedError(SdgraphError):
+    """More work is waiting than can be done before a request's deadline: refused at once instead of late."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
 
 
 class DeadlineError(SdgraphError):

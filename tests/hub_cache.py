@@ -33,13 +33,11 @@ def make_tiny_module() -> ModuleType:
 def fill(home: Path, tiny: Path) -> Path:
     """Write `home`/hub as `huggingface_hub` would after downloading; returns `home`.
 
-    The catalog promises multiples of 8, as the real VAEs take, so the VAEs here have the real downscale of 8.
+    The catalog promises multiples of 8, as the real VAEs take, so VAEs and ControlNets have the real downscale of 8.
     """
     make_tiny = make_tiny_module()
     catalog = Catalog.load("hub")
     for component in catalog.components:
-        if component.kind == "controlnet":
-            continue
         assert isinstance(component.source, HubSource)
         repo, revision, variant = component.source.repo, component.source.revision, component.source.variant
         snapshot = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
@@ -48,10 +46,14 @@ def fill(home: Path, tiny: Path) -> Path:
         if repo == "madebyollin/sdxl-vae-fp16-fix":
             make_tiny.seeded(41, make_tiny.vae((8, 8, 16, 16), 4, 1024, 0.13025)).save_pretrained(snapshot)
             continue
-        shutil.copytree(tiny / FOLDERS[repo], snapshot)
-        if FOLDERS[repo] == "sd2":
+        if component.union:
+            make_tiny.controlnet_union((8, 8, 8, 16)).save_pretrained(snapshot)
+            continue
+        folder = "controlnet-sd15-canny" if component.kind == "controlnet" else FOLDERS[repo]
+        shutil.copytree(tiny / folder, snapshot)
+        if folder == "sd2":
             make_tiny.seeded(42, make_tiny.vae((8, 8, 16, 16), 8, 768, 0.18215)).save_pretrained(snapshot / "vae")
         if variant:
-            for file in snapshot.glob("*/*.safetensors"):
+            for file in [*snapshot.glob("*.safetensors"), *snapshot.glob("*/*.safetensors")]:
                 file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
     return home

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import subprocess
@@ -16,9 +15,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
 from config.settings import Settings
-from deployments.app import AppArgs, build_app
-from deployments.ingress import Ingress
+from deployments.app import AppArgs
 from deployments.local import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
+from tests.graphs import deployment_names
 from training.words import COLOURS, OBJECTS
 
 SOURCES = [p for room in ("config", "pipelines", "deployments") for p in sorted((ROOT / room).rglob("*.py"))]
@@ -68,19 +67,14 @@ def test_only_app_wraps_deployments() -> None:
 @pytest.mark.parametrize(
     "name", ["config/serve.local.yaml", "config/serve.tvm.yaml", "serve_config.yaml", "tests/serve/graph.yaml"]
 )
-def test_serve_configs_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_configs_build(name: str) -> None:
     """Arguments parse, and every deployment a config tunes exists in the graph it builds."""
-    monkeypatch.setenv("SDGRAPH_API_KEYS_FILE", "/etc/sdgraph/api-keys")
     config = yaml.safe_load((ROOT / name).read_text())
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
         assert application["import_path"] == "deployments.app:build_app"
         args = AppArgs.model_validate(application["args"])
-        bound = dict(
-            zip(inspect.signature(Ingress).parameters, build_app(args)._bound_deployment.init_args, strict=False)
-        )
-        apps = [*bound["handles"].values(), *bound["compiled"].values()]
-        names = {app._bound_deployment.name for app in apps} | {"ingress"}
+        names = deployment_names(args)
         deployments = application.get("deployments", [])
         tuned = {deployment["name"] for deployment in deployments}
         for deployment in deployments:  # Serve's schema takes any mapping here

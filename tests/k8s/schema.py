@@ -18,6 +18,7 @@ KUBERNETES = "1.33"
 CUSTOM = {
     ("ray.io/v1", "RayService"): "rayservice.v1.json",
     ("monitoring.coreos.com/v1", "PodMonitor"): "podmonitor.v1.json",
+    ("monitoring.coreos.com/v1", "PrometheusRule"): "prometheusrule.v1.json",
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): "httproute.v1.json",
 }
 

@@ -13,11 +13,14 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
-from deployments.app import AppArgs, build_app
+from config.settings import Settings
+from deployments.app import AppArgs
+from tests.graphs import deployment_names
 from tests.k8s.conftest import documents, groups, ray_service
 
 Config = dict[str, Any]
 SERVE_CONFIG = ROOT / "serve_config.yaml"
+DEADLINE_S = Settings().deadline_s
 DEFAULT_CPUS = 0  # app.py's default for deployments that a config does not tune
 
 
@@ -107,8 +110,7 @@ def test_it_tunes_every_deployment_of_the_graph(overlay: str) -> None:
     config = yaml.safe_load(ray_service(documents(overlay))["spec"]["serveConfigV2"])
     assert list(problems(config)) == []
     (application,) = config["applications"]
-    bound = build_app(AppArgs.model_validate(application["args"]))._bound_deployment.init_args
-    names = {app._bound_deployment.name for apps in (bound[0], bound[-1]) for app in apps.values()} | {"ingress"}
+    names = deployment_names(AppArgs.model_validate(application["args"]))
     assert {d["name"] for d in application["deployments"]} == names
 
 
@@ -139,7 +141,11 @@ def test_everything_is_bounded_and_rare_components_go_to_zero() -> None:
     (application,) = yaml.safe_load(SERVE_CONFIG.read_text())["applications"]
     for deployment in application["deployments"]:
         assert deployment["max_ongoing_requests"] > 0
+        assert deployment["max_queued_requests"] > 0
+        assert deployment["graceful_shutdown_timeout_s"] > DEADLINE_S, "a picture under way is finished first"
         assert deployment["autoscaling_config"]["max_replicas"] >= 2
     idle = {d["name"] for d in application["deployments"] if d["autoscaling_config"]["min_replicas"] == 0}
     assert {"refiner-sdxl", "controlnet-sdxl", "controlnet-sd15", "unet-sd2-torch"} <= idle
     assert "ingress" not in idle
+    by_work = {d["name"] for d in application["deployments"] if "policy" in d["autoscaling_config"]}
+    assert by_work == {d["name"] for d in application["deployments"] if d["name"].startswith(("unet-", "refiner-"))}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from config.catalog import ROOT
 from deployments.local import running_graph
@@ -22,8 +27,51 @@ def graph_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve") / "graph.log"
 
 
+@dataclass(frozen=True)
+class Collector:
+    """An OpenTelemetry collector on loopback that keeps what it is sent.
+
+    Attributes:
+        endpoint: base URL.
+        spans: trace id -> name of each span, with its attributes.
+    """
+
+    endpoint: str
+    spans: dict[bytes, list[tuple[str, dict[str, str]]]]
+
+
 @pytest.fixture(scope="session")
-def url(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path) -> Iterator[str]:
+def collector() -> Iterator[Collector]:
+    spans: dict[bytes, list[tuple[str, dict[str, str]]]] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for span in (span for scope in resource.scope_spans for span in scope.spans):
+                    attributes = {a.key: a.value.string_value for a in span.attributes}
+                    spans.setdefault(span.trace_id, []).append((span.name, attributes))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield Collector(f"http://127.0.0.1:{server.server_port}", spans)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def url(
+    tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector
+) -> Iterator[str]:
     """Base URL of the running graph; a failed start shows the graph's own log."""
     home = hub_cache.fill(tmp_path_factory.mktemp("hf"), tiny_models)
     programs = tmp_path_factory.mktemp("tvm")
@@ -31,7 +79,12 @@ def url(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: 
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
-    environment |= {"SDGRAPH_TVM_CACHE": str(programs)}
+    environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json"}
+    environment |= {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": "1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+    }
     try:
         with running_graph(CONFIG, 8123, environment, timeout_s=400, log=graph_log) as base:
             yield base

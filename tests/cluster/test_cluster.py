@@ -1,0 +1,199 @@
+"""serve_config.yaml on a Ray cluster of this machine with 16 cards that do not exist, weights replaced by tiny ones.
+
+Accepted as it is, placed as declared, idle deployments go to sleep and wake, a lost node costs no picture. What one
+machine cannot have is changed: one proxy instead of one a node, loopback, and delays of seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from config.catalog import ROOT
+from deployments.local import DEFAULTS, ENVIRONMENT, running_graph
+from tests import hub_cache
+
+pytestmark = pytest.mark.slow
+
+PORT = 8124
+SERVE_CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+DECLARED = {d["name"]: d for d in SERVE_CONFIG["applications"][0]["deployments"]}
+SLEEPERS = {name for name, d in DECLARED.items() if d["autoscaling_config"]["min_replicas"] == 0}
+
+
+def for_one_machine() -> dict[str, Any]:
+    config = copy.deepcopy(SERVE_CONFIG)
+    config["proxy_location"] = "HeadOnly"
+    config["http_options"] |= {"host": "127.0.0.1", "port": PORT}
+    for deployment in config["applications"][0]["deployments"]:
+        scaling = deployment["autoscaling_config"]
+        for delay in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
+            if delay in scaling:
+                scaling[delay] = 5
+    return config
+
+
+@dataclass
+class Cluster:
+    """A cluster in a process of its own, which does what it is told line by line (`tests/cluster/machines.py`)."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    def ask(self, **command: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """Of every replica that runs: deployment, the label of its node, the resources it holds."""
+        found: list[dict[str, Any]] = self.ask(do="replicas")
+        return found
+
+    def running(self) -> set[str]:
+        return {replica["deployment"] for replica in self.replicas()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tiny_models: Path) -> Iterator[Cluster]:
+    """Replicas have the environment of their node's processes, as in pods."""
+    keys = folder / "api-keys"
+    keys.write_text(f"tests {hashlib.sha256(b'secret').hexdigest()}\n")
+    environment = {
+        "HF_HOME": str(hub_cache.fill(folder / "hf", tiny_models)),
+        "HF_HUB_OFFLINE": "1",
+        "SDGRAPH_API_KEYS_FILE": str(keys),
+        "SDGRAPH_RATE_LIMIT": "",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster.machines"],
+        cwd=ROOT,
+        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "cluster.log").open("w"),
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield Cluster(process, json.loads(process.stdout.readline())["address"])
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster, folder: Path) -> Iterator[httpx.Client]:
+    config, log = folder / "serve_config.yaml", folder / "graph.log"
+    config.write_text(yaml.safe_dump(for_one_machine()))
+    try:
+        with (
+            running_graph(config, PORT, {"RAY_ADDRESS": cluster.address}, timeout_s=500, log=log) as url,
+            httpx.Client(base_url=url, timeout=200, headers={"authorization": "Bearer secret"}) as opened,
+        ):
+            yield opened
+    finally:
+        print(log.read_text()[-5000:])
+
+
+def draw(client: httpx.Client, **changes: Any) -> np.ndarray:
+    body = {"model_name": "SD1.5", "prompt": "a lighthouse", "width": 128, "height": 128, "steps": 4, "seed": 1}
+    reply = client.post("/v1/image/generation", json=body | {"output_format": "png"} | changes)
+    assert reply.status_code == 200, reply.text
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["images"][0]["image"])))).astype(int)
+
+
+def wait_for(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(1)
+
+
+def test_it_is_accepted_and_every_deployment_lies_where_it_was_declared(client: httpx.Client, cluster: Cluster) -> None:
+    """As they start, before the idle ones sleep: labels of nodes, CPUs and shares of cards."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    def all_seen() -> bool:
+        seen.update({replica["deployment"]: replica for replica in cluster.replicas()})
+        return seen.keys() == DECLARED.keys()
+
+    wake(client)
+    wait_for(all_seen, "some never woke")
+    for name, replica in seen.items():
+        options = DECLARED[name]["ray_actor_options"]
+        assert replica["role"] == options["label_selector"]["sdgraph/role"], name
+        assert replica["resources"].get("CPU", 0) == options["num_cpus"], name
+        assert replica["resources"].get("GPU", 0) == options.get("num_gpus", 0), name
+
+
+def wake(client: httpx.Client) -> None:
+    """One request for each model, all at once: each waits for what it needs to start."""
+    photo = io.BytesIO()
+    Image.effect_noise((200, 200), 70).convert("RGB").save(photo, "PNG")
+    control = {"controlnet_name": "canny", "controlnet_image": base64.b64encode(photo.getvalue()).decode()}
+    requests: list[dict[str, Any]] = [
+        {"model_name": "SD1.5"},
+        {"model_name": "SD2"},
+        {"model_name": "SSD"},
+        {"model_name": "SDXL-turbo"},
+        {"model_name": "SDXL1.0-base", "enable_refiner": True, "steps": 10},
+        {"model_name": "SD1.5-ControlNet"} | control,
+        {"model_name": "SDXL-ControlNet"} | control,
+    ]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        list(pool.map(lambda fields: draw(client, **fields), requests))
+
+
+def test_idle_deployments_go_to_sleep_and_wake(client: httpx.Client, cluster: Cluster) -> None:
+    first = draw(client)
+    wait_for(lambda: not cluster.running() & SLEEPERS, f"still awake: {cluster.running() & SLEEPERS}", 180)
+    assert cluster.running() == DECLARED.keys() - SLEEPERS
+    assert client.get("/readyz").status_code == 200, "asleep is ready"
+    again = draw(client)
+    assert cluster.running() >= {"unet-sd15-torch", "text-encoder-sd15", "vae-sd15"}
+    assert np.abs(first - again).max() <= 1
+
+
+def test_a_lost_node_costs_no_picture(client: httpx.Client, cluster: Cluster) -> None:
+    """The node of SDXL's UNet goes, with all that ran there; pictures under way are drawn elsewhere."""
+    bodies = [{"model_name": "SDXL1.0-base", "seed": seed, "steps": 12} for seed in range(8)]
+    expected = [draw(client, **body) for body in bodies]
+    (unet,) = (r for r in cluster.replicas() if r["deployment"] == "unet-sdxl-base-torch")
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(draw, client, **body) for body in bodies * 3]
+        time.sleep(0.5)
+        assert cluster.ask(do="lose", node=unet["node"]) == "lost"
+        pictures = [future.result() for future in futures]
+    for before, after in zip(expected * 3, pictures, strict=True):
+        assert np.abs(before - after).max() <= 1
+    (moved,) = (r for r in cluster.replicas() if r["deployment"] == "unet-sdxl-base-torch")
+    assert moved["node"] != unet["node"]
+    assert moved["role"] == "large"
