@@ -12,6 +12,7 @@ export RAY_AUTH_MODE := disabled
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := deployments.app:proxy_middlewares
 export RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
+export RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT := 1000000
 export RAY_USAGE_STATS_ENABLED := 0
 export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).

@@ -33,6 +33,8 @@ DEFAULTS: Mapping[str, Any] = {
     "max_queued_requests": 256,
     "health_check_period_s": 5,  # how long a death may go unnoticed
     "health_check_timeout_s": 60,
+    # Weights that are not there may come: a replica is tried for ever (with RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT).
+    "max_constructor_retry_count": 10**6,
 }
 
 

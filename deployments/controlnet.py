@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from config.catalog import Catalog
 from deployments.metrics import metrics
 from deployments.observability import Traced, stopwatch
-from deployments.replica import Runtime, Worker
+from deployments.replica import Runtime, Wakeable, Worker
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ REMEMBERED_HINTS = 64
 """Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""
 
 
-class ControlNetDeployment:
+class ControlNetDeployment(Wakeable):
     """Hosts the ControlNets that steer one UNet, or all of them when components are grouped by role."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:

@@ -21,7 +21,7 @@ from deployments.autoscaling import OUTSTANDING, PACE
 from deployments.metrics import metrics
 from deployments.observability import Progress, Stopwatch, Traced, stopwatch
 from deployments.remote_control import RemoteControl
-from deployments.replica import Runtime, Worker
+from deployments.replica import Runtime, Wakeable, Worker
 from pipelines.errors import OverloadedError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
@@ -52,7 +52,7 @@ class _Waiting:
     position: int | None = None
 
 
-class DenoiserDeployment:
+class DenoiserDeployment(Wakeable):
     """Hosts one UNet, or all of them when components are grouped by role.
 
     One loop ticks for as long as there are jobs. Engines are touched on the worker's thread alone, so a job that

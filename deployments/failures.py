@@ -24,6 +24,7 @@ from pipelines.errors import (
     RequestError,
     TooLargeError,
     UnavailableModelError,
+    UnstartableError,
 )
 
 logger = logging.getLogger("sdgraph.http")
@@ -93,9 +94,10 @@ def _failure_of(error: BaseException, request_id: str) -> Failure:
         case RayActorError():
             logger.error("request %s failed twice on replicas that died", request_id, exc_info=error)
             return restarting(request_id)
+        case UnstartableError():
+            return overloaded(f"'{error}', which this request needs, cannot start now; /readyz says why", 60)
         case DeploymentUnavailableError():
-            logger.error("request %s met a deployment that did not start", request_id, exc_info=error)
-            return overloaded(f"a part of the graph cannot start; /readyz says which and why (request {request_id})")
+            return overloaded("a part of the graph that this request needs cannot start now; /readyz says why", 60)
         case TaskCancelledError():  # the client left: nobody reads this
             return Failure(499, 40000, "cancelled", "the client left")
         case DeadlineError():

@@ -44,6 +44,22 @@ logger = logging.getLogger("sdgraph.http")
 _DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))
 
 
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["progress", "preview", "result", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The picture; with `stream`, server-sent events.",
+        "content": {"text/event-stream": {"schema": _EVENT}},
+    }
+}
+
+
 def create_http_app(ingress: Ingress) -> FastAPI:
     """The FastAPI application of an ingress."""
     app = FastAPI(
@@ -124,14 +140,14 @@ def _generation_routes(ingress: Ingress) -> APIRouter:
         _describe(response, made)
         return cast(GenerationResponse, made.response())
 
-    @router.post("/image/generation", response_model=GenerationResponse)
+    @router.post("/image/generation", response_model=GenerationResponse, responses=_STREAMED)
     async def generate(
         body: Annotated[GenerationRequest, Body()], request: Request, response: Response
     ) -> GenerationResponse | StreamingResponse:
         """Draw one picture; with `stream`, tell its progress as server-sent events."""
         return await hyperbolic(body, request, response)
 
-    @router.post("/images/generations", response_model=GenerationResponse | OpenAIImageResponse)
+    @router.post("/images/generations", response_model=GenerationResponse | OpenAIImageResponse, responses=_STREAMED)
     async def generate_either(
         body: Annotated[AnyImageRequest, Body()], request: Request, response: Response
     ) -> GenerationResponse | OpenAIImageResponse | StreamingResponse:

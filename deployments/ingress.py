@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ray.serve.schema import DeploymentStatus
 
 from config.catalog import Catalog
 from deployments.auth import KeyRing, Loopback
+from deployments.chain import last_of_chain
 from deployments.compiled import CompiledSizes
 from deployments.failures import cause_of
 from deployments.http import create_http_app
@@ -27,7 +28,8 @@ from deployments.logs import LogFormat, show_logs
 from deployments.metrics import metrics
 from deployments.observability import Progress, Span, Traced
 from deployments.schemas import ANYBODY, GeneratedImage, GenerationResponse, Wish
-from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError
+from deployments.waking import Waking
+from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
@@ -35,6 +37,8 @@ from pipelines.planning import PlanLimits, make_plan
 logger = logging.getLogger("sdgraph.ingress")
 
 LAST_STAGE_S = 5.0
+FAILING = "failed to start"
+"""What Serve's status says of a deployment whose replicas raise when they are made."""
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
@@ -87,6 +91,7 @@ class Ingress:
         self.allowance = Allowance(key_limits)
         self.readiness = readiness
         self.compiled = CompiledSizes(compiled or {}, handles)
+        self._waking = Waking()
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
@@ -99,6 +104,7 @@ class Ingress:
             DeadlineError: it took too long.
             BackendError: backend tvm was asked for by name and failed.
             RateLimitedError: the caller's quota is used up.
+            UnstartableError: a deployment it needs keeps failing to start.
         """
         begin = time.perf_counter()
         plan = await self._admit(params, wish)
@@ -115,8 +121,8 @@ class Ingress:
     ) -> AsyncIterator[Progress | bytes | Generated]:
         """Draw one picture, telling progress on the way: Progress, preview JPEGs, and at last the picture.
 
-        The plan is made before this returns its first item, so that a bad request is refused at once. Latents of each
-        stage pass through this process, which those of `generate` do not: a watcher costs that.
+        The plan is made before this returns its first item, so that a bad request is refused at once. What goes from
+        stage to stage passes through this process, which that of `generate` does not: a watcher costs that.
         """
         begin = time.perf_counter()
         plan = await self._admit(params, wish)
@@ -142,10 +148,10 @@ class Ingress:
         self, plan: GenerationPlan, params: GenerationParams, previews: bool, expires: float
     ) -> AsyncIterator[Progress | bytes | Traced[EncodedImage]]:
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
-        latents = vae.encode.remote(plan, params.image) if params.image is not None else None
+        latents = await vae.encode.remote(plan, params.image) if params.image is not None else None
         for stage in plan.stages:
-            conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
-            hint = self._hint(plan, stage, params.controlnet_image)
+            conditioning = await text_encoder.encode.remote(plan.text_encoder, stage)
+            hint = await self._hint(plan, stage, params.controlnet_image) if stage.control else None
             denoiser = self._denoiser(stage).options(stream=True)
             items = denoiser.denoise_watched.remote(stage, conditioning, latents, hint, previews, expires)
             async for item in items:
@@ -173,7 +179,17 @@ class Ingress:
                 await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
         if wish.key is not None:
             await self.allowance.pixel_steps(wish.key, plan.pixel_steps)
+        self._waking.knock(self._visited(plan))
         return plan
+
+    def _visited(self, plan: GenerationPlan) -> Iterator[Any]:
+        """The deployments a plan goes through."""
+        yield self._handles[plan.text_encoder]
+        for stage in plan.stages:
+            yield self._denoiser(stage)
+            if stage.control:
+                yield self._handles[stage.control.component]
+        yield self._handles[plan.vae]
 
     @asynccontextmanager
     async def _deadline(self, asked_s: float) -> AsyncIterator[float]:
@@ -204,7 +220,7 @@ class Ingress:
             Exception: `error` itself, if another try would fail like this one.
         """
         cause = cause_of(error)
-        if isinstance(cause, RequestError | OverloadedError | BackPressureError):
+        if isinstance(cause, RequestError | OverloadedError | UnstartableError | BackPressureError):
             raise error
         compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
         named = params.backend.lower() == "tvm"
@@ -232,11 +248,22 @@ class Ingress:
         """Chain the calls. Responses are handed on un-awaited, so no tensor passes through this process."""
         text_encoder, vae = self._handles[plan.text_encoder], self._handles[plan.vae]
         latents = vae.encode.remote(plan, params.image) if params.image is not None else None
+        calls = [latents]
         for stage in plan.stages:
             conditioning = text_encoder.encode.remote(plan.text_encoder, stage)
             hint = self._hint(plan, stage, params.controlnet_image)
             latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint, expires)
-        return await vae.decode.remote(plan, latents)
+            calls += [conditioning, hint, latents]
+        image = vae.decode.remote(plan, latents)
+        return await last_of_chain(image, calls, lambda: self._check_startable(plan))
+
+    async def _check_startable(self, plan: GenerationPlan) -> None:
+        """Raise UnstartableError when a deployment that the plan visits keeps failing to start."""
+        _, states = await self.readiness()
+        for handle in self._visited(plan):
+            name = str(handle.deployment_name)
+            if FAILING in states.get(name, ""):
+                raise UnstartableError(name)
 
 
 def _finished(image: Traced[EncodedImage], plan: GenerationPlan, begin: float) -> Generated:

@@ -42,6 +42,7 @@ ENVIRONMENT = {
     # A sleeping deployment wakes when its waiting requests are reported: every 10 s by default.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",

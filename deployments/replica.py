@@ -41,6 +41,13 @@ class Runtime:
         return choose_device(self.device)
 
 
+class Wakeable:
+    """What every deployment that may sleep answers."""
+
+    async def awake(self) -> None:
+        """Nothing: a call starts the first replica of a deployment that has none."""
+
+
 class Worker:
     """The one thread on which a replica touches its models, so that the event loop stays free to cancel and answer."""
 

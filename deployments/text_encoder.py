@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from config.catalog import Catalog
 from deployments.metrics import metrics
 from deployments.observability import Traced, stopwatch
-from deployments.replica import Runtime, Worker
+from deployments.replica import Runtime, Wakeable, Worker
 from pipelines.plan import StagePlan
 
 if TYPE_CHECKING:
     from pipelines.conditioning import Conditioning
 
 
-class TextEncoderDeployment:
+class TextEncoderDeployment(Wakeable):
     """Hosts one text-encoder component, or all of them when components are grouped by role."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from config.catalog import Catalog
 from deployments.observability import Traced, stopwatch
-from deployments.replica import Runtime, Worker
+from deployments.replica import Runtime, Wakeable, Worker
 from pipelines.images import EncodedImage, read_image, write_image
 from pipelines.plan import GenerationPlan
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.latents import Latents
 
 
-class VAEDeployment:
+class VAEDeployment(Wakeable):
     """Hosts one VAE, or all of them when components are grouped by role. JPEGs are made here: tensors stop here."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:

@@ -6,6 +6,7 @@ SdgraphError
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
 ├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
+├── UnstartableError        a deployment the request needs keeps failing to start
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
 ├── BackendError            backend tvm was asked for by name and failed
@@ -49,6 +50,10 @@ class OverloadedError(SdgraphError):
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after)
         self.retry_after = retry_after
+
+
+class UnstartableError(SdgraphError):
+    """A deployment that a request needs keeps failing to start; the message is its name."""
 
 
 class DeadlineError(SdgraphError):

@@ -30,6 +30,7 @@ from PIL import Image
 from config.catalog import ROOT
 from deployments.local import DEFAULTS, ENVIRONMENT, running_graph
 from tests import hub_cache
+from tests.contracts.test_errors import check
 
 pytestmark = pytest.mark.slow
 
@@ -90,15 +91,16 @@ def cluster(folder: Path, tiny_models: Path) -> Iterator[Cluster]:
         "SDGRAPH_API_KEYS_FILE": str(keys),
         "SDGRAPH_RATE_LIMIT": "",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.machines"],
-        cwd=ROOT,
-        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(folder / "cluster.log").open("w"),
-        text=True,
-    )
+    with (folder / "cluster.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.machines"],
+            cwd=ROOT,
+            env={**DEFAULTS, **os.environ, **ENVIRONMENT, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
     assert process.stdout is not None
     try:
         yield Cluster(process, json.loads(process.stdout.readline())["address"])
@@ -138,15 +140,17 @@ def wait_for(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
 
 
 def test_it_is_accepted_and_every_deployment_lies_where_it_was_declared(client: httpx.Client, cluster: Cluster) -> None:
-    """As they start, before the idle ones sleep: labels of nodes, CPUs and shares of cards."""
+    """Labels of nodes, CPUs and shares of cards, of each as it wakes."""
     seen: dict[str, dict[str, Any]] = {}
 
     def all_seen() -> bool:
         seen.update({replica["deployment"]: replica for replica in cluster.replicas()})
         return seen.keys() == DECLARED.keys()
 
-    wake(client)
-    wait_for(all_seen, "some never woke")
+    with ThreadPoolExecutor(1) as pool:
+        woken = pool.submit(wake, client)
+        wait_for(all_seen, "some never woke", 300)
+        woken.result()
     for name, replica in seen.items():
         options = DECLARED[name]["ray_actor_options"]
         assert replica["role"] == options["label_selector"]["sdgraph/role"], name
@@ -180,6 +184,29 @@ def test_idle_deployments_go_to_sleep_and_wake(client: httpx.Client, cluster: Cl
     again = draw(client)
     assert cluster.running() >= {"unet-sd15-torch", "text-encoder-sd15", "vae-sd15"}
     assert np.abs(first - again).max() <= 1
+
+
+def test_weights_that_are_not_there_stop_nobody_else(client: httpx.Client, cluster: Cluster, folder: Path) -> None:
+    """A volume without SD2: readiness says why, its requests are told soon, the rest serves; then it comes."""
+    wait_for(lambda: "unet-sd2-torch" not in cluster.running(), "SD2 is awake", 180)
+    (weights,) = (folder / "hf" / "hub").glob("models--*stable-diffusion-2")
+    away = weights.rename(weights.with_name("away"))
+    body = {"model_name": "SD2", "prompt": "a lighthouse", "width": 128, "height": 128, "steps": 4}
+    begin = time.monotonic()
+    reply = client.post("/v1/image/generation", json=body)
+    assert time.monotonic() - begin < 100
+    assert "'unet-sd2-torch'" in check(reply, 503, 42903, None) or "'text-encoder-sd2'" in reply.text
+    assert int(reply.headers["retry-after"]) > 0
+    state = client.get("/readyz").json()["deployments"]["unet-sd2-torch"]
+    assert "component unet-sd2" in state
+    assert "stable-diffusion-2" in state
+    draw(client)
+    away.rename(weights)
+
+    def served() -> bool:
+        return client.post("/v1/image/generation", json=body).status_code == 200
+
+    wait_for(served, "SD2 never came back", 240)
 
 
 def test_a_lost_node_costs_no_picture(client: httpx.Client, cluster: Cluster) -> None:

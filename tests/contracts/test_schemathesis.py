@@ -25,7 +25,7 @@ from deployments.ingress import Ingress, IngressLimits
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import NO_LIMITS, ready
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 HANG_S = 60
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -71,7 +71,7 @@ def test_what_the_document_promises_holds(schema: Any, mode: GenerationMode) -> 
     operations = [schema[path][method] for path in schema for method in schema[path]]
     assert len(operations) == 9
     for operation in operations:
-        if mode is GenerationMode.NEGATIVE and operation.body.is_empty():
+        if mode is GenerationMode.NEGATIVE and not list(operation.body):
             continue  # nothing to get wrong
 
         @settings(
