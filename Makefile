@@ -18,7 +18,7 @@ export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
-.PHONY: setup models demo serve compile compile-demo check test bench clients train gates k8s clean
+.PHONY: setup models demo serve compile compile-demo check test slow bench clients train gates k8s clean
 
 setup: .venv/installed models  ## everything a fresh machine needs
 
@@ -48,14 +48,25 @@ check: setup  ## lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## check and every test
-	$(BIN)/pytest
+test: check  ## check and every test but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+# Its dependencies contradict ours.
+build/checkov/installed:
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/pip install --quiet checkov==3.3.30
+	touch $@
+
+slow: setup build/checkov/installed  ## tests that take minutes each: a cluster with cards that do not exist, what dies under load, what is too much
+	$(BIN)/pytest -m slow
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real
 	$(BIN)/python -m benchmarks.tick --real-lora --placements
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.tvm
+	$(BIN)/python -m benchmarks.autoscaling
+	$(BIN)/python -m benchmarks.load
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py

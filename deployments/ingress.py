@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from deployments.logs import LogFormat, show_logs
 from deployments.metrics import metrics
 from deployments.observability import Progress, Span, Traced
 from deployments.schemas import ANYBODY, GeneratedImage, GenerationResponse, Wish
-from deployments.waking import Waking
+from deployments.waking import Readiness, StartCheck, Waking
 from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
@@ -37,10 +37,6 @@ from pipelines.planning import PlanLimits, make_plan
 logger = logging.getLogger("sdgraph.ingress")
 
 LAST_STAGE_S = 5.0
-FAILING = "failed to start"
-"""What Serve's status says of a deployment whose replicas raise when they are made."""
-
-Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,7 @@ class Ingress:
         self.readiness = readiness
         self.compiled = CompiledSizes(compiled or {}, handles)
         self._waking = Waking()
+        self._starting = StartCheck(readiness)
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
@@ -255,15 +252,7 @@ class Ingress:
             latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint, expires)
             calls += [conditioning, hint, latents]
         image = vae.decode.remote(plan, latents)
-        return await last_of_chain(image, calls, lambda: self._check_startable(plan))
-
-    async def _check_startable(self, plan: GenerationPlan) -> None:
-        """Raise UnstartableError when a deployment that the plan visits keeps failing to start."""
-        _, states = await self.readiness()
-        for handle in self._visited(plan):
-            name = str(handle.deployment_name)
-            if FAILING in states.get(name, ""):
-                raise UnstartableError(name)
+        return await last_of_chain(image, calls, lambda: self._starting.check(self._visited(plan)))
 
 
 def _finished(image: Traced[EncodedImage], plan: GenerationPlan, begin: float) -> Generated:

@@ -1,11 +1,20 @@
-"""Sleeping deployments are woken all at once, not one after another as a request gets to them."""
+"""Sleeping deployments are woken all at once, and those that cannot start are not waited for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
+
+from pipelines.errors import UnstartableError
+
+Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
+"""Whether everything can serve, and the state of each deployment in Serve's own words."""
+FAILING = "failed to start"
+"""Serve's words for replicas that raise when they are made; they stay until one starts."""
+FAILING_S = 60.0
+"""How long those words may stand: a replica may have met a dying node, and its successor is loading."""
 
 SURELY_AWAKE_S = 60.0
 """Shorter than any delay before a deployment goes to sleep."""
@@ -31,3 +40,27 @@ class Waking:
     async def _knock(self, handle: Any) -> None:
         with contextlib.suppress(Exception):  # whatever is wrong there, the request itself will meet it
             await handle.awake.remote()
+
+
+class StartCheck:
+    """Remembers since when deployments have failed to start."""
+
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+        self._failing: dict[str, tuple[float, float]] = {}  # since when, and when it was seen last
+
+    async def check(self, handles: Iterable[Any]) -> None:
+        """Raise UnstartableError when one of these has failed for so long that a request had better not wait."""
+        now = asyncio.get_running_loop().time()
+        _, states = await self._readiness()
+        for handle in handles:
+            name = str(handle.deployment_name)
+            if FAILING not in states.get(name, ""):
+                self._failing.pop(name, None)
+                continue
+            since, seen = self._failing.get(name, (now, now))
+            if now - seen > FAILING_S:  # nobody looked meanwhile: it may be another failure
+                since = now
+            self._failing[name] = since, now
+            if now - since >= FAILING_S:
+                raise UnstartableError(name)

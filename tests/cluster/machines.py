@@ -6,11 +6,14 @@ Prints its address, then reads commands as JSON lines and answers each with one,
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from ray.util.state import list_actors
 
 NODES = [
@@ -37,20 +40,26 @@ def replicas() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Serve commands until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray has things to say of its own
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     nodes = [cluster.add_node(**node) for node in NODES]
     ray.init(address=cluster.address, log_to_driver=False)
-    print(json.dumps({"address": cluster.address}), flush=True)
+    print(json.dumps({"address": cluster.address}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         answer: Any
         if command["do"] == "replicas":
             answer = replicas()
+        elif command["do"] == "deploy":
+            schema = ServeDeploySchema.model_validate(command["config"])
+            _get_global_client().deploy_apps(schema, _blocking=False)
+            answer = "accepted"
         else:
             (lost,) = (node for node in nodes if node.node_id == command["node"])
             cluster.remove_node(lost, allow_graceful=False)
             answer = "lost"
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
     ray.shutdown()
     cluster.shutdown()
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from deployments import chain
+from deployments import chain, waking
 from deployments.chain import last_of_chain
 from tests.contracts.conftest import ClientFactory
 from tests.contracts.test_errors import Unused, check
@@ -85,6 +85,7 @@ async def test_what_cannot_start_is_not_waited_for(
         return False, {"vae-sd15": "UPDATING: A replica failed to start with exception. Retrying. Error: no weights"}
 
     monkeypatch.setattr("tests.contracts.conftest.ready", failing)
+    monkeypatch.setattr(waking, "FAILING_S", 0.2)
     deaf = dict.fromkeys(handles, Unused()) | {"vae-sd15": Asleep()}
     async with connect(handles=deaf) as client:
         reply: httpx.Response = await client.post("/v1/image/generation", json=SMALL)

@@ -18,6 +18,8 @@ from PIL import Image
 from tests.contracts.test_errors import check
 from tests.serve.test_graph import draw, request
 
+pytestmark = pytest.mark.slow
+
 COUNT = 20
 AT_ONCE = 4
 
