@@ -24,7 +24,7 @@ PACE = "work_per_second"
 class OutstandingWork:
     """As many replicas as finish the work at hand in `target_s` seconds."""
 
-    def __init__(self, target_s: float = 5.0) -> None:
+    def __init__(self, target_s: float = 3.0) -> None:
         """Aim at an empty deployment after `target_s` seconds without further requests."""
         if target_s <= 0:
             raise ValueError(f"target_s {target_s}: above 0")
