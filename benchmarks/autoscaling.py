@@ -27,7 +27,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, replica_queu
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
-from deployments.denoiser import PACE_WEIGHT
+from deployments.pace import Mean
 
 MEGAPIXEL = 1024 * 1024
 TICK_S, ROW_S = 0.02, 0.03
@@ -73,7 +73,7 @@ class Replica:
 
     ready: float
     jobs: list[Picture] = field(default_factory=list)
-    pace: float = 0.0
+    pace: Mean = field(default_factory=Mean)
     ticking: bool = False
     leaving: bool = False
 
@@ -158,8 +158,7 @@ class Simulation:
 
         def done() -> None:
             replica.ticking = False
-            pace = work / seconds
-            replica.pace += (pace - replica.pace) * (PACE_WEIGHT if replica.pace else 1.0)
+            replica.pace.add(work / seconds)
             for job in batch:
                 job.ticks -= 1
                 if not job.ticks:
@@ -192,7 +191,7 @@ class Simulation:
             aggregated_metrics=None,
             raw_metrics={  # type: ignore[arg-type]
                 OUTSTANDING: {n: [_Sample(sum(job.work for job in r.jobs))] for n, r in names.items()},
-                PACE: {n: [_Sample(r.pace)] for n, r in names.items()},
+                PACE: {n: [_Sample(r.pace.value)] for n, r in names.items()},
             },
             capacity_adjusted_min_replicas=self._config.min_replicas,
             capacity_adjusted_max_replicas=self._config.max_replicas,

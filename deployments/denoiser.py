@@ -20,6 +20,7 @@ from config.catalog import Catalog
 from deployments.autoscaling import OUTSTANDING, PACE
 from deployments.metrics import metrics
 from deployments.observability import Progress, Stopwatch, Traced, stopwatch
+from deployments.pace import Pace
 from deployments.remote_control import RemoteControl
 from deployments.replica import Runtime, Wakeable, Worker
 from pipelines.errors import OverloadedError
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sdgraph.denoiser")
 
-PACE_WEIGHT = 0.1
-"""Share of the newest tick in the pace."""
 LONGEST_RETRY_S = 60
 
 
@@ -100,8 +99,7 @@ class DenoiserDeployment(Wakeable):
         self._worker = Worker()
         self._waiting: dict[str, _Waiting] = {}  # oldest first
         self._loop: asyncio.Task[None] | None = None
-        self._pace = 0.0  # rows x pixels a second
-        self._tick_s = 0.0
+        self._pace = Pace()
 
     def _load_compiled(
         self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
@@ -112,11 +110,14 @@ class DenoiserDeployment(Wakeable):
         cache = ArtifactCache(folder)
         loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}
         self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
-        for component in components:
-            metrics().programs.set(
-                sum(size.component == component for size in self._compiled), {"component": component}
-            )
         return {component: unet.engine for component, unet in loaded.items() if unet}
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds. Gauges are set here: Ray's agent forgets one that is not set again."""
+        for component in self._engines:
+            of = {"component": component}
+            metrics().outstanding.set(self._outstanding(component), of)
+            metrics().programs.set(sum(size.component == component for size in self._compiled), of)
 
     async def device(self) -> str:
         """`cpu` or `cuda`."""
@@ -214,20 +215,19 @@ class DenoiserDeployment(Wakeable):
             raise
         finally:
             self._waiting.pop(job_id, None)
-            metrics().outstanding.set(self._outstanding(stage.component), {"component": stage.component})
 
     def _refuse_if_late(self, expires: float) -> None:
         """Jobs run oldest first, so the newest is done when all is: never, if that is past its deadline."""
-        if self._pace:
-            over = time.time() + self._outstanding() / self._pace - expires
-            if over > 0:
-                raise _overloaded(over)
+        jobs = (waiting.job for waiting in self._waiting.values())
+        over = time.time() + self._pace.seconds_for(job for job in jobs if job) - expires
+        if over > 0:
+            raise _overloaded(over)
 
     def _shed(self) -> None:
         """Let go of jobs that would not be done in time even if they were in every tick: others can use theirs."""
         for waiting in self._waiting.values():
             if waiting.job is not None:
-                over = time.time() + waiting.job.ticks_left * self._tick_s - waiting.expires
+                over = time.time() + self._pace.least_seconds_for(waiting.job) - waiting.expires
                 if over > 0:
                     _settle(waiting.result, _overloaded(over))
 
@@ -258,14 +258,9 @@ class DenoiserDeployment(Wakeable):
             raise
 
     def _count(self, component: str, report: TickReport, seconds: float) -> None:
-        """Metrics, and the pace that autoscaling and deadlines go by: means of the last ticks, pauses included."""
         if report.rows:
             metrics().tick(component, report.rows, report.padding, report.seconds)
-            pace = sum(job.work for job in report.advanced) / seconds
-            weight = PACE_WEIGHT if self._pace else 1.0
-            self._pace += (pace - self._pace) * weight
-            self._tick_s += (seconds - self._tick_s) * weight
-        metrics().outstanding.set(self._outstanding(component), {"component": component})
+            self._pace.note(report.advanced, seconds)
 
     def _outstanding(self, component: str | None = None) -> int:
         """Rows x ticks to come x pixels, of one component or of all."""
@@ -274,7 +269,7 @@ class DenoiserDeployment(Wakeable):
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to deployments/autoscaling.py."""
-        return {OUTSTANDING: float(self._outstanding()), PACE: self._pace}
+        return {OUTSTANDING: float(self._outstanding()), PACE: self._pace.overall.value}
 
     def _tell(self, component: str, report: TickReport) -> None:
         """Tell the watchers: step i of n to those who ran, their place to those who wait."""

@@ -66,6 +66,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
         title="sdgraph",
         version="0.1.0",
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
+        telemetry={"tracing": False, "metrics": False},  # its spans would begin a trace of their own inside Serve's
     )
     app.add_middleware(BodyLimit, max_bytes=ingress.limits.max_body_bytes)
     app.add_middleware(AccessLog)

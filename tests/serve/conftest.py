@@ -79,7 +79,7 @@ def url(
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
-    environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json"}
+    environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "1",

@@ -16,6 +16,7 @@ from tests.serve.conftest import Collector
 from tests.serve.test_graph import draw, request
 
 TARGETS = Path("/tmp/ray/prom_metrics_service_discovery.json")
+PATH = "/v1/image/generation"
 STAGES = {"text_encoder", "denoise", "vae_decode"}
 
 
@@ -45,7 +46,7 @@ def value(name: str, **labels: str) -> float:
 def test_metrics_count_what_was_done(client: httpx.Client) -> None:
     """By stage and component; ten steps of a guided picture are ten ticks of two rows."""
     of = {"component": "unet-sd2", "application": "sdgraph"}
-    before = {name: value(name, **of) for name in ("ray_sdgraph_tick_rows_sum", "ray_sdgraph_tick_rows_count")}
+    before = {name: value(name, **of) for name in ("ray_sdgraph_rows_total", "ray_sdgraph_tick_seconds_count")}
     errors = value("ray_sdgraph_errors_total", code="40302", status="400")
     fields = request("SD2", steps=10, sampler="Euler", prompt="counted once")
     draw(client, **fields)
@@ -53,19 +54,33 @@ def test_metrics_count_what_was_done(client: httpx.Client) -> None:
     assert client.post("/v1/image/generation", json=fields | {"sampler": "none"}).status_code == 400
 
     def ticks() -> float:
-        return value("ray_sdgraph_tick_rows_count", **of) - before["ray_sdgraph_tick_rows_count"]
+        return value("ray_sdgraph_tick_seconds_count", **of) - before["ray_sdgraph_tick_seconds_count"]
 
     wait_for(lambda: ticks() >= 20, "ticks were not exported")
     assert ticks() == 20
-    assert value("ray_sdgraph_tick_rows_sum", **of) - before["ray_sdgraph_tick_rows_sum"] == 40
-    assert value("ray_sdgraph_cache_lookups_total", cache="embedding", component="text-encoder-sd2", result="hit") >= 2
-    assert value("ray_sdgraph_request_seconds_count", model="SD2", backend="torch") >= 2
-    for stage in STAGES:
-        assert value("ray_sdgraph_stage_seconds_count", stage=stage) >= 2
-        assert value("ray_sdgraph_queue_seconds_count", stage=stage) >= 2
-    wait_for(lambda: value("ray_sdgraph_errors_total", code="40302", status="400") > errors, "the error is not counted")
-    assert value("ray_sdgraph_compiled_programs", component="unet-sd15") == 1
-    assert value("ray_sdgraph_outstanding_work", component="unet-sd2") == 0
+    assert value("ray_sdgraph_rows_total", **of) - before["ray_sdgraph_rows_total"] == 40
+    # Each process exports at a time of its own.
+    hits = {"cache": "embedding", "component": "text-encoder-sd2", "result": "hit"}
+    series: list[tuple[float, str, dict[str, str]]] = [
+        (2, "ray_sdgraph_cache_lookups_total", hits),
+        (2, "ray_sdgraph_request_seconds_count", {"model": "SD2", "backend": "torch"}),
+        (errors + 1, "ray_sdgraph_errors_total", {"code": "40302", "status": "400"}),
+        (1, "ray_sdgraph_compiled_programs", {"component": "unet-sd15"}),
+        *(
+            (2, f"ray_sdgraph_{name}_seconds_count", {"stage": stage})
+            for name in ("stage", "queue")
+            for stage in STAGES
+        ),
+    ]
+    for least, name, labels in series:
+        wait_for(lambda: value(name, **labels) >= least, f"{name} {labels} stays below {least}")  # noqa: B023
+
+
+def test_outstanding_work_is_shown_while_there_is_some(url: str) -> None:
+    body = request("SD2", steps=400, sampler="Euler", width=1024, height=1024)
+    with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", PATH, json=body | {"stream": True}):
+        wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") > 0, "no work is shown")
+    wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") == 0, "work stays")
 
 
 def test_padding_of_compiled_batches_is_counted(client: httpx.Client) -> None:
@@ -108,9 +123,7 @@ def test_a_trace_holds_every_stage_of_a_request(client: httpx.Client, collector:
 
     def traces() -> list[dict[str, str]]:
         spans = [{name: of.get("sdgraph.component", "") for name, of in trace} for trace in collector.spans.values()]
-        return [names for names in spans if names.keys() >= STAGES]
+        return [names for names in spans if names.keys() >= STAGES and any(n.startswith("proxy_") for n in names)]
 
-    wait_for(lambda: bool(traces()), "no trace holds all stages")
-    parts = traces()[-1]
-    assert parts["denoise"].startswith("unet-")
-    assert any(name.startswith("proxy_http_request") for name in parts)
+    wait_for(lambda: bool(traces()), f"no trace from proxy to VAE: {[*collector.spans.values()][-3:]}")
+    assert traces()[-1]["denoise"].startswith("unet-")
