@@ -226,7 +226,7 @@ class DenoiserDeployment(Wakeable):
     def _shed(self) -> None:
         """Let go of jobs that would not be done in time even if they were in every tick: others can use theirs."""
         for waiting in self._waiting.values():
-            if waiting.job is not None:
+            if waiting.job and not waiting.job.done:
                 over = time.time() + self._pace.least_seconds_for(waiting.job) - waiting.expires
                 if over > 0:
                     _settle(waiting.result, _overloaded(over))

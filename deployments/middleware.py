@@ -207,6 +207,7 @@ class AccessLog:
             if scope["type"] == "http":
                 seconds, key = time.perf_counter() - begin, scope.get(KEY) or "-"
                 route = getattr(scope.get("route"), "path", "unknown")
+                status = status or 499  # the client left before there was one
                 metrics().requests.inc(1, {"route": route, "status": str(status)})
                 logger.log(
                     logging.DEBUG if route in PROBED else logging.INFO,
