@@ -110,7 +110,7 @@ def processes() -> dict[str, psutil.Process]:
         title = " ".join(process.info["cmdline"] or [])
         for name in ("ServeReplica:sdgraph:", "ProxyActor", "ServeController"):
             if title.startswith(f"ray::{name}"):
-                found[title.removeprefix("ray::").removeprefix("ServeReplica:sdgraph:").split(".")[0]] = process
+                found[title.removeprefix("ray::").removeprefix("ServeReplica:sdgraph:").split(".")[0].strip()] = process
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
-from ray.serve.schema import DeploymentStatus
 
 from config.catalog import Catalog
 from deployments.auth import KeyRing, Loopback
@@ -28,7 +27,7 @@ from deployments.logs import LogFormat, show_logs
 from deployments.metrics import metrics
 from deployments.observability import Progress, Span, Traced
 from deployments.schemas import ANYBODY, GeneratedImage, GenerationResponse, Wish
-from deployments.waking import Readiness, StartCheck, Waking
+from deployments.waking import WELL, Health, Readiness, Waking
 from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
 from pipelines.images import EncodedImage, check_image
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, StagePlan
@@ -88,7 +87,7 @@ class Ingress:
         self.readiness = readiness
         self.compiled = CompiledSizes(compiled or {}, handles)
         self._waking = Waking()
-        self._starting = StartCheck(readiness)
+        self._health = Health(readiness)
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_http_app(self)
@@ -252,7 +251,7 @@ class Ingress:
             latents = self._denoiser(stage).denoise.remote(stage, conditioning, latents, hint, expires)
             calls += [conditioning, hint, latents]
         image = vae.decode.remote(plan, latents)
-        return await last_of_chain(image, calls, lambda: self._starting.check(self._visited(plan)))
+        return await last_of_chain(image, calls, lambda: self._health.of(self._visited(plan)))
 
 
 def _finished(image: Traced[EncodedImage], plan: GenerationPlan, begin: float) -> Generated:
@@ -261,12 +260,9 @@ def _finished(image: Traced[EncodedImage], plan: GenerationPlan, begin: float) -
     return Generated(image.value, plan, seconds, image.spans)
 
 
-_SERVING = (DeploymentStatus.HEALTHY, DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
-
-
 async def deployment_states() -> tuple[bool, Mapping[str, str]]:
     """Whether every deployment of this application can serve, and the state of each in Serve's own words."""
     application = serve.get_replica_context().app_name
     deployments = serve.status().applications[application].deployments
     states = {name: f"{d.status.value}: {d.message}".rstrip(": ") for name, d in deployments.items()}
-    return all(d.status in _SERVING for d in deployments.values()), states
+    return all(d.status.value in WELL for d in deployments.values()), states

@@ -11,6 +11,8 @@ from pipelines.errors import UnstartableError
 
 Readiness = Callable[[], Awaitable[tuple[bool, Mapping[str, str]]]]
 """Whether everything can serve, and the state of each deployment in Serve's own words."""
+WELL = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""States in which a deployment serves, if only by waking: one that sleeps is healthy."""
 FAILING = "failed to start"
 """Serve's words for replicas that raise when they are made; they stay until one starts."""
 FAILING_S = 60.0
@@ -42,19 +44,25 @@ class Waking:
             await handle.awake.remote()
 
 
-class StartCheck:
-    """Remembers since when deployments have failed to start."""
+class Health:
+    """Whether deployments are well; remembers since when they have failed to start."""
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
         self._failing: dict[str, tuple[float, float]] = {}  # since when, and when it was seen last
 
-    async def check(self, handles: Iterable[Any]) -> None:
-        """Raise UnstartableError when one of these has failed for so long that a request had better not wait."""
+    async def of(self, handles: Iterable[Any]) -> bool:
+        """Whether none of these is missing a replica.
+
+        Raises:
+            UnstartableError: one has failed to start for so long that a request had better not wait.
+        """
         now = asyncio.get_running_loop().time()
         _, states = await self._readiness()
+        well = True
         for handle in handles:
             name = str(handle.deployment_name)
+            well &= states.get(name, "").startswith(WELL)
             if FAILING not in states.get(name, ""):
                 self._failing.pop(name, None)
                 continue
@@ -64,3 +72,4 @@ class StartCheck:
             self._failing[name] = since, now
             if now - since >= FAILING_S:
                 raise UnstartableError(name)
+        return well

@@ -17,8 +17,12 @@ from tests.contracts.test_errors import Unused, check
 from tests.contracts.test_generation import SMALL
 
 
-async def fine() -> None:
-    pass
+async def fine() -> bool:
+    return True
+
+
+async def unwell() -> bool:
+    return False
 
 
 async def after(seconds: float, value: Any) -> Any:
@@ -34,15 +38,33 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_chain_that_takes_its_time_is_waited_for() -> None:
-    assert await last_of_chain(after(0.3, "picture"), [after(0.1, "latents"), None], fine) == "picture"
+    assert await last_of_chain(after(0.3, "picture"), [after(0.1, "latents"), None], unwell) == "picture"
 
 
-async def test_an_argument_that_failed_is_noticed_while_the_last_call_hangs() -> None:
+@pytest.mark.parametrize(("well", "long_s"), [(unwell, 60.0), (fine, 0.1)])
+async def test_an_argument_that_failed_is_noticed_while_the_last_call_hangs(
+    well: Any, long_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the graph was not well, or after long."""
+    monkeypatch.setattr(chain, "LONG_S", long_s)
     lost = ActorUnavailableError("its node is gone", b"0" * 16)
     begin = time.monotonic()
     with pytest.raises(ActorUnavailableError):
-        await last_of_chain(after(60, "never"), [after(0.1, "conditioning"), after(0.1, lost)], fine)
+        await last_of_chain(after(60, "never"), [after(0.1, "conditioning"), after(0.1, lost)], well)
     assert time.monotonic() - begin < 10
+
+
+async def test_nothing_is_fetched_while_all_is_well() -> None:
+    fetched = False
+
+    async def latents() -> None:
+        nonlocal fetched
+        fetched = True
+
+    call = latents()
+    assert await last_of_chain(after(0.3, "picture"), [call], fine) == "picture"
+    assert not fetched
+    await call
 
 
 async def test_leaving_cancels_every_call() -> None:
@@ -55,7 +77,7 @@ async def test_leaving_cancels_every_call() -> None:
             cancelled.append(name)
             raise
 
-    waiting = asyncio.create_task(last_of_chain(call("last"), [call("first")], fine))
+    waiting = asyncio.create_task(last_of_chain(call("last"), [call("first")], unwell))
     await asyncio.sleep(0.3)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
