@@ -57,7 +57,7 @@ build/checkov/installed:
 	build/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@
 
-slow: setup build/checkov/installed  ## tests that take minutes each: a cluster with cards that do not exist, what dies under load, what is too much
+slow: setup build/checkov/installed  ## the slow tests: a cluster with cards that do not exist, what dies under load, what is too much, checkov
 	$(BIN)/pytest -m slow
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md

@@ -25,7 +25,7 @@ from deployments.ingress import Ingress, IngressLimits
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import NO_LIMITS, ready
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 HANG_S = 60
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

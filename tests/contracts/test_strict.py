@@ -31,6 +31,7 @@ async def picture(client: httpx.AsyncClient, **fields: Any) -> str:
     return image
 
 
+@pytest.mark.slow
 async def test_equal_bytes_alone_and_among_seven_others(connect: ClientFactory, strict_handles: dict[str, Any]) -> None:
     async with connect(handles=strict_handles) as client:
         for trial in range(20):

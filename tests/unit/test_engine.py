@@ -211,6 +211,7 @@ def test_a_job_that_never_fits_fails_alone(
     assert len(engine) == 0
 
 
+@pytest.mark.slow
 def test_strict_gives_equal_bytes_whatever_the_neighbours(encoders: TextEncoderStack, catalog: Catalog) -> None:
     engine = load_engine(catalog, "unet-sd15", "cpu", strict=True)
     samplers = ["Euler", "DPM++ 2M SDE Karras", "Heun", "DDIM"]
