@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 from PIL import Image
 
-from deployments.local import LOCAL_CONFIG, running_graph
+from deployments.local import LOCAL_CONFIG, ray_processes, running_graph
 
 PORT = 8232
 SAMPLERS = ["DPM++ 2M SDE Karras", "Euler a", "DDIM", "Euler", "UniPC 2M", "DPM++ 2M"]
@@ -82,11 +81,7 @@ class MemoryWatch(threading.Thread):
     def run(self) -> None:
         """Look once a second."""
         while not self.stopped.wait(1):
-            total = 0
-            for process in psutil.process_iter(["cmdline", "memory_info"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ServeReplica"):
-                    total += process.info["memory_info"].rss
-            self.peak = max(self.peak, total)
+            self.peak = max(self.peak, sum(p.memory_info().rss for _, p in ray_processes("ServeReplica")))
 
 
 async def replay(url: str, arrivals: list[Arrival]) -> list[float | None]:

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 from PIL import Image
 
-from deployments.local import LOCAL_CONFIG, running_graph
+from deployments.local import LOCAL_CONFIG, ray_processes, running_graph
 
 PORT = 8125
 SAMPLE_S = 5.0
@@ -103,22 +102,12 @@ def load(url: str, clients: int, until: float) -> tuple[Counter[str], list[float
     return statuses, taken
 
 
-def processes() -> dict[str, psutil.Process]:
-    """Serve's processes of this graph: replicas, proxy, controller."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        for name in ("ServeReplica:sdgraph:", "ProxyActor", "ServeController"):
-            if title.startswith(f"ray::{name}"):
-                found[title.removeprefix("ray::").removeprefix("ServeReplica:sdgraph:").split(".")[0].strip()] = process
-    return found
-
-
 def watch(until: float) -> dict[str, list[tuple[float, float]]]:
     """Seconds since the beginning and MiB, of every process."""
     samples: dict[str, list[tuple[float, float]]] = {}
     begin = time.monotonic()
-    known = processes()
+    own = ray_processes("ServeReplica:sdgraph:", "ProxyActor", "ServeController")
+    known = {title.removeprefix("ServeReplica:sdgraph:"): process for title, process in own}
     while time.monotonic() < until:
         for name, process in known.items():
             memory = process.memory_full_info().uss / 2**20

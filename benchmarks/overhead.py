@@ -20,14 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import ROOT, Catalog
-from deployments.local import LOCAL_CONFIG, request_picture, running_graph
+from deployments.local import LOCAL_CONFIG, ray_processes, request_picture, running_graph
 from pipelines.images import write_image
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -81,12 +80,8 @@ def compare(ways: dict[str, Callable[[str], object]], repeats: int) -> dict[str,
 
 def memory() -> dict[str, int]:
     """Resident MiB of every replica of the graph, and of what Serve itself runs."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith(("ray::ServeReplica", "ray::ProxyActor", "ray::ServeController")):
-            found[title.split(".")[0].strip()] = process.memory_info().rss // 2**20
-    return found
+    own = ray_processes("ServeReplica", "ProxyActor", "ServeController")
+    return {title: process.memory_info().rss // 2**20 for title, process in own}
 
 
 def measure(

@@ -90,7 +90,7 @@ def build_app(args: AppArgs) -> Application:
         deadline_s=settings.deadline_s,
     )
     keys_file = _keys_file(args, settings)
-    key_limits = KeyLimits(settings.rate_limit or None, settings.pixel_steps_per_day, settings.limits_store)
+    key_limits = KeyLimits(settings.rate_limit, settings.pixel_steps_per_day, settings.limits_store)
     ingress = _deploy(serve.ingress()(Ingress), "ingress")
     components = bind_components(args, catalog, runtime)
     compiled = bind_compiled(args, catalog, runtime, components, settings.tvm_cache)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from config.catalog import Catalog
 from deployments.metrics import metrics
 from deployments.observability import Traced, stopwatch
 from deployments.replica import Runtime, Wakeable, Worker
+from pipelines.cache import LruCache
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ControlNetDeployment(Wakeable):
         device = runtime.apply()
         self._nets = load_controlnets(catalog, components, device)
         self._worker = Worker()
-        self._hints: OrderedDict[str, ControlHint] = OrderedDict()
+        self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)
 
     async def prepare(self, plan: GenerationPlan, photo: bytes) -> Traced[ControlHint]:
         """The control map of a request; remembered here under its id, so that ticks only name it."""
@@ -37,22 +37,19 @@ class ControlNetDeployment(Wakeable):
         assert stage.control is not None
         with stopwatch("controlnet_prepare", stage.control.component) as watch:
             hint = await self._worker.stage(watch, self._nets.prepare, photo, stage.control, plan.width, plan.height)
-        self._remember({hint.id: hint})
+        self._hints.put(hint.id, hint)
         return watch.trace(hint)
 
     async def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
         """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got."""
-        self._remember(hints)
-        known = {**self._hints, **hints}
-        if any(hint not in known for hint, _, _ in batch.hints):
+        for sent in hints.values():
+            self._hints.put(sent.id, sent)
+        asked = {hint_id for hint_id, _, _ in batch.hints}
+        known = {hint_id: hint for hint_id in asked if (hint := hints.get(hint_id) or self._hints.get(hint_id))}
+        if len(known) < len(asked):
             return None
         component = batch.hints[0][1]
         with stopwatch("controlnet", component, logging.DEBUG) as watch:  # every tick
             residuals = await self._worker.stage(watch, self._nets.residuals, batch, known)
         metrics().cache("control map", component, self._nets.cache)
         return residuals
-
-    def _remember(self, hints: Mapping[str, ControlHint]) -> None:
-        self._hints.update(hints)
-        while len(self._hints) > REMEMBERED_HINTS:
-            self._hints.popitem(last=False)

@@ -34,7 +34,7 @@ class KeyLimits:
     """What each key may ask for.
 
     Attributes:
-        rate: requests, in `limits` notation such as `60/minute`; None for any number.
+        rate: requests, in `limits` notation such as `60/minute`; None or empty for any number.
         pixel_steps_per_day: sum of steps x width x height in the 24 hours from a key's first picture; None for any.
         store: where counts are kept: `memory://`, each ingress replica for itself, or `redis://[:password@]host:port`.
     """

@@ -123,6 +123,19 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
+def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
+    """Ray's processes on this machine whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
+
+    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment.
+    """
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
+            found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
+    return found
+
+
 def request_picture(url: str, body: Mapping[str, object], timeout_s: float = 600) -> tuple[bytes, Mapping[str, str]]:
     """POST a generation request; returns the picture's bytes and the reply's headers."""
     request = urllib.request.Request(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sdgraph.stage")
 tracer = trace.get_tracer("sdgraph")
-"""Does nothing until Serve is told of an exporter (README, Traces)."""
+"""Does nothing until Serve is told of an exporter (README, Sight)."""
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

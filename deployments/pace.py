@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 NEWEST = 0.1
 """Share of the newest tick in a mean."""
-
-
 ENOUGH = 3
 """Ticks of a kind that must be timed before anything is judged by them, beside its first one, which warms up."""
 

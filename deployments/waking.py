@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ FAILING = "failed to start"
 """Serve's words for replicas that raise when they are made; they stay until one starts."""
 FAILING_S = 60.0
 """How long those words may stand: a replica may have met a dying node, and its successor is loading."""
-
+STATES_S = 1.0
+"""How old states may be: all who wait share one question to Serve's controller."""
 SURELY_AWAKE_S = 60.0
 """Shorter than any delay before a deployment goes to sleep."""
 
@@ -49,6 +51,8 @@ class Health:
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
+        self._states: Mapping[str, str] = {}
+        self._asked = -math.inf
         self._failing: dict[str, tuple[float, float]] = {}  # since when, and when it was seen last
 
     async def of(self, handles: Iterable[Any]) -> bool:
@@ -58,8 +62,10 @@ class Health:
             UnstartableError: one has failed to start for so long that a request had better not wait.
         """
         now = asyncio.get_running_loop().time()
-        _, states = await self._readiness()
-        well = True
+        if now - self._asked >= STATES_S:
+            self._asked = now
+            _, self._states = await self._readiness()
+        states, well = self._states, True
         for handle in handles:
             name = str(handle.deployment_name)
             well &= states.get(name, "").startswith(WELL)

@@ -9,9 +9,9 @@ import socket
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
 
+from deployments.local import ray_processes
 from tests.contracts.test_errors import VALUES, check, png
 from tests.serve.test_graph import draw, request
 
@@ -45,16 +45,16 @@ def test_a_picture_bomb(client: httpx.Client) -> None:
     check(client.post("/v1/image/generation", json=request("SD1.5") | {"image": bomb}), 413, 40004, "image")
 
 
-def resident(name: str) -> int:
-    """Resident bytes of the processes whose title contains `name`."""
-    titles = ((p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"]))
-    return sum(p.memory_info().rss for p, title in titles if name in title)
+def resident() -> int:
+    """Resident bytes of what a body passes through."""
+    own = ray_processes("ServeReplica:sdgraph:ingress", "ProxyActor")
+    return sum(process.memory_info().rss for _, process in own)
 
 
 def test_a_chunked_body_of_100_mb_is_refused_while_it_is_read(client: httpx.Client, url: str) -> None:
     """The limit here is 8 MiB. The answer comes while the upload still runs; the rest is thrown away unread."""
     draw(client, **request("SD1.5", steps=1))
-    before = resident("ray::ServeReplica:sdgraph:ingress") + resident("ray::ProxyActor")
+    before = resident()
     chunk = b"100000\r\n" + b"y" * 2**20 + b"\r\n"
     parts = urlsplit(url)
     with socket.create_connection((str(parts.hostname), int(parts.port or 80)), timeout=60) as connection:
@@ -73,7 +73,7 @@ def test_a_chunked_body_of_100_mb_is_refused_while_it_is_read(client: httpx.Clie
                 connection.sendall(chunk)
     assert status.startswith(b"HTTP/1.1 413")
     assert body["code"] == 40004
-    grown = resident("ray::ServeReplica:sdgraph:ingress") + resident("ray::ProxyActor") - before
+    grown = resident() - before
     assert grown < 40 * 2**20, f"grew by {grown} bytes"
     draw(client, **request("SD1.5", steps=1))
 

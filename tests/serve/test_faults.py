@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from deployments.local import ray_processes
 from tests.contracts.test_errors import check
 from tests.serve.test_graph import draw, request
 
@@ -39,9 +40,8 @@ def eventful() -> list[dict[str, Any]]:
 
 
 def replicas(deployment: str) -> list[psutil.Process]:
-    """Processes of a deployment of the first application; Ray gives each actor's process its name as title."""
-    title = f"ray::ServeReplica:sdgraph:{deployment}"
-    return [p for p in psutil.process_iter() if " ".join(p.cmdline() or []).startswith(title)]
+    """Processes of a deployment of the first application."""
+    return [process for _, process in ray_processes(f"ServeReplica:sdgraph:{deployment}")]
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ray._common.utils import get_default_ray_temp_dir
 
 from tests.k8s.monitoring import expressions, metrics_of
 from tests.serve.conftest import Collector
 from tests.serve.test_graph import draw, request
 
-TARGETS = Path("/tmp/ray/prom_metrics_service_discovery.json")
+TARGETS = Path(get_default_ray_temp_dir()) / "prom_metrics_service_discovery.json"
 PATH = "/v1/image/generation"
 STAGES = {"text_encoder", "denoise", "vae_decode"}
 
