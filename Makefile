@@ -31,7 +31,7 @@ models: .venv/installed  ## the tiny seeded models; does nothing when they are u
 	$(BIN)/python models/make_tiny.py 2> /dev/null
 
 demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, send the README's request, leave result.jpg, stop; BACKEND=tvm
-	$(BIN)/python -m deployments.local demo $(CONFIG)
+	$(BIN)/python -m deployments.launcher demo $(CONFIG)
 
 serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C; BACKEND=tvm
 	$(BIN)/serve run $(CONFIG)

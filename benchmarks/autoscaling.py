@@ -27,7 +27,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, replica_queu
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
-from deployments.pace import Mean
+from deployments.replicas.pace import Mean
 
 MEGAPIXEL = 1024 * 1024
 TICK_S, ROW_S = 0.02, 0.03
@@ -78,7 +78,7 @@ class Replica:
     leaving: bool = False
 
     def batch(self) -> list[Picture]:
-        """Oldest first, one size a tick, as pipelines/batching.py."""
+        """Oldest first, one size a tick, as pipelines/engine/batching.py."""
         chosen, rows = [], 0
         for job in self.jobs:
             if job.pixels == self.jobs[0].pixels and (not chosen or rows + job.rows <= MAX_ROWS):

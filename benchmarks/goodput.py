@@ -28,7 +28,7 @@ import httpx
 import yaml
 from PIL import Image
 
-from deployments.local import LOCAL_CONFIG, ray_processes, running_graph
+from deployments.launcher import LOCAL_CONFIG, ray_processes, running_graph
 
 PORT = 8232
 SAMPLERS = ["DPM++ 2M SDE Karras", "Euler a", "DDIM", "Euler", "UniPC 2M", "DPM++ 2M"]

@@ -28,7 +28,7 @@ import httpx
 import yaml
 from PIL import Image
 
-from deployments.local import LOCAL_CONFIG, ray_processes, running_graph
+from deployments.launcher import LOCAL_CONFIG, ray_processes, running_graph
 
 PORT = 8125
 SAMPLE_S = 5.0

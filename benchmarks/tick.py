@@ -32,14 +32,14 @@ from safetensors.torch import save_file
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
-from deployments.local import LOCAL_CONFIG, request_picture, running_graph
-from pipelines.controlnet import ColocatedControl, ControlHint
-from pipelines.engine import StepEngine
-from pipelines.lora import LoraLayer, Mixture, RowLora
+from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
+from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
+from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.engine.engine import StepEngine
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
-from pipelines.text_encoders import TextEncoderStack
-from pipelines.weights import load_controlnets, load_engine, load_text_encoders
+from pipelines.text.encoders import TextEncoderStack
+from pipelines.weights.loading import load_controlnets, load_engine, load_text_encoders
 
 PORT = 8233
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "LMS", "DPM++ 2M", "DPM2 a"]

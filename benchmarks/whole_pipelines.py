@@ -63,7 +63,7 @@ class WholePipelines:
         return self._draw(body)
 
     def _draw(self, body: dict[str, Any]) -> dict[str, Any]:
-        from pipelines.samplers import SAMPLERS
+        from pipelines.sampling.samplers import SAMPLERS
 
         spec = SAMPLERS[body["sampler"]]
         pipe = self._pipelines[body["model_name"]]

@@ -15,14 +15,14 @@ from starlette.middleware import Middleware
 
 from config.catalog import Catalog, ComponentSpec
 from config.settings import Settings
-from deployments.controlnet import ControlNetDeployment
-from deployments.denoiser import DenoiserDeployment
-from deployments.ingress import Ingress, IngressLimits, deployment_states
-from deployments.limits import KeyLimits
-from deployments.middleware import BodyLimit, ProxyAnswers
-from deployments.replica import Runtime
-from deployments.text_encoder import TextEncoderDeployment
-from deployments.vae import VAEDeployment
+from deployments.access.limits import KeyLimits
+from deployments.ingress.ingress import Ingress, IngressLimits, deployment_states
+from deployments.proxy.answers import BodyLimit, ProxyAnswers
+from deployments.replicas.base import Runtime
+from deployments.replicas.controlnet import ControlNetDeployment
+from deployments.replicas.denoiser import DenoiserDeployment
+from deployments.replicas.text_encoder import TextEncoderDeployment
+from deployments.replicas.vae import VAEDeployment
 from pipelines.planning import PlanLimits
 
 # Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.

@@ -25,7 +25,7 @@ from pipelines.plan import (
     StagePlan,
     TextPlan,
 )
-from pipelines.samplers import SAMPLER_CHOICES, check_sampler
+from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 
 logger = logging.getLogger("sdgraph.planning")
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.controlnet import ColocatedControl, ControlHint
-from pipelines.engine import StepEngine
-from pipelines.images import read_image
-from pipelines.latents import Latents
+from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.engine.engine import StepEngine
+from pipelines.pictures.images import read_image
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
-from pipelines.weights import Device, load_controlnets, load_engine, load_text_encoders, load_vae
+from pipelines.sampling.latents import Latents
+from pipelines.weights.loading import Device, load_controlnets, load_engine, load_text_encoders, load_vae
 
 if TYPE_CHECKING:
     from pipelines.backends.tvm.loading import CompiledUNet

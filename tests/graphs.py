@@ -7,7 +7,7 @@ import os
 from unittest.mock import patch
 
 from deployments.app import AppArgs, build_app
-from deployments.ingress import Ingress
+from deployments.ingress.ingress import Ingress
 
 
 def deployment_names(args: AppArgs) -> set[str]:

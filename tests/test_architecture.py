@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs
-from deployments.local import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
+from deployments.launcher import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
 from tests.graphs import deployment_names
 from training.words import COLOURS, OBJECTS
 

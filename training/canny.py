@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipelines.annotators import canny
+from pipelines.control.annotators import canny
 from training.diffusion import CaptionBank, Pool, noised, numbered, take_over
 
 EMBEDDING = {32: (4, 8, 16, 32, 64, 64), 64: (4, 4, 8, 16, 32, 64, 64)}

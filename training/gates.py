@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deployments.local import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
-from pipelines.annotators import canny
+from deployments.launcher import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
+from pipelines.control.annotators import canny
 from training import autoencoder, judge
 from training.data import load_sprites
 from training.diffusion import numbered

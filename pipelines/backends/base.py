@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pipelines.controlnet import ControlledRows
-from pipelines.lora import Mixture
+from pipelines.adapters.rows import Mixture
+from pipelines.control.nets import ControlledRows
 
 
 @dataclass(frozen=True)

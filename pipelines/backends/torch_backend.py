@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from diffusers import UNet2DConditionModel
 
+from pipelines.adapters.rows import RowLoraHooks
 from pipelines.backends.base import StepBatch
-from pipelines.controlnet import LateBinding
+from pipelines.control.nets import LateBinding
 from pipelines.errors import WeightsError
-from pipelines.lora import RowLoraHooks
 
 
 class TorchDenoiser:

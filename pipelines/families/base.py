@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from pipelines.conditioning import Conditioning
     from pipelines.plan import StagePlan
-    from pipelines.text_encoders import EncodedText
+    from pipelines.text.conditioning import Conditioning
+    from pipelines.text.encoders import EncodedText
 
 
 class Family(Protocol):

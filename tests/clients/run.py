@@ -13,7 +13,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from deployments.local import LOCAL_CONFIG, running_graph
+from deployments.launcher import LOCAL_CONFIG, running_graph
 
 # What the client's own user would write; argv: base URL, where to leave the picture.
 LLM_HYPERBOLIC = """

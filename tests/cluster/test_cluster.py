@@ -30,7 +30,7 @@ import yaml
 from PIL import Image
 
 from config.catalog import ROOT
-from deployments.local import DEFAULTS, ENVIRONMENT, running_graph
+from deployments.launcher import DEFAULTS, ENVIRONMENT, running_graph
 from tests import hub_cache
 from tests.contracts.test_errors import check
 

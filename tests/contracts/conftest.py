@@ -13,10 +13,10 @@ from ray import serve
 from ray.serve import Application
 
 from config.catalog import Catalog
+from deployments.access.limits import KeyLimits
 from deployments.app import AppArgs, bind_components
-from deployments.ingress import Ingress, IngressLimits
-from deployments.limits import KeyLimits
-from deployments.replica import Runtime
+from deployments.ingress.ingress import Ingress, IngressLimits
+from deployments.replicas.base import Runtime
 from pipelines.planning import PlanLimits
 
 NO_LIMITS = KeyLimits()

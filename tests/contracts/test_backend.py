@@ -18,12 +18,12 @@ from ray import serve
 
 from config.catalog import Catalog, Size
 from deployments.app import AppArgs, bind_compiled, bind_components
-from deployments.replica import Runtime
+from deployments.replicas.base import Runtime
 from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
 from pipelines.backends.tvm.shapes import artifact_key
 from pipelines.plan import CompiledSize
-from pipelines.weights import read_config
+from pipelines.weights.loading import read_config
 from tests.contracts.conftest import ClientFactory, run_locally
 from tests.contracts.test_errors import check
 from tests.contracts.test_generation import picture, pixels, post
@@ -205,7 +205,7 @@ async def test_a_watched_request_goes_on_with_torch(with_compiled: Connect, brok
 async def test_nobody_waits_for_replicas_that_do_not_answer(
     with_compiled: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.compiled.PATIENCE_S", 0.05)
+    monkeypatch.setattr("deployments.ingress.compiled.PATIENCE_S", 0.05)
 
     async def never() -> None:
         import asyncio

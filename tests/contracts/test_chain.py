@@ -10,8 +10,9 @@ import httpx
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from deployments import chain, waking
-from deployments.chain import last_of_chain
+from deployments.ingress import pending as chain
+from deployments.ingress import wake as waking
+from deployments.ingress.pending import last_of_chain
 from tests.contracts.conftest import ClientFactory
 from tests.contracts.test_errors import Unused, check
 from tests.contracts.test_generation import SMALL

@@ -12,7 +12,7 @@ from PIL import Image
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
-from deployments.replica import Runtime
+from deployments.replicas.base import Runtime
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.contracts.conftest import ClientFactory, run_locally
@@ -30,7 +30,7 @@ async def test_placement(
     connect: ClientFactory, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, placement: str, remembered: int
 ) -> None:
     """A replica that remembers no map asks for it at every tick, and gets it."""
-    monkeypatch.setattr("deployments.controlnet.REMEMBERED_HINTS", remembered)
+    monkeypatch.setattr("deployments.replicas.controlnet.REMEMBERED_HINTS", remembered)
     part = catalog.only(("SD1.5-ControlNet",))
     args = AppArgs.model_validate({"controlnet_placement": placement})
     bound = bind_components(args, part, Runtime(device="cpu", torch_threads=2))

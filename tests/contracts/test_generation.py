@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from config.catalog import Catalog
-from deployments.schemas import GenerationRequest
-from pipelines.images import read_metadata
+from deployments.api.schemas import GenerationRequest
+from pipelines.pictures.images import read_metadata
 from pipelines.plan import GenerationParams, GenerationPlan
 from pipelines.text2image import Text2Image
 

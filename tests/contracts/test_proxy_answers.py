@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from deployments.middleware import BodyLimit, Message, ProxyAnswers, Receive, Scope, Send
+from deployments.proxy.answers import BodyLimit, Message, ProxyAnswers, Receive, Scope, Send
 from tests.contracts.test_errors import check
 
 

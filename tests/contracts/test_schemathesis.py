@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from config.catalog import Catalog
-from deployments.ingress import Ingress, IngressLimits
+from deployments.ingress.ingress import Ingress, IngressLimits
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import NO_LIMITS, ready
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from config.catalog import Catalog
+from deployments.access.limits import KeyLimits
 from deployments.app import AppArgs, bind_components
-from deployments.ingress import Ingress, IngressLimits
-from deployments.limits import KeyLimits
-from deployments.replica import Runtime
+from deployments.ingress.ingress import Ingress, IngressLimits
+from deployments.replicas.base import Runtime
 from pipelines.planning import PlanLimits
 from tests.contracts.conftest import ready, run_locally
 from tests.contracts.test_errors import check

@@ -10,7 +10,7 @@ import pytest
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
-from deployments.replica import Runtime
+from deployments.replicas.base import Runtime
 from tests.contracts.conftest import ClientFactory, run_locally
 
 REQUEST = {"model_name": "SD1.5", "prompt": "a fox", "width": 128, "height": 128, "output_format": "png"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments import waking
+from deployments.ingress import wake as waking
 from tests.contracts.conftest import ClientFactory
 from tests.contracts.test_generation import SMALL
 

@@ -15,8 +15,8 @@ from diffusers import (
 )
 
 from config.catalog import Catalog
-from pipelines.batching import BatchKey
-from pipelines.memory import USABLE, row_bytes
+from pipelines.engine.batching import BatchKey
+from pipelines.engine.memory import USABLE, row_bytes
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity.oracle import TINY

@@ -7,7 +7,7 @@ import json
 import pytest
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from deployments.metrics import Metrics
+from deployments.telemetry.metrics import Metrics
 from tests.k8s.monitoring import MONITORING, expressions, metrics_of
 
 SUFFIXES = {Counter: ["_total"], Gauge: [""], Histogram: ["_bucket", "_sum", "_count"]}

@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from config.catalog import Catalog
-from pipelines.annotators import DEXINED_MEAN, Annotators
+from pipelines.control.annotators import DEXINED_MEAN, Annotators
+from pipelines.control.poses import Poses, draw_skeleton
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
-from pipelines.poses import Poses, draw_skeleton
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
 from tests.parity.test_pictures import request
@@ -132,7 +132,7 @@ def test_a_skeleton_has_openposes_colours() -> None:
 
 
 def test_nobody_in_the_photo_is_an_empty_map(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.poses.PERSON_SCORE", 1.1)
+    monkeypatch.setattr("pipelines.control.poses.PERSON_SCORE", 1.1)
     empty = Annotators(catalog, "cpu").annotate("openpose", Image.new("RGB", (64, 48), "white"))
     assert empty.size == (64, 48)
     assert grey(empty).max() == 0

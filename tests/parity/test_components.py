@@ -14,10 +14,10 @@ from PIL import Image
 
 from config.catalog import Catalog
 from pipelines.families import FAMILIES
-from pipelines.latents import Latents
+from pipelines.pictures.vae import VAE
 from pipelines.plan import GenerationParams
+from pipelines.sampling.latents import Latents
 from pipelines.text2image import Text2Image
-from pipelines.vae import VAE
 
 FIELDS: dict[str, Any] = {"width": 256, "height": 256}
 

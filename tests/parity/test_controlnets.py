@@ -16,7 +16,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteSchedu
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.controlnet import ControlledRows, LateBinding, Residuals, _Done
+from pipelines.control.nets import ControlledRows, LateBinding, Residuals, _Done
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image

@@ -21,7 +21,7 @@ from diffusers import (
 from PIL import Image
 
 from config.catalog import ROOT, Catalog
-from pipelines.annotators import canny
+from pipelines.control.annotators import canny
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity.test_pictures import assert_same

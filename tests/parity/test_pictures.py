@@ -10,7 +10,7 @@ from PIL import Image
 
 from config.catalog import Catalog
 from pipelines.plan import GenerationParams
-from pipelines.samplers import SAMPLERS
+from pipelines.sampling.samplers import SAMPLERS
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
 

@@ -21,11 +21,11 @@ from pipelines.backends.tvm.compile import compile_all
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch
 from pipelines.backends.tvm.loading import load_compiled
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
-from pipelines.controlnet import ControlledRows, Residuals
+from pipelines.control.nets import ControlledRows, Residuals
 from pipelines.errors import DenoiseError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
-from pipelines.weights import load_model, read_config
+from pipelines.weights.loading import load_model, read_config
 
 SIZE = {"unet-sd15": 128, "unet-sd2": 128, "unet-sdxl-base": 256, "unet-ssd": 256, "unet-sdxl-turbo": 256}
 SIZE |= {"refiner-sdxl": 256}

@@ -16,7 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from config.catalog import ROOT
-from deployments.local import running_graph
+from deployments.launcher import running_graph
 from tests import hub_cache
 
 CONFIG = Path(__file__).with_name("graph.yaml")
@@ -81,7 +81,7 @@ def url(
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
     environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {
-        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.telemetry.tracing:otlp",
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "1",
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
     }

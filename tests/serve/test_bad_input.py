@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from deployments.local import ray_processes
+from deployments.launcher import ray_processes
 from tests.contracts.test_errors import VALUES, check, png
 from tests.serve.test_graph import draw, request
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from deployments.local import ray_processes
+from deployments.launcher import ray_processes
 from tests.contracts.test_errors import check
 from tests.serve.test_graph import draw, request
 

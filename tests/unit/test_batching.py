@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.batching import BatchKey, select_rows
+from pipelines.engine.batching import BatchKey, select_rows
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import torch
 from ray.exceptions import ActorDiedError
 
 from config.catalog import Catalog
-from deployments.denoiser import DenoiserDeployment
-from deployments.observability import Traced
-from deployments.remote_control import RemoteControl
-from deployments.replica import Runtime
-from pipelines.conditioning import Conditioning
+from deployments.replicas.base import Runtime
+from deployments.replicas.denoiser import DenoiserDeployment
+from deployments.replicas.remote_control import RemoteControl
+from deployments.telemetry.stages import Traced
 from pipelines.errors import DenoiseError, OverloadedError
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
-from pipelines.weights import load_text_encoders
+from pipelines.text.conditioning import Conditioning
+from pipelines.weights.loading import load_text_encoders
 
 
 @pytest.fixture

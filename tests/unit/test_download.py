@@ -8,8 +8,8 @@ import pytest
 
 from config.catalog import Catalog
 from config.sources import FolderSource
-from pipelines.download import download
 from pipelines.errors import WeightsError
+from pipelines.weights.download import download
 
 
 def test_everything_that_is_served_is_fetched(catalog: Catalog) -> None:

@@ -11,15 +11,15 @@ import torch
 from diffusers import ControlNetModel
 
 from config.catalog import ROOT, Catalog
-from pipelines.annotators import Annotators
 from pipelines.backends.base import StepBatch
-from pipelines.controlnet import ColocatedControl, ControlBatch, ControlHint, ControlNets
-from pipelines.engine import DenoiseJob, StepEngine
-from pipelines.latents import Latents
+from pipelines.control.annotators import Annotators
+from pipelines.control.nets import ColocatedControl, ControlBatch, ControlHint, ControlNets
+from pipelines.engine.engine import DenoiseJob, StepEngine
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
-from pipelines.text_encoders import TextEncoderStack
-from pipelines.weights import load_engine, load_text_encoders
+from pipelines.sampling.latents import Latents
+from pipelines.text.encoders import TextEncoderStack
+from pipelines.weights.loading import load_engine, load_text_encoders
 
 
 @pytest.fixture(scope="module")

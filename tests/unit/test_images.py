@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import InvalidValueError, TooLargeError
-from pipelines.images import check_image, read_image, read_metadata, write_image
+from pipelines.pictures.images import check_image, read_image, read_metadata, write_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

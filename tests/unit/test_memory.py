@@ -10,9 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from config.catalog import ROOT
-from pipelines import memory
-from pipelines.batching import BatchKey
-from pipelines.memory import USABLE, PeakBytes, RowBudget, free_bytes, row_bytes
+from pipelines.engine import memory
+from pipelines.engine.batching import BatchKey
+from pipelines.engine.memory import USABLE, PeakBytes, RowBudget, free_bytes, row_bytes
 
 TINY = ROOT / "models" / "tiny"
 SHAPES = {"sd15": BatchKey((4, 32, 32), (77, 32)), "sdxl": BatchKey((4, 32, 32), (77, 96))}

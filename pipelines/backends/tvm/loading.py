@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 
 from config.catalog import Catalog, Size
+from pipelines.adapters.rows import LoraStore, RowLora
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
 from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
 from pipelines.backends.tvm.shapes import artifact_key
-from pipelines.engine import StepEngine
+from pipelines.engine.engine import StepEngine
 from pipelines.errors import InvalidValueError
-from pipelines.lora import LoraStore, RowLora
 from pipelines.plan import CompiledSize
-from pipelines.weights import engine_over, load_model
+from pipelines.weights.loading import engine_over, load_model
 
 logger = logging.getLogger("sdgraph.tvm")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from config.catalog import Catalog
 from pipelines.backends.tvm.artifacts import ArtifactKey, config_hash, sources_hash
 from pipelines.families import FAMILIES
-from pipelines.latents import LatentSpace
-from pipelines.weights import locate, read_config
+from pipelines.sampling.latents import LatentSpace
+from pipelines.weights.loading import locate, read_config
 
 
 def artifact_key(

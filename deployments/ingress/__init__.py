@@ -1,0 +1,1 @@
+"""The ingress replica: one request composed over the graph."""

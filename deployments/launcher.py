@@ -1,0 +1,166 @@
+"""The graph of a Serve config as a child process on this machine: start, wait, stop without leftovers.
+
+`make demo`, the Serve tests and the benchmarks all start it here, the way `make serve` does.
+
+    python -m deployments.launcher demo [serve config]    # the README's request -> result.jpg
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL_CONFIG = ROOT / "config" / "serve.local.yaml"
+README_REQUEST = {
+    "model_name": "SDXL1.0-base",
+    "prompt": "a sailboat on a blue background",
+    "height": 1024,
+    "width": 1024,
+    "backend": "auto",
+}
+
+# Several processes with as many spinning OpenMP threads as there are cores destroy each other (benchmarks/RESULTS.md).
+DEFAULTS = {"SDGRAPH_TORCH_THREADS": "1"}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
+    "RAY_AUTH_MODE": "disabled",  # unset, a local start may leave a token in the user's home
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.app:proxy_middlewares",
+    # A sleeping deployment wakes when its waiting requests are reported: every 10 s by default.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+
+class StartError(RuntimeError):
+    """The graph did not come up."""
+
+
+@contextmanager
+def running_graph(
+    config: Path,
+    port: int = 8000,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 300,
+    log: Path | None = None,
+) -> Iterator[str]:
+    """Run `serve run <config>` until the block ends.
+
+    Args:
+        config: a Serve config whose HTTP port is `port`, on loopback.
+        port: where to ask for readiness.
+        environment: further variables for the graph.
+        timeout_s: how long the start may take.
+        log: where the graph's output goes; this process's own by default.
+
+    Yields:
+        The base URL.
+
+    Raises:
+        StartError: the graph exited or was not ready in time.
+    """
+    serve = Path(sys.executable).with_name("serve")
+    output = log.open("w") if log else None
+    child = subprocess.Popen(
+        [str(serve), "run", str(config)],
+        cwd=ROOT,
+        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **(environment or {})},
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(child, url, timeout_s)
+        yield url
+    finally:
+        _stop(child)
+        if output:
+            output.close()
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise StartError(f"`serve run` exited with {child.returncode} before the graph was ready")
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=2):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.25)
+    raise StartError(f"the graph was not ready within {timeout_s:g} s")
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Interrupt `serve run`, which shuts Ray down, and end by their ids any processes it leaves."""
+    family = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
+    """Ray's processes on this machine whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
+
+    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment.
+    """
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
+            found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
+    return found
+
+
+def request_picture(url: str, body: Mapping[str, object], timeout_s: float = 600) -> tuple[bytes, Mapping[str, str]]:
+    """POST a generation request; returns the picture's bytes and the reply's headers."""
+    request = urllib.request.Request(
+        f"{url}/v1/image/generation", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        reply = json.load(response)
+        return base64.b64decode(reply["images"][0]["image"]), dict(response.headers)
+
+
+def demo(config: Path, result: Path) -> None:
+    """Start the graph of a config, send the README's request, write the picture, stop."""
+    begin = time.monotonic()
+    with running_graph(config) as url:
+        print(f"graph ready after {time.monotonic() - begin:.0f} s", flush=True)
+        begin = time.monotonic()
+        picture, headers = request_picture(url, README_REQUEST)
+        result.write_bytes(picture)
+        print(
+            f"{result}: {len(picture)} bytes in {time.monotonic() - begin:.1f} s on {headers['x-backend']} "
+            f"({headers['server-timing']})"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["demo"] or len(sys.argv) > 3:
+        sys.exit("usage: python -m deployments.launcher demo [serve config]")
+    demo(Path(sys.argv[2]) if sys.argv[2:] else LOCAL_CONFIG, ROOT / "result.jpg")

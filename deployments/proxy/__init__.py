@@ -1,0 +1,1 @@
+"""What stands in Serve's HTTP proxy."""

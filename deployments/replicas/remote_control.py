@@ -1,0 +1,47 @@
+"""A denoiser's side of the ControlNet deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+
+from deployments.telemetry.metrics import metrics
+
+if TYPE_CHECKING:
+    from pipelines.control.nets import ControlBatch, ControlHint, PendingResiduals, Residuals
+
+logger = logging.getLogger("sdgraph.denoiser")
+
+
+class RemoteControl:
+    """ControlNets in their own deployment. The call runs on the replica's event loop while the UNet goes down."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._loop = asyncio.get_event_loop()
+
+    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
+        """Begin the call; a replica that has not seen the maps asks for them once."""
+        return asyncio.run_coroutine_threadsafe(self._call(batch, hints), self._loop)
+
+    async def _call(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
+        residuals = await self._ask(batch, {})
+        if residuals is None:
+            residuals = await self._ask(batch, hints)
+        assert residuals is not None, "the maps were sent along"
+        return residuals
+
+    async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
+        """One call, and a second one where the replica died: to another one, or to its successor."""
+        residuals: Residuals | None
+        try:
+            residuals = await self._handle.residuals.remote(batch, dict(hints))
+        except RayActorError as error:
+            logger.warning("a ControlNet replica died, asking again: %s", type(error).__name__)
+            metrics().retries.inc(1, {"reason": "controlnet died"})
+            residuals = await self._handle.residuals.remote(batch, dict(hints))
+        return residuals

@@ -1,0 +1,1 @@
+"""LoRAs, row by row."""

@@ -1,0 +1,1 @@
+"""ControlNet: maps, residuals, their binding."""

@@ -1,0 +1,1 @@
+"""Rows of different jobs in one UNet evaluation."""

@@ -1,0 +1,1 @@
+"""Samplers, their schedules, and latents."""
