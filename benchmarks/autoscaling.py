@@ -27,7 +27,6 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, replica_queu
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
-from deployments.replicas.pace import Mean
 
 MEGAPIXEL = 1024 * 1024
 TICK_S, ROW_S = 0.02, 0.03
@@ -73,7 +72,7 @@ class Replica:
 
     ready: float
     jobs: list[Picture] = field(default_factory=list)
-    pace: Mean = field(default_factory=Mean)
+    pace: MovingAverage = field(default_factory=MovingAverage)
     ticking: bool = False
     leaving: bool = False
 

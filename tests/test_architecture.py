@@ -17,7 +17,7 @@ from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs
 from deployments.launcher import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
-from tests.graphs import deployment_names
+from tests.support.bound import deployment_names
 from training.words import COLOURS, OBJECTS
 
 SOURCES = [p for room in ("config", "pipelines", "deployments") for p in sorted((ROOT / room).rglob("*.py"))]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
@@ -175,19 +173,3 @@ def decode_base64(text: str | None, param: str) -> bytes | None:
     if not data:
         raise InvalidValueError(f"{param} is empty", param)
     return data
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the HTTP layer knows of a request beside its body.
-
-    Attributes:
-        key: name of the caller's key, None where none is asked for.
-        deadline_s: how long the caller waits.
-    """
-
-    key: str | None = None
-    deadline_s: float = math.inf
-
-
-ANYBODY = Wish()
