@@ -27,6 +27,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, replica_queu
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
+from deployments.replicas.throughput import MovingAverage
 
 MEGAPIXEL = 1024 * 1024
 TICK_S, ROW_S = 0.02, 0.03
