@@ -37,6 +37,7 @@ def run(code: str) -> str:
         ("pipelines.backends.tvm.artifacts", ["torch", "tvm"]),
         ("pipelines.planning", ["torch", "diffusers"]),
         ("deployments.app", ["torch", "diffusers", "transformers"]),
+        ("deployments.replicas.engine_loop", ["ray", "torch", "fastapi"]),
     ],
 )
 def test_importing_a_module_brings_nothing_it_should_not(module: str, absent: list[str]) -> None:
@@ -48,7 +49,7 @@ def test_the_import_rules_are_checked_and_kept() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "6 kept, 0 broken" in done.stdout
+    assert "0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -58,10 +59,9 @@ def test_files_stay_short_enough_to_read(path: Path) -> None:
 
 def test_only_app_wraps_deployments() -> None:
     """`@serve.deployment` on a class in its module pickles it by value; plain classes are pickled by reference."""
-    guilty = [
-        p.name for p in SOURCES if p.name != "app.py" and re.search(r"serve\.(deployment|ingress)\b", p.read_text())
-    ]
-    assert guilty == []
+    assert not any("@serve.deployment" in p.read_text() for p in SOURCES if p.name != "app.py")
+    wrapping = [str(p.relative_to(ROOT)) for p in SOURCES if re.search(r"serve\.deployment\(", p.read_text())]
+    assert wrapping == ["deployments/app.py"]
 
 
 @pytest.mark.parametrize(
