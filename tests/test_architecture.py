@@ -15,8 +15,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
 from config.settings import Settings
+from deployments import ray_compat
 from deployments.app import AppArgs
-from deployments.launcher import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
+from deployments.launcher import LOCAL_CONFIG, README_REQUEST
 from tests.support.bound import deployment_names
 from training.words import COLOURS, OBJECTS
 
@@ -120,6 +121,4 @@ def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> 
 def test_make_and_the_launcher_start_ray_the_same_way() -> None:
     makefile = (ROOT / "Makefile").read_text()
     exported = dict(re.findall(r"^export (\w+) := (.*)$", makefile, re.MULTILINE))
-    assert {k: v for k, v in exported.items() if k.startswith("RAY_")} == {
-        k: v for k, v in ENVIRONMENT.items() if k.startswith("RAY_")
-    }
+    assert {name: value for name, value in exported.items() if name in ray_compat.ENVIRONMENT} == ray_compat.ENVIRONMENT

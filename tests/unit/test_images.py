@@ -80,7 +80,7 @@ def png(samples: np.ndarray, colour: int, depth: int, *chunks: bytes) -> bytes:
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_every_depth_and_colour_type_looks_as_the_png_standard_says(data: st.DataObject) -> None:
-    """Samples scaled to 8 bits by value (PNG 13.12), alpha laid on white; rounding steps of colour and alpha are allowed."""
+    """Samples scaled to 8 bits by value (PNG 13.12), alpha laid on white, each to within a rounding step."""
     colour = data.draw(st.sampled_from(sorted(DEPTHS)), "colour type")
     depth = data.draw(st.sampled_from(DEPTHS[colour]), "depth")
     random = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
