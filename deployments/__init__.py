@@ -1,3 +1,3 @@
-"""The Ray Serve graph: a request in, a chain of deployments composed for it, a picture out."""
+"""The Ray Serve graph: thin shells around `pipelines`. `app.py` is the whole graph on one page."""
 
 __version__ = "0.1.0"
