@@ -34,7 +34,8 @@ from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
 from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
 from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
-from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.control.nets import ColocatedControl
+from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan

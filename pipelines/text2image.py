@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.control.nets import ColocatedControl
+from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.pictures.images import read_image
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan

@@ -14,7 +14,7 @@ from pipelines.cache import LruCache
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlBatch, ControlHint, Residuals
+    from pipelines.control.types import ControlBatch, ControlHint, Residuals
 
 REMEMBERED_HINTS = 64
 """Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""

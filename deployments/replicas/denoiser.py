@@ -27,7 +27,8 @@ from pipelines.errors import OverloadedError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlHint, ControlNets
+    from pipelines.control.nets import ControlNets
+    from pipelines.control.types import ControlHint
     from pipelines.engine.engine import DenoiseJob, StepEngine, TickReport
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning

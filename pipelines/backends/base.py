@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from pipelines.adapters.rows import Mixture
-from pipelines.control.nets import ControlledRows
+from pipelines.control.types import ControlledRows
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from pipelines.adapters.rows import RowLoraHooks
 from pipelines.backends.base import StepBatch
-from pipelines.control.nets import LateBinding
+from pipelines.control.binding import LateBinding
 from pipelines.errors import WeightsError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class TorchDenoiser:

@@ -18,7 +18,7 @@ import torch
 
 from pipelines.adapters.rows import LoraStore, Mixture
 from pipelines.backends.base import Denoiser, StepBatch
-from pipelines.control.nets import ControlBatch, ControlHint, ControlledRows, ControlSource
+from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows
 from pipelines.engine.guidance import guide
 from pipelines.errors import DenoiseError
@@ -304,7 +304,7 @@ class StepEngine:
         index = torch.tensor(rows, device=batch.sample.device)
         own = [hint for hint in hints if hint is not None]
         request = ControlBatch(
-            hints=tuple((hint.id, hint.component, hint.mode) for hint in own),
+            hints=tuple(hint.ref for hint in own),
             sample=batch.sample[index],
             timesteps=batch.timesteps[index],
             prompt_embeds=batch.prompt_embeds[index],

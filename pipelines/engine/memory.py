@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import UNet2DConditionModel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,6 +49,8 @@ def row_bytes(config: Mapping[str, Any], dtype: torch.dtype, key: BatchKey) -> i
         dtype: of the computation.
         key: the row's latent shape `(channels, height, width)` and context shape `(tokens, features)`.
     """
+    from diffusers import UNet2DConditionModel  # brings transformers and scipy, which an engine does not need
+
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
         for parameter in unet.parameters():  # `.to(dtype)` would warn about modules kept in float32, of which none are

@@ -21,7 +21,7 @@ from pipelines.backends.tvm.compile import compile_all
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch
 from pipelines.backends.tvm.loading import load_compiled
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
-from pipelines.control.nets import ControlledRows, Residuals
+from pipelines.control.types import ControlledRows, Residuals
 from pipelines.errors import DenoiseError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image

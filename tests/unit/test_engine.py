@@ -13,7 +13,8 @@ from diffusers import ControlNetModel
 from config.catalog import ROOT, Catalog
 from pipelines.backends.base import StepBatch
 from pipelines.control.annotators import Annotators
-from pipelines.control.nets import ColocatedControl, ControlBatch, ControlHint, ControlNets
+from pipelines.control.nets import ColocatedControl, ControlNets
+from pipelines.control.types import ControlBatch, ControlHint
 from pipelines.engine.engine import DenoiseJob, StepEngine
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
@@ -240,7 +241,7 @@ class CountingControl:
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
         self.rows.append(len(batch.sample))
-        assert {hint for hint, _, _ in batch.hints} == set(hints)
+        assert {hint.id for hint in batch.hints} == set(hints)
         model = ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")
         nets = ControlNets({"net": model}, Annotators(Catalog.load("tiny"), "cpu"))
         return ColocatedControl(nets).start(batch, hints)
