@@ -36,9 +36,9 @@ def run(code: str) -> str:
         ("pipelines.text2image", ["ray", "fastapi", "tvm"]),
         ("pipelines.backends.tvm.artifacts", ["torch", "tvm"]),
         ("pipelines.planning", ["torch", "diffusers"]),
-        ("pipelines.engine.engine", ["cv2"]),
-        ("pipelines.engine.memory", ["cv2"]),
-        ("pipelines.backends.torch_backend", ["cv2"]),
+        ("pipelines.engine.engine", ["cv2", "transformers", "scipy"]),
+        ("pipelines.engine.memory", ["cv2", "transformers", "scipy"]),
+        ("pipelines.backends.torch_backend", ["cv2", "transformers", "scipy"]),
         ("deployments.app", ["torch", "diffusers", "transformers"]),
     ],
 )

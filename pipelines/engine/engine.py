@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from pipelines.adapters.rows import LoraStore, Mixture
+from pipelines.adapters.rows import Mixture
+from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser, StepBatch
 from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines.adapters.rows import LoraStore, RowLora, RowLoraHooks
+from pipelines.adapters.rows import RowLora, RowLoraHooks
+from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
 from pipelines.families import Family
 from pipelines.plan import LoraUse, StagePlan

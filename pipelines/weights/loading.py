@@ -18,7 +18,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from config.catalog import ROOT, Catalog, ComponentSpec
 from config.sources import CheckpointSource, HubSource
-from pipelines.adapters.rows import LoraStore, RowLora, read_lora
+from pipelines.adapters.formats import read_lora
+from pipelines.adapters.rows import RowLora
+from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators

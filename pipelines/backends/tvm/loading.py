@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 
 from config.catalog import Catalog, Size
-from pipelines.adapters.rows import LoraStore, RowLora
+from pipelines.adapters.rows import RowLora
+from pipelines.adapters.store import LoraStore
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
 from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
