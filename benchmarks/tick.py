@@ -34,13 +34,13 @@ from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
 from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
 from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
+from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
 from pipelines.control.nets import ColocatedControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
 from pipelines.text.encoders import TextEncoderStack
-from pipelines.weights.loading import load_controlnets, load_engine, load_text_encoders
 
 PORT = 8233
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "LMS", "DPM++ 2M", "DPM2 a"]

@@ -6,11 +6,11 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from config.catalog import Catalog
+from pipelines.assembly import CompiledUNet, load_controlnets, load_engine, load_text_encoders, load_vae
 from pipelines.control.nets import ColocatedControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
@@ -18,10 +18,7 @@ from pipelines.pictures.images import read_image
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 from pipelines.sampling.latents import Latents
-from pipelines.weights.loading import Device, load_controlnets, load_engine, load_text_encoders, load_vae
-
-if TYPE_CHECKING:
-    from pipelines.backends.tvm.loading import CompiledUNet
+from pipelines.weights.loading import Device
 
 
 @dataclass(frozen=True)

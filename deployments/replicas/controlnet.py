@@ -24,7 +24,7 @@ class ControlNetDeployment(Wakeable):
     """Hosts the ControlNets that steer one UNet, or all of them when components are grouped by role."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
-        from pipelines.weights.loading import (
+        from pipelines.assembly import (
             load_controlnets,  # torch is a replica's affair: building the graph goes without
         )
 

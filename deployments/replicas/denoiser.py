@@ -81,8 +81,8 @@ class DenoiserDeployment(Wakeable):
             compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
         """
         # torch is a replica's affair: building the graph goes without
+        from pipelines.assembly import load_controlnets, load_engine
         from pipelines.control.nets import ColocatedControl
-        from pipelines.weights.loading import load_controlnets, load_engine
 
         device = self._device = runtime.apply()
         self._compiled: tuple[CompiledSize, ...] = ()
@@ -105,8 +105,8 @@ class DenoiserDeployment(Wakeable):
     def _load_compiled(
         self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
     ) -> dict[str, StepEngine]:
+        from pipelines.assembly import load_compiled
         from pipelines.backends.tvm.artifacts import ArtifactCache
-        from pipelines.backends.tvm.loading import load_compiled
 
         cache = ArtifactCache(folder)
         loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}

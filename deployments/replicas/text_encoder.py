@@ -19,7 +19,7 @@ class TextEncoderDeployment(Wakeable):
     """Hosts one text-encoder component, or all of them when components are grouped by role."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
-        from pipelines.weights.loading import (
+        from pipelines.assembly import (
             load_text_encoders,  # torch is a replica's affair: building the graph goes without
         )
 

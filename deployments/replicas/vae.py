@@ -19,7 +19,7 @@ class VAEDeployment(Wakeable):
     """Hosts one VAE, or all of them when components are grouped by role. JPEGs are made here: tensors stop here."""
 
     def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
-        from pipelines.weights.loading import load_vae  # torch is a replica's affair: building the graph goes without
+        from pipelines.assembly import load_vae  # torch is a replica's affair: building the graph goes without
 
         device = runtime.apply()
         self._vaes = {c: load_vae(catalog, c, device) for c in components}

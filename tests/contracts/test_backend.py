@@ -23,7 +23,7 @@ from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
 from pipelines.backends.tvm.shapes import artifact_key
 from pipelines.plan import CompiledSize
-from pipelines.weights.loading import read_config
+from pipelines.weights.files import read_config
 from tests.contracts.conftest import ClientFactory, run_locally
 from tests.contracts.test_errors import check
 from tests.contracts.test_generation import picture, pixels, post

@@ -16,11 +16,11 @@ from deployments.replicas.base import Runtime
 from deployments.replicas.denoiser import DenoiserDeployment
 from deployments.replicas.remote_control import RemoteControl
 from deployments.telemetry.stages import Traced
+from pipelines.assembly import load_text_encoders
 from pipelines.errors import DenoiseError, OverloadedError
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
 from pipelines.text.conditioning import Conditioning
-from pipelines.weights.loading import load_text_encoders
 
 
 @pytest.fixture

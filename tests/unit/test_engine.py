@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel
 
 from config.catalog import ROOT, Catalog
+from pipelines.assembly import load_engine, load_text_encoders
 from pipelines.backends.base import StepBatch
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ColocatedControl, ControlNets
@@ -20,7 +21,6 @@ from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
 from pipelines.text.encoders import TextEncoderStack
-from pipelines.weights.loading import load_engine, load_text_encoders
 
 
 @pytest.fixture(scope="module")
