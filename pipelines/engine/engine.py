@@ -25,8 +25,9 @@ from pipelines.engine.guidance import guide
 from pipelines.errors import DenoiseError
 from pipelines.families import Family
 from pipelines.plan import StagePlan
+from pipelines.sampling.base import Sampler
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
-from pipelines.sampling.samplers import Sampler
+from pipelines.sampling.samplers import make_sampler
 from pipelines.text.conditioning import Conditioning
 
 logger = logging.getLogger("sdgraph.engine")
@@ -203,7 +204,7 @@ class StepEngine:
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is already here")
         device, dtype = self._denoiser.device, self._denoiser.dtype
-        sampler = Sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
+        sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
         if latents is None:
             shape = self._space.shape(plan.width, plan.height)
