@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.choices import Choices
 from pipelines.errors import InvalidValueError
+from pipelines.plan import MAX_STEPS, MIN_STEPS
 from pipelines.sampling.base import MakeSampler, Sampler
 from pipelines.sampling.diffusers_sampler import DiffusersSampler
 
@@ -31,8 +32,8 @@ class SamplerSpec:
     """Class name, which `GET /v1/samplers` shows; in diffusers, unless `make` is given."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the name changes in the model's scheduler configuration."""
-    min_steps: int = 1
-    max_steps: int = 1000
+    min_steps: int = MIN_STEPS
+    max_steps: int = MAX_STEPS
     edm: bool = False
     """Works in the EDM formulation (Karras et al. 2022), so on EDM models alone."""
     make: MakeSampler | None = None
