@@ -21,6 +21,7 @@ from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
+from pipelines.control.types import ControlSource
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
@@ -45,9 +46,14 @@ class CompiledUNet:
 
 
 def load_engine(
-    catalog: Catalog, component_id: str, device: Device, max_rows: int = 16, strict: bool = False
+    catalog: Catalog,
+    component_id: str,
+    device: Device,
+    max_rows: int = 16,
+    strict: bool = False,
+    control: ControlSource | None = None,
 ) -> StepEngine:
-    """A UNet component on the torch backend, in an engine ready for jobs.
+    """A UNet component on the torch backend, in an engine ready for jobs; `control` is what steers it, if anything.
 
     Raises:
         WeightsError: the weights are missing, or the UNet does not fit its VAE.
@@ -57,11 +63,16 @@ def load_engine(
     def fit(name: str, base: str) -> RowLora:
         return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
-    return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict)
+    return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
 
 
 def load_compiled(
-    catalog: Catalog, component_id: str, cache: ArtifactCache, max_rows: int = 16, strict: bool = False
+    catalog: Catalog,
+    component_id: str,
+    cache: ArtifactCache,
+    max_rows: int = 16,
+    strict: bool = False,
+    control: ControlSource | None = None,
 ) -> CompiledUNet | None:
     """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is."""
     # tvm takes a second to import, and only replicas that run it need to have it.
@@ -77,12 +88,18 @@ def load_compiled(
         raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
 
     rows = min(max_rows, max(BATCHES))
-    engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict)
+    engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict, control)
     return CompiledUNet(engine, compiled.sizes)
 
 
 def engine_over(
-    denoiser: Denoiser, catalog: Catalog, component_id: str, loras: LoraStore, max_rows: int, strict: bool
+    denoiser: Denoiser,
+    catalog: Catalog,
+    component_id: str,
+    loras: LoraStore,
+    max_rows: int,
+    strict: bool,
+    control: ControlSource | None,
 ) -> StepEngine:
     """An engine for a UNet component on whatever backend.
 
@@ -98,9 +115,17 @@ def engine_over(
             f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
             f"its VAE has {space.channels}"
         )
-    scheduler = read_config(spec, "scheduler")
-    fits = RowBudget(denoiser.config, denoiser.dtype, denoiser.device)
-    return StepEngine(denoiser, family, scheduler, space, loras, None, max_rows, strict, fits)
+    return StepEngine(
+        denoiser,
+        family,
+        read_config(spec, "scheduler"),
+        space,
+        loras,
+        control=control,
+        max_rows=max_rows,
+        strict=strict,
+        rows_that_fit=RowBudget(denoiser.config, denoiser.dtype, denoiser.device),
+    )
 
 
 def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:

@@ -29,7 +29,8 @@ from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 if TYPE_CHECKING:
     from pipelines.control.nets import ControlNets
     from pipelines.control.types import ControlHint
-    from pipelines.engine.engine import DenoiseJob, StepEngine, TickReport
+    from pipelines.engine.engine import StepEngine, TickReport
+    from pipelines.engine.job import DenoiseJob
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
 

@@ -31,7 +31,6 @@ class TorchDenoiser:
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
-        self.rows_evaluated = 0
         self.lora_hooks = RowLoraHooks(unet)
         self._late_binding = LateBinding(unet)
 
@@ -46,5 +45,8 @@ class TorchDenoiser:
                 added_cond_kwargs=dict(batch.added_conditions) or None,
                 return_dict=False,
             )
-        self.rows_evaluated += len(batch.sample)
         return cast(torch.Tensor, output[0])
+
+    def padding(self, batch: StepBatch) -> int:
+        """None: torch evaluates any number of rows."""
+        return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,3 +122,14 @@ class ColocatedControl:
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
         """Compute now."""
         return ReadyResiduals(self.nets.residuals(batch, hints))
+
+
+class LazyControl:
+    """Colocated ControlNets that are loaded when a job first brings a hint."""
+
+    def __init__(self, load: Callable[[], ControlNets]) -> None:
+        self._load = load
+
+    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
+        """Compute now, after loading where it was not done yet; `load` remembers what it loaded."""
+        return ReadyResiduals(self._load().residuals(batch, hints))

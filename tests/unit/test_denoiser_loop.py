@@ -76,15 +76,15 @@ async def test_cancelled_before_it_began(replica: DenoiserDeployment, work: Any)
 
 async def test_a_fault_answers_everybody_and_the_next_request_works(replica: DenoiserDeployment, work: Any) -> None:
     engine = replica._engines["unet-sd15"]
-    predict = engine._denoiser.predict
+    predict = engine.denoiser.predict
 
     def fail(batch: Any) -> torch.Tensor:
         raise MemoryError("no room")
 
-    engine._denoiser.predict = fail  # type: ignore[method-assign]
+    engine.denoiser.predict = fail  # type: ignore[method-assign]
     outcomes = await asyncio.gather(*(replica.denoise(*work(3)) for _ in range(3)), return_exceptions=True)
     assert all(isinstance(outcome, DenoiseError) for outcome in outcomes)
-    engine._denoiser.predict = predict  # type: ignore[method-assign]
+    engine.denoiser.predict = predict  # type: ignore[method-assign]
     assert (await replica.denoise(*work(2))).spans[-1].name == "denoise_unet-sd15"
 
 
