@@ -14,19 +14,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 from safetensors import safe_open
 
 from pipelines.adapters.rows import LoraLayer, RowLora
+from pipelines.diffusers_compat import read_lora_file, text_encoder_lora_to_peft, unet_lora_to_peft
 from pipelines.errors import InvalidValueError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -67,7 +61,7 @@ def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] |
         keys = list(file.keys())
         metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     _refuse_other_adapters(keys, name)
-    state, alphas = _read_state(path, unet_config)
+    state, alphas = read_lora_file(path, unet_config)
     own = _of_part(state, part)
     if alphas:
         weights = _from_kohya(own, part, alphas)
@@ -82,17 +76,6 @@ def _refuse_other_adapters(keys: Sequence[str], name: str) -> None:
     for mark, kind in REFUSED.items():
         if any(mark in key for key in keys):
             raise InvalidValueError(f"loras: '{name}' is a {kind} adapter, which is not supported; use a LoRA", "loras")
-
-
-def _read_state(
-    path: Path, unet_config: Mapping[str, Any] | None
-) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:
-    """Tensors under `<part>.<module>`, and kohya's alphas; diffusers' reader renames kohya's flat keys."""
-    blocks = None if unet_config is None else SimpleNamespace(**unet_config)  # it reads attributes of a config object
-    state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-        str(path.parent), weight_name=path.name, unet_config=blocks, use_safetensors=True, local_files_only=True
-    )
-    return state, alphas
 
 
 def _of_part(state: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
@@ -156,16 +139,4 @@ def _module(key: str) -> str:
 def _to_peft_names(state: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     if not state:
         return {}
-    converted: dict[str, torch.Tensor]
-    if part == "unet":
-        converted = convert_unet_state_dict_to_peft(dict(state))
-        return converted
-    # The converters tell a layout by its `to_out_lora`; a file without that layer needs the attention names mapped too.
-    names = {"to_q_lora": "q_proj", "to_k_lora": "k_proj", "to_v_lora": "v_proj", "to_out_lora": "out_proj"}
-    renamed = {}
-    for key, value in state.items():
-        for old, new in names.items():
-            key = key.replace(f".{old}.", f".{new}.lora_linear_layer.")
-        renamed[key] = value
-    converted = convert_state_dict_to_peft(convert_state_dict_to_diffusers(renamed))
-    return converted
+    return unet_lora_to_peft(state) if part == "unet" else text_encoder_lora_to_peft(state)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.control.types import ControlledRows
+from pipelines.diffusers_compat import UP_BLOCK_INPUT, UP_BLOCK_SKIPS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -46,11 +47,11 @@ class LateBinding:
         if self._residuals is None:  # the first up block: wait here, and add the mid residual
             self._residuals = self._controlled.pending.result().unpack(self._unet.device, self._unet.dtype)
             self._rows = torch.tensor(self._controlled.rows, device=self._unet.device)
-            kwargs["hidden_states"] = self._add(kwargs["hidden_states"], self._residuals.pop())
-        skips = kwargs["res_hidden_states_tuple"]
+            kwargs[UP_BLOCK_INPUT] = self._add(kwargs[UP_BLOCK_INPUT], self._residuals.pop())
+        skips = kwargs[UP_BLOCK_SKIPS]
         own = self._residuals[-len(skips) :]
         del self._residuals[-len(skips) :]
-        kwargs["res_hidden_states_tuple"] = tuple(self._add(skip, r) for skip, r in zip(skips, own, strict=True))
+        kwargs[UP_BLOCK_SKIPS] = tuple(self._add(skip, r) for skip, r in zip(skips, own, strict=True))
         return args, kwargs
 
     def _add(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from pipelines.control.types import (
     ReadyResiduals,
     Residuals,
 )
+from pipelines.diffusers_compat import take_map_embedder
 from pipelines.errors import WeightsError
 from pipelines.pictures.images import read_image
 from pipelines.plan import ControlUse
@@ -41,12 +42,11 @@ class ControlNets:
             WeightsError: a ControlNet that wants its maps in another channel order than RGB.
         """
         self._models = {component: model.eval() for component, model in models.items()}
-        self._embedders = {component: model.controlnet_cond_embedding for component, model in models.items()}
         self.cache: LruCache[str, torch.Tensor] = LruCache(REMEMBERED_EMBEDDINGS)
         for component, model in models.items():
             if model.config.controlnet_conditioning_channel_order != "rgb":
                 raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")
-            model.controlnet_cond_embedding = torch.nn.Identity()
+        self._embedders = {component: take_map_embedder(model) for component, model in models.items()}
         self._annotators = annotators
 
     def prepare(self, photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from pipelines.diffusers_compat import begin_schedule_at, takes_generator
 from pipelines.sampling.base import part_of_schedule
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class DiffusersSampler:
         self.order: int = self._scheduler.order
         every = cast("torch.Tensor", self._scheduler.timesteps)
         ticks = part_of_schedule(every, part, self.order, self._scheduler.config.num_train_timesteps)
-        if (part.start is not None or part.strength is not None) and hasattr(self._scheduler, "set_begin_index"):
-            self._scheduler.set_begin_index(ticks.start)
+        if part.start is not None or part.strength is not None:
+            begin_schedule_at(self._scheduler, ticks.start)
         self.timesteps = every[ticks]
-        self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._takes_generator = takes_generator(self._scheduler)
 
     @property
     def init_noise_sigma(self) -> float:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.catalog import ComponentSpec
+from pipelines.diffusers_compat import clip_from_checkpoint
 from pipelines.weights.files import ComponentFiles
 
 Device = Literal["cpu", "cuda"]
@@ -62,9 +62,7 @@ def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str,
         name = f"text_encoder{suffix}"
         with files.explained():
             if state is not None:
-                model = create_diffusers_clip_model_from_ldm(
-                    model_class, state, name, str(folder), _dtype(spec, device), local_files_only=True
-                )
+                model = clip_from_checkpoint(model_class, state, name, folder, _dtype(spec, device))
             else:
                 model = model_class.from_pretrained(folder, subfolder=name, **_options(files, device))
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True)
