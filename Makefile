@@ -37,7 +37,7 @@ setup: .venv/installed models  ## everything a fresh machine needs
 	touch $@
 
 models: .venv/installed  ## the tiny seeded models; does nothing when they are up to date
-	$(BIN)/python models/make_tiny.py 2> /dev/null
+	$(BIN)/python models/make_tiny.py
 
 demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, send the README's request, leave result.jpg, stop; BACKEND=tvm
 	$(BIN)/python -m deployments.launcher demo $(CONFIG)

@@ -10,7 +10,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from pipelines.errors import InvalidValueError
-from pipelines.plan import MAX_SIDE, MIN_SIDE, SEED_LIMIT, GenerationParams, OutputFormat
+from pipelines.plan import (
+    MAX_CFG_SCALE,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_STRENGTH,
+    MIN_CFG_SCALE,
+    MIN_SIDE,
+    MIN_STEPS,
+    MIN_STRENGTH,
+    SEED_LIMIT,
+    GenerationParams,
+    OutputFormat,
+)
 
 _DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
 RANDOM_SEED = -1
@@ -54,14 +66,24 @@ class GenerationRequest(BaseModel):
     )
     backend: str | None = Field(None, max_length=200, description="auto, tvm or torch.")
     image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI: the picture to start from.")
-    strength: FiniteFloat | None = Field(None, ge=0, le=1, description="How much of `image` is repainted; default 0.8.")
+    strength: FiniteFloat | None = Field(
+        None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="How much of `image` is repainted; default 0.8."
+    )
     seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
     cfg_scale: FiniteFloat | None = Field(
-        None, ge=0, le=50, validation_alias=AliasChoices("cfg_scale", "guidance_scale"), description="Default 5."
+        None,
+        ge=MIN_CFG_SCALE,
+        le=MAX_CFG_SCALE,
+        validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
+        description="Default 5.",
     )
     sampler: str | None = Field(None, max_length=200, description="See /v1/samplers; default DPM++ 2M SDE Heun Karras.")
     steps: int | None = Field(
-        None, ge=1, le=1000, validation_alias=AliasChoices("steps", "num_inference_steps"), description="Default 30."
+        None,
+        ge=MIN_STEPS,
+        le=MAX_STEPS,
+        validation_alias=AliasChoices("steps", "num_inference_steps"),
+        description="Default 30.",
     )
     style_preset: str | None = Field(None, max_length=200, description="See /v1/styles.")
     enable_refiner: bool | None = Field(None, description="The SDXL refiner runs the last fifth of the schedule.")
