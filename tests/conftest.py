@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from config.catalog import ROOT, Catalog
+from models.make_tiny import make_tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_models() -> Path:
-    """The folder of tiny seeded models; a second run of the command finds them up to date."""
-    subprocess.run([sys.executable, "models/make_tiny.py"], cwd=ROOT, check=True, capture_output=True)
-    return ROOT / "models" / "tiny"
+    """The folder of tiny seeded models, made by the first test process that needs them."""
+    folder = ROOT / "models" / "tiny"
+    with FileLock(folder.with_suffix(".lock")):
+        make_tiny(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,6 @@ def catalog(tiny_models: Path) -> Catalog:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def torch_threads() -> None:
-    """Two; one in each of several test processes, which would starve each other otherwise."""
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+def one_torch_thread() -> None:
+    """The models are tiny, and processes with as many threads as a busy machine has cores starve each other."""
+    torch.set_num_threads(1)

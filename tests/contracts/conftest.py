@@ -20,7 +20,7 @@ from tests.support.ingress import ClientFactory, open_client
 @pytest.fixture(scope="session")
 def handles(catalog: Catalog) -> dict[str, Any]:
     """Component id -> local handle, of every component of the tiny catalog, torch alone."""
-    bound = bind_components(AppArgs(grouping="role"), catalog, Runtime(device="cpu", torch_threads=2))
+    bound = bind_components(AppArgs(grouping="role"), catalog, Runtime(device="cpu", torch_threads=1))
     return run_locally(bound, "local")
 
 

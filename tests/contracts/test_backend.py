@@ -45,7 +45,7 @@ def compiled(sized: Catalog, handles: dict[str, Any], tmp_path_factory: pytest.T
     for control in (False, True):
         key = artifact_key(sized, UNET, 128, 128, 2, control, best_level())
         ArtifactCache(folder).make(key, lambda program, key=key: compile_unet(config, key, program))
-    args, runtime = AppArgs(tvm=True), Runtime("cpu", torch_threads=2)
+    args, runtime = AppArgs(tvm=True), Runtime("cpu", torch_threads=1)
     bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), folder)
     assert {component: name_of(app) for component, app in bound.items()} == {UNET: "unet-sd15-tvm"}
     assert options_of(bound[UNET])["runtime_env"]["env_vars"]["TVM_BIND_THREADS"] == "0"
@@ -203,7 +203,7 @@ async def test_nobody_waits_for_replicas_that_do_not_answer(
 
 
 async def test_a_replica_with_nothing_compiled_loads_nothing(sized: Catalog, tmp_path: Path) -> None:
-    args, runtime = AppArgs(tvm=True, grouping="role"), Runtime("cpu", torch_threads=2)
+    args, runtime = AppArgs(tvm=True, grouping="role"), Runtime("cpu", torch_threads=1)
     bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), tmp_path)
     assert {name_of(app) for app in bound.values()} == {"unet-tvm"}
     assert await run_locally(bound, "nothing")[UNET].compiled_sizes.remote() == ()

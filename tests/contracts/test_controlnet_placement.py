@@ -30,7 +30,7 @@ async def test_both_placements_draw_what_one_process_draws(
 ) -> None:
     part = catalog.only(("SD1.5-ControlNet",))
     args = AppArgs.model_validate({"controlnet_placement": placement})
-    bound = bind_components(args, part, Runtime(device="cpu", torch_threads=2))
+    bound = bind_components(args, part, Runtime(device="cpu", torch_threads=1))
     assert ("controlnet-sd15" in {name_of(app) for app in bound.values()}) == (placement == "deployment")
     async with connect(graph=Graph(run_locally(bound, placement))) as client:
         wire = {"controlnet_image": encoded(PHOTO), "output_format": "png", "seed": 3}
@@ -54,7 +54,7 @@ async def test_a_replica_that_forgot_a_map_asks_for_it(
         return answer
 
     monkeypatch.setattr(ControlNetDeployment, "residuals", counted)
-    bound = bind_components(AppArgs(), catalog.only(("SD1.5-ControlNet",)), Runtime(device="cpu", torch_threads=2))
+    bound = bind_components(AppArgs(), catalog.only(("SD1.5-ControlNet",)), Runtime(device="cpu", torch_threads=1))
     photos = {3: PHOTO, 4: photo(50, 60)}
     async with connect(graph=Graph(run_locally(bound, "forgetful"))) as client:
         replies = await asyncio.gather(

@@ -36,7 +36,7 @@ def embedded_catalog() -> Catalog:
 @pytest.fixture(scope="module")
 def embedded_graph(embedded_catalog: Catalog) -> Graph:
     args = AppArgs(catalog="embedded", grouping="role")
-    bound = bind_components(args, embedded_catalog, Runtime("cpu", torch_threads=2))
+    bound = bind_components(args, embedded_catalog, Runtime("cpu", torch_threads=1))
     return Graph(run_locally(bound, "embedded"))
 
 

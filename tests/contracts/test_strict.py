@@ -22,7 +22,7 @@ SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "LMS"]
 @pytest.fixture(scope="module")
 def strict_graph(catalog: Catalog) -> Graph:
     args = AppArgs(grouping="role", reproducible="strict")
-    bound = bind_components(args, catalog.only(("SD1.5",)), Runtime(device="cpu", torch_threads=2))
+    bound = bind_components(args, catalog.only(("SD1.5",)), Runtime(device="cpu", torch_threads=1))
     return Graph(run_locally(bound, "strict"))
 
 
