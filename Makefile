@@ -14,11 +14,20 @@ export RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT := 1000000
 export RAY_USAGE_STATS_ENABLED := 0
+export SERVE_SOCKET_REUSE_PORT_ENABLED := 0
 export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
-.PHONY: setup models demo serve compile compile-demo check test slow bench clients train gates k8s clean
+PYTEST := $(BIN)/pytest --durations=20 -m "not slow"
+# Two processes with a torch thread each; a file's tests stay together, so that what they share is made once.
+PARALLEL := --numprocesses=2 --dist=loadfile
+FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py
+
+.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/installed models  ## everything a fresh machine needs
 
@@ -42,14 +51,23 @@ compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM=
 compile-demo: setup
 	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_DEMO)
 
+format: setup  ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 check: setup  ## lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## check and every test but the slow ones
-	$(BIN)/pytest -m "not slow"
+fast: check  ## check and the tests that need neither Ray nor whole pictures: under two minutes
+	$(PYTEST) $(PARALLEL) $(FAST_TESTS)
+
+# What is cheap fails first.
+test: fast  ## every test but the slow ones
+	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/gpu
+	$(PYTEST) tests/serve
 
 # Its dependencies contradict ours.
 build/checkov/installed:
@@ -57,8 +75,8 @@ build/checkov/installed:
 	build/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@
 
-slow: setup build/checkov/installed  ## the slow tests: a cluster with cards that do not exist, what dies under load, what is too much, checkov
-	$(BIN)/pytest -m slow
+slow: setup build/checkov/installed  ## the slow tests: a cluster with cards that do not exist, faults, overload, checkov
+	$(BIN)/pytest --durations=20 -m slow
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real

@@ -28,7 +28,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, replica_queu
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
-from deployments.replicas.pace import Mean
+from deployments.replicas.throughput import MovingAverage
 from pipelines.engine.batching import BatchKey, select_rows
 
 MEGAPIXEL = 1024 * 1024
@@ -80,7 +80,7 @@ class Replica:
 
     ready: float
     jobs: list[Picture] = field(default_factory=list)
-    pace: Mean = field(default_factory=Mean)
+    pace: MovingAverage = field(default_factory=MovingAverage)
     ticking: bool = False
     leaving: bool = False
 

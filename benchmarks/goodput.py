@@ -28,7 +28,8 @@ import httpx
 import yaml
 from PIL import Image
 
-from deployments.launcher import LOCAL_CONFIG, ray_processes, running_graph
+from deployments.launcher import LOCAL_CONFIG, running_graph
+from deployments.ray_compat import ray_processes
 
 PORT = 8232
 SAMPLERS = ["DPM++ 2M SDE Karras", "Euler a", "DDIM", "Euler", "UniPC 2M", "DPM++ 2M"]

@@ -26,7 +26,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDif
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import ROOT, Catalog
-from deployments.launcher import LOCAL_CONFIG, ray_processes, request_picture, running_graph
+from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
+from deployments.ray_compat import ray_processes
 from pipelines.pictures.images import write_image
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image

@@ -16,8 +16,12 @@ from starlette.middleware import Middleware
 from config.catalog import Catalog, ComponentSpec
 from config.settings import Settings
 from deployments.access.limits import KeyLimits
-from deployments.ingress.ingress import Ingress, IngressLimits, deployment_states
-from deployments.proxy.answers import BodyLimit, ProxyAnswers
+from deployments.api.app import HttpIngress
+from deployments.api.body_limit import BodyLimit
+from deployments.graph import Graph
+from deployments.ingress.ingress import IngressLimits
+from deployments.proxy.answers import ProxyAnswers
+from deployments.ray_compat import as_ingress, deployment_states
 from deployments.replicas.base import Runtime
 from deployments.replicas.controlnet import ControlNetDeployment
 from deployments.replicas.denoiser import DenoiserDeployment
@@ -31,9 +35,9 @@ DEFAULTS: Mapping[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
     "max_ongoing_requests": 64,
     "max_queued_requests": 256,
-    "health_check_period_s": 5,  # how long a death may go unnoticed
+    "health_check_period_s": 5,  # a dead replica may go unnoticed for so long
     "health_check_timeout_s": 60,
-    # Weights that are not there may come: a replica is tried for ever (with RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT).
+    # Missing weights may come: a replica is started again for ever (with RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT).
     "max_constructor_retry_count": 10**6,
 }
 
@@ -44,7 +48,7 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     auth: Literal["keys", "none"] = "keys"
-    """Who may ask: those with a key, or, with `none`, everybody on this machine, over loopback alone."""
+    """`keys`: API key required. `none`: no keys; loopback connections only."""
     catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
     grouping: Literal["component", "role"] = "component"
@@ -60,7 +64,7 @@ class AppArgs(BaseModel):
     tvm_models: tuple[str, ...] = ()
     """Models whose UNets are deployed so; every one with a table of sizes if empty."""
     reproducible: Literal["rounding", "strict"] = "rounding"
-    """Whether a picture may differ by rounding (1/255 at most) with the company it was drawn in, or not by a byte."""
+    """`rounding`: a picture may differ by 1/255 with the requests it shares ticks with. `strict`: not by a byte."""
 
 
 def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
@@ -91,11 +95,16 @@ def build_app(args: AppArgs) -> Application:
     )
     keys_file = _keys_file(args, settings)
     key_limits = KeyLimits(settings.rate_limit, settings.pixel_steps_per_day, settings.limits_store)
-    ingress = _deploy(serve.ingress()(Ingress), "ingress")
     components = bind_components(args, catalog, runtime)
     compiled = bind_compiled(args, catalog, runtime, components, settings.tvm_cache)
-    return ingress.bind(
-        components, catalog, limits, keys_file, key_limits, deployment_states, compiled, settings.log_format
+    return _deploy(as_ingress(HttpIngress), "ingress").bind(
+        graph=Graph(components, compiled),
+        catalog=catalog,
+        limits=limits,
+        keys_file=keys_file,
+        key_limits=key_limits,
+        readiness=deployment_states,
+        log_format=settings.log_format,
     )
 
 
@@ -111,17 +120,20 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
     bound: dict[str, Application] = {}
     for name, components in hosted.items():
         ids = [component.id for component in components]
+        hosts: dict[str, Any] = {"components": ids, "catalog": catalog, "runtime": runtime}
         match components[0].kind:
             case "text_encoder":
-                app = _deploy(TextEncoderDeployment, name).bind(ids, catalog, runtime)
+                app = _deploy(TextEncoderDeployment, name).bind(**hosts)
             case "vae":
-                app = _deploy(VAEDeployment, name).bind(ids, catalog, runtime)
+                app = _deploy(VAEDeployment, name).bind(**hosts)
             case "controlnet":
-                app = _deploy(ControlNetDeployment, name).bind(ids, catalog, runtime)
-            case _:
-                nets = {unet: bound[own[0]] for unet in ids if not colocated and (own := catalog.controlnets_of(unet))}
+                app = _deploy(ControlNetDeployment, name).bind(**hosts)
+            case "unet":
                 app = _deploy(DenoiserDeployment, name).bind(
-                    ids, catalog, runtime, args.max_rows, None if colocated else nets, args.reproducible == "strict"
+                    **hosts,
+                    max_rows=args.max_rows,
+                    controlnets=None if colocated else _control_of(ids, catalog, bound),
+                    strict=args.reproducible == "strict",
                 )
                 if colocated:
                     bound |= {net: app for unet in ids for net in catalog.controlnets_of(unet)}
@@ -154,12 +166,22 @@ def bind_compiled(
     colocated = args.controlnet_placement == "colocated"
     compiled: dict[str, Application] = {}
     for name, ids in groups.items():
-        nets = {unet: bound[own[0]] for unet in ids if not colocated and (own := catalog.controlnets_of(unet))}
         app = _deploy(DenoiserDeployment, name, ray_actor_options=options).bind(
-            ids, catalog, runtime, args.max_rows, None if colocated else nets, args.reproducible == "strict", cache
+            components=ids,
+            catalog=catalog,
+            runtime=runtime,
+            max_rows=args.max_rows,
+            controlnets=None if colocated else _control_of(ids, catalog, bound),
+            strict=args.reproducible == "strict",
+            compiled=cache,
         )
         compiled |= dict.fromkeys(ids, app)
     return compiled
+
+
+def _control_of(unets: list[str], catalog: Catalog, bound: Mapping[str, Application]) -> dict[str, Application]:
+    """UNet id -> the deployment of its ControlNets, for those that have some."""
+    return {unet: bound[nets[0]] for unet in unets if (nets := catalog.controlnets_of(unet))}
 
 
 def proxy_middlewares() -> list[Middleware]:
@@ -172,7 +194,7 @@ def _keys_file(args: AppArgs, settings: Settings) -> Path | None:
         return None
     if settings.api_keys_file is None:
         raise ValueError(
-            "SDGRAPH_API_KEYS_FILE names no file of keys; for a server on loopback set `auth: none` in args"
+            "SDGRAPH_API_KEYS_FILE is not set. Set it to a key file, or `auth: none` in args for a server on loopback"
         )
     return settings.api_keys_file.resolve()
 

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from deployments import ray_compat
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CONFIG = ROOT / "config" / "serve.local.yaml"
@@ -35,15 +38,8 @@ README_REQUEST = {
 # Several processes with as many spinning OpenMP threads as there are cores destroy each other (benchmarks/RESULTS.md).
 DEFAULTS = {"SDGRAPH_TORCH_THREADS": "1"}
 ENVIRONMENT = {
+    **ray_compat.ENVIRONMENT,
     "PYTHONPATH": str(ROOT),
-    "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
-    "RAY_AUTH_MODE": "disabled",  # unset, a local start may leave a token in the user's home
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.app:proxy_middlewares",
-    # A sleeping deployment wakes when its waiting requests are reported: every 10 s by default.
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
 }
@@ -74,8 +70,9 @@ def running_graph(
         The base URL.
 
     Raises:
-        StartError: the graph exited or was not ready in time.
+        StartError: the port is in use, or the graph exited or was not ready in time.
     """
+    _check_port_is_free(port)
     serve = Path(sys.executable).with_name("serve")
     output = log.open("w") if log else None
     child = subprocess.Popen(
@@ -93,6 +90,13 @@ def running_graph(
         _stop(child)
         if output:
             output.close()
+
+
+def _check_port_is_free(port: int) -> None:
+    """A graph that runs there already would answer in the place of the one to be started."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise StartError(f"port {port} on 127.0.0.1 is in use; stop what listens there, or choose another port")
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:
@@ -121,19 +125,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=5)
-
-
-def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
-    """Ray's processes on this machine whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
-
-    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment.
-    """
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
-            found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
-    return found
 
 
 def request_picture(url: str, body: Mapping[str, object], timeout_s: float = 600) -> tuple[bytes, Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""Who may ask: API keys, known by their hashes."""
+"""API keys, known by their hashes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from pipelines.errors import SdgraphError
 
-logger = logging.getLogger("sdgraph.auth")
+logger = logging.getLogger(__name__)
 
 REREAD_S = 1.0
-"""How often a file of keys is looked at: a key put into a Secret counts within a second of the mount's update."""
+"""Seconds between looks at the key file: changes take effect within a second (of the mount's update, for a Secret)."""
 
 
 class UnauthorizedError(SdgraphError):
@@ -26,24 +28,30 @@ class UnauthorizedError(SdgraphError):
 def read_key_hashes(path: Path) -> list[tuple[str, str]]:
     """Names and SHA-256 hashes of the keys in a file of lines `<name> <hash in hex>`.
 
-    A name may have several keys, so that one can be replaced without a gap.
+    A name may have several keys, so that one can be replaced without a gap. Read as editors and `sha256sum` write such
+    files: spaces or tabs, `#` comments, a byte order mark, the `-` behind a hash of standard input.
 
     Raises:
         ValueError: a line of another form, which is not repeated, for it may be a key; or a file without keys.
         OSError: the file cannot be read.
     """
     keys: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, _, digest = line.partition(" ")
-        digest = digest.strip().lower()
-        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
-        keys.append((name, digest))
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        match line.partition("#")[0].split():
+            case []:
+                continue
+            case [name, digest] | [name, digest, "-" | "*-"] if _SHA256.fullmatch(digest):
+                keys.append((name, digest.lower()))
+            case _:
+                raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
     if not keys:
-        raise ValueError(f"{path} holds no key: nobody could ask. Add lines '<name> <sha256 of the key in hex>'")
+        raise ValueError(
+            f"{path} holds no key, so all requests would be refused. Add lines '<name> <sha256 of the key in hex>'"
+        )
     return keys
+
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class KeyRing:
@@ -56,7 +64,7 @@ class KeyRing:
         self._keys = read_key_hashes(path)
         self._looked = time.monotonic()
 
-    def identify(self, scope: Mapping[str, Any]) -> str:
+    def identify(self, scope: Scope) -> str:
         """Name of the key of a request, given its ASGI scope.
 
         Every known hash is compared in constant time, so that timing tells nothing.
@@ -65,7 +73,7 @@ class KeyRing:
             UnauthorizedError: no key or a wrong one.
         """
         self._reread()
-        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        authorization = Headers(scope=scope).get("authorization", "")
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
         names = [name for name, known in self._keys if hmac.compare_digest(known, digest)]
@@ -81,9 +89,9 @@ class KeyRing:
         try:
             if (stamp := self._stamp_now()) != self._stamp:
                 self._keys, self._stamp = read_key_hashes(self._path), stamp
-                logger.info("API keys read again: %d", len(self._keys))
+                logger.info("key file changed: %d keys read", len(self._keys))
         except (OSError, ValueError) as error:  # who could ask before still can
-            logger.error("API keys stay as they were: %s", error)
+            logger.error("key file not readable, the keys stay as they were: %s", error)
 
     def _stamp_now(self) -> tuple[int, int, int]:
         status = self._path.stat()
@@ -93,7 +101,7 @@ class KeyRing:
 class Loopback:
     """No keys (`auth: none`): everybody on this machine may ask, nobody else."""
 
-    def identify(self, scope: Mapping[str, Any]) -> None:
+    def identify(self, scope: Scope) -> None:
         """Accept a connection that was made to a loopback address.
 
         Raises:
@@ -106,5 +114,6 @@ class Loopback:
             local = False
         if not local:
             raise UnauthorizedError(
-                f"this server asks for no keys, so it answers on loopback alone, not on {host!r}; give it keys"
+                "This server has no API keys configured and only accepts loopback connections "
+                f"(got {host!r}). Set SDGRAPH_API_KEYS_FILE."
             )

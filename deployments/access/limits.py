@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from limits import RateLimitItem, RateLimitItemPerDay, parse
 from limits.aio.storage import MemoryStorage, Storage
-from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
+from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
 from pipelines.errors import SdgraphError
 
-logger = logging.getLogger("sdgraph.limits")
+logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 1.0
+Unit = Literal["requests", "pixel-steps"]
 
 
 class RateLimitedError(SdgraphError):
@@ -31,20 +34,17 @@ class RateLimitedError(SdgraphError):
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What each key may ask for.
-
-    Attributes:
-        rate: requests, in `limits` notation such as `60/minute`; None or empty for any number.
-        pixel_steps_per_day: sum of steps x width x height in the 24 hours from a key's first picture; None for any.
-        store: where counts are kept: `memory://`, each ingress replica for itself, or `redis://[:password@]host:port`.
-    """
+    """What each key may ask for."""
 
     rate: str | None = None
+    """Requests, in `limits` notation such as `60/minute`; None or empty for any number."""
     pixel_steps_per_day: int | None = None
+    """Sum of steps x width x height in the 24 hours from a key's first picture; None for any."""
     store: str = "memory://"
+    """Where counts are kept: `memory://`, each ingress replica for itself, or `redis://[:password@]host:port`."""
 
 
-class Allowance:
+class UsageLimiter:
     """Counts what keys ask for, in a moving window (requests) and by the day (pixel-steps)."""
 
     def __init__(self, limits: KeyLimits) -> None:
@@ -55,7 +55,8 @@ class Allowance:
         """
         self._rate = parse(limits.rate) if limits.rate else None
         self._quota = RateLimitItemPerDay(limits.pixel_steps_per_day) if limits.pixel_steps_per_day else None
-        self._counters = [_Counters(store) for store in (_store(limits.store), MemoryStorage())]
+        self._shared = _Counters(_store(limits.store))
+        self._own = _Counters(MemoryStorage())
 
     async def request(self, key: str) -> None:
         """Count one request; raises RateLimitedError when the window is full."""
@@ -66,37 +67,36 @@ class Allowance:
         """Count the work of a picture that is about to be drawn; raises RateLimitedError when the day's is used up."""
         if self._quota is not None and (wait := await self._count("pixel-steps", self._quota, key, amount)):
             raise RateLimitedError(
-                f"quota of {self._quota.amount} pixel-steps (steps x width x height) a day used up: "
+                f"daily quota of {self._quota.amount} pixel-steps (steps x width x height) exceeded: "
                 f"this picture takes {amount}; try again in {wait} s",
                 wait,
             )
 
-    async def _count(self, what: str, item: RateLimitItem, key: str, cost: int) -> int:
-        """Seconds to wait, 0 if it was counted. A store that is away must not stop the service: memory counts then."""
-        counters, spare = self._counters
+    async def _count(self, unit: Unit, item: RateLimitItem, key: str, cost: int) -> int:
+        """Seconds to wait, 0 if it was counted. If the store is unreachable, this process counts in memory."""
         try:
-            return await counters.hit(what, item, key, cost)
+            return await self._shared.hit(unit, item, key, cost)
         except StorageError as error:
-            logger.warning("the store of limits does not answer, this replica counts for itself: %s", error)
-            return await spare.hit(what, item, key, cost)
+            logger.warning("the limits store does not answer; this replica counts on its own: %s", error)
+            return await self._own.hit(unit, item, key, cost)
 
 
 class _Counters:
     """The two ways of counting over one store."""
 
     def __init__(self, store: Storage) -> None:
-        self._limiters = {
+        self._limiters: Mapping[Unit, RateLimiter] = {
             "requests": MovingWindowRateLimiter(store),
             # A moving window keeps an entry for each unit, and a picture costs millions.
             "pixel-steps": FixedWindowRateLimiter(store),
         }
 
-    async def hit(self, what: str, item: RateLimitItem, key: str, cost: int) -> int:
-        limiter = self._limiters[what]
-        # Looked at first: a fixed window would count what it refuses, and one large picture would lock small ones out.
-        if await limiter.test(item, what, key, cost=cost) and await limiter.hit(item, what, key, cost=cost):
+    async def hit(self, unit: Unit, item: RateLimitItem, key: str, cost: int) -> int:
+        limiter = self._limiters[unit]
+        # Test before hit: a fixed window also counts what it refuses, so one large picture would lock small ones out.
+        if await limiter.test(item, unit, key, cost=cost) and await limiter.hit(item, unit, key, cost=cost):
             return 0
-        reset = (await limiter.get_window_stats(item, what, key)).reset_time
+        reset = (await limiter.get_window_stats(item, unit, key)).reset_time
         return max(1, math.ceil(reset - time.time()))
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from deployments.access.keys import UnauthorizedError
 from deployments.access.limits import RateLimitedError
 from deployments.api.schemas import ErrorDetail, ErrorResponse
+from deployments.ray_compat import cause_of
 from deployments.telemetry.metrics import metrics
 from pipelines.errors import (
     BackendError,
@@ -27,9 +30,25 @@ from pipelines.errors import (
     UnstartableError,
 )
 
-logger = logging.getLogger("sdgraph.http")
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_OVERLOAD_S = 5
+RETRY_AFTER_FAILED_START_S = 60
+
+
+class ErrorCode(IntEnum):
+    """The contract's `code`, which clients branch on."""
+
+    OTHER = 40000
+    MALFORMED = 40001
+    TOO_LARGE = 40004
+    UNAUTHORIZED = 40101
+    UNKNOWN_MODEL = 40301
+    INVALID_VALUE = 40302
+    RATE_LIMITED = 42901
+    OVERLOADED = 42903
+    INTERNAL = 50001
+    DEADLINE = 50006
 
 
 @dataclass(frozen=True)
@@ -37,111 +56,124 @@ class Failure:
     """One row of the error table, filled in."""
 
     status: int
-    code: int
+    code: ErrorCode
     type: str
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     detail: list[dict[str, Any]] | None = None
 
+    @classmethod
+    def overloaded(cls, message: str, retry_after: int = RETRY_AFTER_OVERLOAD_S) -> Failure:
+        """503: the client may try again after `retry_after` seconds."""
+        headers = {"Retry-After": str(retry_after)}
+        return cls(503, ErrorCode.OVERLOADED, "overloaded_error", message, headers=headers)
 
-def cause_of(error: BaseException) -> BaseException:
-    """What really happened.
+    @classmethod
+    def restarting(cls, request_id: str) -> Failure:
+        """503: a replica died under the request, twice."""
+        return cls.overloaded(f"a part of the graph is restarting; try again (request {request_id})")
 
-    Ray wraps a replica's exception, once an edge; a task group groups them; and Serve has a wrapper for a call that
-    could not begin because one it depends on died.
-    """
-    while True:
-        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
-            error = error.cause
-        elif isinstance(error, RayServeException) and isinstance(error.__cause__, RayActorError):
-            error = error.__cause__
-        elif isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        else:
-            return error
+    @classmethod
+    def late(cls, message: str, request_id: str) -> Failure:
+        """504: the deadline passed."""
+        text = f"deadline passed: {message} (request {request_id})"
+        return cls(504, ErrorCode.DEADLINE, "timeout_error", text)
+
+    @classmethod
+    def invalid(cls, status: int, code: ErrorCode, message: str, param: str | None = None, **more: Any) -> Failure:
+        """4xx: the request cannot be served as it stands."""
+        return cls(status, code, "invalid_request_error", message, param, **more)
+
+    def response(self) -> JSONResponse:
+        """The error body of the contract; the metrics count it."""
+        metrics().errors.inc(1, {"status": str(self.status), "code": str(int(self.code))})
+        said = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        body = ErrorResponse(**said.model_dump(), error=said, detail=self.detail)
+        content = body.model_dump(exclude={"detail"} if self.detail is None else None)
+        return _ErrorBody(content, self.status, headers=self.headers)
+
+
+class _ErrorBody(JSONResponse):
+    """JSON that can always be sent: text of the client's that is not Unicode (lone surrogates) is replaced."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def answer(error: BaseException, request_id: str) -> JSONResponse:
+    """The contract's answer to whatever went wrong; what is the server's fault is logged."""
+    cause = cause_of(error)
+    failure = failure_of(cause, request_id)
+    if failure.code == ErrorCode.INTERNAL or isinstance(cause, RayActorError):
+        logger.error("request %s failed", request_id, exc_info=cause, extra={"request_id": request_id})
+    return failure.response()
 
 
 def failure_of(error: BaseException, request_id: str) -> Failure:
-    """The answer to an exception. One we do not know is a 500 that tells the request id and nothing of the inside."""
-    return counted(_failure_of(cause_of(error), request_id))
-
-
-def counted(failure: Failure) -> Failure:
-    """The failure, which the metrics now know of."""
-    metrics().errors.inc(1, {"status": str(failure.status), "code": str(failure.code)})
-    return failure
-
-
-def _failure_of(error: BaseException, request_id: str) -> Failure:
+    """The row of the table for an exception. An unknown one is a 500 that names the request and nothing inside."""
     match error:
+        case RequestValidationError():
+            return _validation_failure(error)
         case UnavailableModelError():
-            return Failure(400, 40301, "invalid_request_error", error.message, error.param)
+            return Failure.invalid(400, ErrorCode.UNKNOWN_MODEL, error.message, error.param)
         case TooLargeError():
-            return Failure(413, 40004, "invalid_request_error", error.message, error.param)
+            return Failure.invalid(413, ErrorCode.TOO_LARGE, error.message, error.param)
         case RequestError():
-            return Failure(400, 40302, "invalid_request_error", error.message, error.param)
+            return Failure.invalid(400, ErrorCode.INVALID_VALUE, error.message, error.param)
         case UnauthorizedError():
             headers = {"WWW-Authenticate": "Bearer"}
-            return Failure(401, 40101, "authentication_error", str(error), headers=headers)
+            return Failure(401, ErrorCode.UNAUTHORIZED, "authentication_error", str(error), headers=headers)
         case RateLimitedError():
             headers = {"Retry-After": str(error.retry_after)}
-            return Failure(429, 42901, "rate_limit_error", error.message, headers=headers)
+            return Failure(429, ErrorCode.RATE_LIMITED, "rate_limit_error", error.message, headers=headers)
         case OverloadedError():
-            return overloaded("more is waiting than can be done in time; try again", error.retry_after)
+            message = "the queue is too long to finish before the deadline; try again"
+            return Failure.overloaded(message, error.retry_after)
         case BackPressureError():
-            return overloaded("all queues are full; try again")
+            return Failure.overloaded("all queues are full; try again")
         case RayActorError():
-            logger.error("request %s failed twice on replicas that died", request_id, exc_info=error)
-            return restarting(request_id)
+            return Failure.restarting(request_id)
         case UnstartableError():
-            return overloaded(f"'{error}', which this request needs, cannot start now; /readyz says why", 60)
+            message = f"'{error}', which this request needs, cannot start now; /readyz says why"
+            return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)
         case DeploymentUnavailableError():
-            return overloaded("a part of the graph that this request needs cannot start now; /readyz says why", 60)
+            message = "a part of the graph that this request needs cannot start now; /readyz says why"
+            return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)
         case TaskCancelledError():  # the client left: nobody reads this
-            return Failure(499, 40000, "cancelled", "the client left")
+            return Failure(499, ErrorCode.OTHER, "cancelled", "the client left")
         case DeadlineError():
-            return late(str(error), request_id)
+            return Failure.late(str(error), request_id)
         case BackendError():
-            logger.error("request %s failed", request_id, exc_info=error)
-            return Failure(500, 50001, "server_error", f"{error} (request {request_id})", "backend")
+            return Failure(500, ErrorCode.INTERNAL, "server_error", f"{error} (request {request_id})", "backend")
         case HTTPException(status_code=400):  # FastAPI's only one: bytes that do not decode
             detail = [{"loc": ["body"], "msg": "not JSON in UTF-8", "type": "json_invalid"}]
-            return Failure(422, 40001, "invalid_request_error", "the body is not JSON in UTF-8", detail=detail)
+            return Failure.invalid(422, ErrorCode.MALFORMED, "the body is not JSON in UTF-8", detail=detail)
         case HTTPException():
-            return Failure(
-                error.status_code, 40000, "invalid_request_error", str(error.detail), headers=error.headers or {}
-            )
-    logger.error("request %s failed", request_id, exc_info=error)
-    return Failure(500, 50001, "server_error", f"internal error; the server's log knows it as request {request_id}")
+            return Failure.invalid(error.status_code, ErrorCode.OTHER, str(error.detail), headers=error.headers or {})
+    message = f"internal error; the server's log knows it as request {request_id}"
+    return Failure(500, ErrorCode.INTERNAL, "server_error", message)
 
 
-def overloaded(message: str, retry_after: int = RETRY_AFTER_OVERLOAD_S) -> Failure:
-    """Come back later."""
-    return Failure(503, 42903, "overloaded_error", message, headers={"Retry-After": str(retry_after)})
-
-
-def restarting(request_id: str) -> Failure:
-    """A replica died under the request, twice."""
-    return overloaded(f"a part of the graph is restarting; try again (request {request_id})")
-
-
-def late(message: str, request_id: str) -> Failure:
-    """The deadline passed."""
-    return Failure(504, 50006, "timeout_error", f"deadline passed: {message} (request {request_id})")
-
-
-def validation_failure(error: RequestValidationError) -> Failure:
+def _validation_failure(error: RequestValidationError) -> Failure:
     """A body that does not fit the schema: a wrong value is 400, a wrong type or broken JSON 422 with `detail`."""
     # The offending input and pydantic's context stay out: a 20 MB picture, or something that is no JSON.
     errors = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     first = errors[0]
     location = [str(part) for part in first["loc"] if part not in ("body", "hyperbolic", "openai")]
     param = location[0] if location and first["type"] != "json_invalid" else None
-    message = f"{'.'.join(location)}: {first['msg']}" if param else str(first["msg"])
+    message = f"{'.'.join(location)}: {first['msg']}" if param else _json_problem(error)
     if first["type"] in _VALUE_ERRORS:
-        return counted(Failure(400, 40302, "invalid_request_error", message, param))
-    return counted(Failure(422, 40001, "invalid_request_error", message, param, detail=errors))
+        return Failure.invalid(400, ErrorCode.INVALID_VALUE, message, param)
+    return Failure.invalid(422, ErrorCode.MALFORMED, message, param, detail=errors)
+
+
+def _json_problem(error: RequestValidationError) -> str:
+    """What is wrong with a body as a whole, and where, if it is not JSON."""
+    first = error.errors()[0]
+    if first["type"] != "json_invalid":
+        return str(first["msg"])
+    return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])} at character {first['loc'][-1]}"
 
 
 _VALUE_ERRORS = {
@@ -156,11 +188,3 @@ _VALUE_ERRORS = {
     "literal_error",
     "int_parsing_size",
 }
-
-
-def reply(failure: Failure) -> JSONResponse:
-    """The error body of the contract."""
-    said = ErrorDetail(message=failure.message, type=failure.type, param=failure.param, code=failure.code)
-    body = ErrorResponse(**said.model_dump(), error=said, detail=failure.detail)
-    content = body.model_dump(exclude={"detail"} if failure.detail is None else None)
-    return JSONResponse(content, failure.status, headers=failure.headers)

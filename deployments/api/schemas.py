@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from pipelines.errors import InvalidValueError
 from pipelines.plan import (
@@ -26,13 +24,34 @@ from pipelines.plan import (
     OutputFormat,
 )
 
-_DATA_URI = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
+RANDOM_SEED = -1
+"""What A1111, ComfyUI and their clients send for a random seed."""
+
+
+def _without_unset(data: Any, empty_is_unset: frozenset[str]) -> Any:
+    """A body without its nulls, and without the empty strings of optional fields that cannot be empty.
+
+    Clients send both for fields they do not set; a null must not hide the field's other spelling either.
+    """
+    if not isinstance(data, dict):
+        return data
+    return {
+        name: value
+        for name, value in data.items()
+        if value is not None and not (value == "" and isinstance(value, str) and name in empty_is_unset)
+    }
 
 
 class GenerationRequest(BaseModel):
     """Hyperbolic's image request. Unknown fields are ignored and `null` means absent: real clients send both."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        return _without_unset(data, _HYPERBOLIC_UNSET)
 
     model_name: str = Field(max_length=200, examples=["SDXL1.0-base"])
     prompt: str = Field(min_length=1, max_length=20_000)
@@ -50,7 +69,7 @@ class GenerationRequest(BaseModel):
     strength: FiniteFloat | None = Field(
         None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="How much of `image` is repainted; default 0.8."
     )
-    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="Random if absent; always returned.")
+    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
     cfg_scale: FiniteFloat | None = Field(
         None,
         ge=MIN_CFG_SCALE,
@@ -89,7 +108,7 @@ class GenerationRequest(BaseModel):
             steps=self.steps,
             cfg_scale=self.cfg_scale,
             sampler=self.sampler,
-            seed=self.seed,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
             style_preset=self.style_preset,
             backend=self.backend or "auto",
             image=decode_base64(self.image, "image"),
@@ -108,13 +127,18 @@ class OpenAIImageRequest(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        return _without_unset(data, _OPENAI_UNSET)
+
     model: str = Field(max_length=200)
     prompt: str = Field(min_length=1, max_length=20_000)
     n: int | None = Field(None, ge=1, le=10, description="Pictures, of consecutive seeds; default 1.")
     size: str | None = Field(None, pattern=r"^(auto|\d{3,4}x\d{3,4})$", description="WIDTHxHEIGHT or auto.")
     response_format: Literal["b64_json"] | None = Field(None, description="Pictures are always returned inline.")
     output_format: OutputFormat | None = None
-    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT)
+    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT)
 
     def to_params(self) -> GenerationParams:
         """The same request in this project's words."""
@@ -124,9 +148,17 @@ class OpenAIImageRequest(BaseModel):
             prompt=self.prompt,
             width=width,
             height=height,
-            seed=self.seed,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
             output_format=self.output_format or "jpeg",
         )
+
+
+_HYPERBOLIC_UNSET = frozenset(
+    {"prompt_2", "negative_prompt_2", "backend", "image", "sampler", "style_preset"}
+    | {"controlnet_name", "controlnet_image", "output_format"}
+)
+"""Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
+_OPENAI_UNSET = frozenset({"size", "response_format", "output_format"})
 
 
 def _shape(body: Any) -> str:
@@ -187,11 +219,12 @@ class ErrorResponse(ErrorDetail):
 
 
 def decode_base64(text: str | None, param: str) -> bytes | None:
-    """Bytes of a raw base64 string or a data URI."""
+    """Bytes of a base64 string or a data URI of whatever type, with either alphabet of RFC 4648, padded or not."""
     if text is None:
         return None
+    digits = "".join(_DATA_URI.sub("", text, count=1).split()).rstrip("=").translate(_URL_SAFE)
     try:
-        data = base64.b64decode("".join(_DATA_URI.sub("", text).split()), validate=True)
+        data = base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidValueError(f"{param} is not valid base64", param) from None
     if not data:
@@ -199,17 +232,4 @@ def decode_base64(text: str | None, param: str) -> bytes | None:
     return data
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What the HTTP layer knows of a request beside its body.
-
-    Attributes:
-        key: name of the caller's key, None where none is asked for.
-        deadline_s: how long the caller waits.
-    """
-
-    key: str | None = None
-    deadline_s: float = math.inf
-
-
-ANYBODY = Wish()
+_URL_SAFE = str.maketrans("-_", "+/")

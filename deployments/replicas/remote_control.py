@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray.exceptions import RayActorError
-
+from deployments.graph import ControlNetEdge
+from deployments.ray_compat import replica_died
 from deployments.telemetry.metrics import metrics
 
 if TYPE_CHECKING:
     from pipelines.control.types import ControlBatch, ControlHint, PendingResiduals, Residuals
 
-logger = logging.getLogger("sdgraph.denoiser")
+logger = logging.getLogger(__name__)
 
 
 class RemoteControl:
     """ControlNets in their own deployment. The call runs on the replica's event loop while the UNet goes down."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, edge: ControlNetEdge) -> None:
+        self._edge = edge
         self._loop = asyncio.get_event_loop()
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
@@ -37,11 +37,11 @@ class RemoteControl:
 
     async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
         """One call, and a second one where the replica died: to another one, or to its successor."""
-        residuals: Residuals | None
         try:
-            residuals = await self._handle.residuals.remote(batch, dict(hints))
-        except RayActorError as error:
+            return await self._edge.residuals(batch=batch, hints=hints)
+        except Exception as error:
+            if not replica_died(error):
+                raise
             logger.warning("a ControlNet replica died, asking again: %s", type(error).__name__)
             metrics().retries.inc(1, {"reason": "controlnet died"})
-            residuals = await self._handle.residuals.remote(batch, dict(hints))
-        return residuals
+            return await self._edge.residuals(batch=batch, hints=hints)

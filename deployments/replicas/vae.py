@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from config.catalog import Catalog
-from deployments.replicas.base import Runtime, Wakeable, Worker
-from deployments.telemetry.stages import Traced, stopwatch
+from deployments.graph import Sealed
+from deployments.replicas.base import Replica, Runtime
+from deployments.replicas.sealing import unseal
+from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.pictures.images import EncodedImage, read_image, write_image
 from pipelines.plan import GenerationPlan
 
@@ -15,31 +17,33 @@ if TYPE_CHECKING:
     from pipelines.sampling.latents import Latents
 
 
-class VAEDeployment(Wakeable):
-    """Hosts one VAE, or all of them when components are grouped by role. JPEGs are made here: tensors stop here."""
+class VAEDeployment(Replica):
+    """Hosts one VAE, or all of them when components are grouped by role. Files are made here: tensors stop here."""
 
-    def __init__(self, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
-        from pipelines.assembly import load_vae  # torch is a replica's affair: building the graph goes without
+    def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        from pipelines.assembly import load_vae
 
-        device = runtime.apply()
-        self._vaes = {c: load_vae(catalog, c, device) for c in components}
-        self._worker = Worker()
+        self._vaes = {c: load_vae(catalog, c, self._device) for c in components}
 
-    async def encode(self, plan: GenerationPlan, image: bytes) -> Traced[Latents]:
+    async def encode(self, *, plan: GenerationPlan, image: bytes) -> Timed[Latents]:
         """Latents of the picture an img2img request starts from."""
         with stopwatch("vae_encode", plan.vae) as watch:
-            latents = await self._worker.stage(watch, self._encode, plan, image)
-        return watch.trace(latents)
+            latents = await self._worker.run(self._encode, plan, image, started=watch.start_work)
+        return watch.timed(latents)
 
-    async def decode(self, plan: GenerationPlan, latents: Traced[Latents]) -> Traced[EncodedImage]:
+    async def decode(
+        self, *, plan: GenerationPlan, latents: Timed[Latents] | Sealed[Timed[Latents]]
+    ) -> Timed[EncodedImage]:
         """The finished file, with the plan inside."""
+        opened = unseal(latents)
         with stopwatch("vae_decode", plan.vae) as watch:
-            image = await self._worker.stage(watch, self._decode, plan, latents.value)
-        return watch.trace(image, latents)
+            image = await self._worker.run(self._decode, plan, opened.value, started=watch.start_work)
+        return watch.timed(image, opened)
 
-    async def preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
+    async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents]) -> bytes:
         """A small JPEG of a picture in the making."""
-        return await self._worker.run(self._preview, plan, latents)
+        return await self._worker.run(self._preview, plan, unseal(latents))
 
     def _preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
         return write_image(self._vaes[plan.vae].preview(latents), "jpeg", "").data

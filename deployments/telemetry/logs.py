@@ -7,27 +7,31 @@ from typing import Literal
 
 from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
-from ray.serve.context import _get_serve_request_context
+
+from deployments.ray_compat import current_request_id
 
 LogFormat = Literal["text", "json"]
+ROOTS = ("config", "pipelines", "deployments")
+"""Loggers are named after their modules."""
 
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
 JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def show_logs(form: LogFormat = "text") -> None:
-    """Let this process's error stream, which Ray collects, have sdgraph's messages from INFO upwards; once."""
-    logger = logging.getLogger("sdgraph")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.addFilter(_Identify())
-        if form == "json":
-            renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
-            handler.setFormatter(JsonFormatter(JSON, rename_fields=renamed))
-        else:
-            handler.setFormatter(logging.Formatter(TEXT))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+    """Write this project's messages from INFO upwards to the error stream, which Ray collects; once a process."""
+    if logging.getLogger(ROOTS[0]).handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.addFilter(_Identify())
+    if form == "json":
+        renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter(JSON, rename_fields=renamed))
+    else:
+        handler.setFormatter(logging.Formatter(TEXT))
+    for root in ROOTS:
+        logging.getLogger(root).addHandler(handler)
+        logging.getLogger(root).setLevel(logging.INFO)
 
 
 class _Identify(logging.Filter):
@@ -39,7 +43,7 @@ class _Identify(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not hasattr(record, "request_id"):
-            record.request_id = _get_serve_request_context().request_id or "-"
+            record.request_id = current_request_id() or "-"
         if (span := trace.get_current_span().get_span_context()).is_valid:
             record.trace_id = f"{span.trace_id:032x}"
         return True

@@ -1,4 +1,4 @@
-"""What is counted and timed, for Prometheus: every metric of this project, on one page.
+"""Every Prometheus metric of this project, on one page.
 
 Ray's agent on each node exports them under these names with `ray_` before; `deployment` and `replica` labels come from
 Serve. The sum of a histogram is made of its buckets' middles there: means need a counter, as `rows` over ticks.
@@ -21,30 +21,38 @@ class Metrics:
     """The metrics of this process; made by `metrics()`, inside a replica, so that Serve's labels are known."""
 
     def __init__(self) -> None:
-        self.requests = Counter("sdgraph_requests", "HTTP requests answered.", ("route", "status"))
-        self.errors = Counter("sdgraph_errors", "Of them errors, by the code of the contract.", ("status", "code"))
+        stage, component = ("stage", "component"), ("component",)
+        self.requests = Counter("sdgraph_requests", "HTTP requests by route and status.", ("route", "status"))
+        self.errors = Counter(
+            "sdgraph_errors", "HTTP error responses by status and API error code.", ("status", "code")
+        )
         self.request_seconds = Histogram(
-            "sdgraph_request_seconds", "From admission to picture.", SECONDS, ("model", "backend")
+            "sdgraph_request_seconds",
+            "Time from a request's admission to its finished picture.",
+            SECONDS,
+            ("model", "backend"),
         )
-        self.retries = Counter("sdgraph_retries", "Second tries, by reason.", ("reason",))
+        self.retries = Counter("sdgraph_retries", "Second tries by reason.", ("reason",))
         self.stage_seconds = Histogram(
-            "sdgraph_stage_seconds", "A stage's time on one request, waiting included.", SECONDS, ("stage", "component")
+            "sdgraph_stage_seconds", "Time a stage took for one request, waiting included.", SECONDS, stage
         )
-        self.queue_seconds = Histogram(
-            "sdgraph_queue_seconds", "Of it, waiting for the model.", SECONDS, ("stage", "component")
-        )
-        self.stage_errors = Counter(
-            "sdgraph_stage_errors", "Stages that raised, by exception.", ("stage", "component", "error")
-        )
-        self.tick_seconds = Histogram("sdgraph_tick_seconds", "One UNet evaluation.", SECONDS, ("component",))
+        self.queue_seconds = Histogram("sdgraph_queue_seconds", "Time a stage waited for the model.", SECONDS, stage)
+        self.stage_errors = Counter("sdgraph_stage_errors", "Stages that raised, by exception type.", (*stage, "error"))
+        self.tick_seconds = Histogram("sdgraph_tick_seconds", "Time of one UNet evaluation (tick).", SECONDS, component)
         self.rows = Counter(
-            "sdgraph_rows", "Rows evaluated: asked for, or padding of a compiled batch size.", ("component", "kind")
+            "sdgraph_rows",
+            "UNet batch rows evaluated: asked for by jobs, or padding up to a compiled batch size.",
+            (*component, "kind"),
         )
         self.outstanding = Gauge(
-            "sdgraph_outstanding_work", "Rows x ticks to come x pixels, of the jobs in this replica.", ("component",)
+            "sdgraph_outstanding_work",
+            "Remaining work of the jobs in this replica: rows x remaining ticks x pixels.",
+            component,
         )
-        self.cache_lookups = Counter("sdgraph_cache_lookups", "Lookups of a cache.", ("cache", "component", "result"))
-        self.programs = Gauge("sdgraph_compiled_programs", "Compiled UNets in use, by component.", ("component",))
+        self.cache_lookups = Counter(
+            "sdgraph_cache_lookups", "Cache lookups by result.", ("cache", *component, "result")
+        )
+        self.programs = Gauge("sdgraph_compiled_programs", "Compiled UNet programs in use, by component.", component)
         self._seen: dict[tuple[str, str], tuple[int, int]] = {}
 
     def cache(self, name: str, component: str, *caches: LruCache[Any, Any]) -> None:
@@ -58,11 +66,11 @@ class Metrics:
 
     def tick(self, component: str, rows: int, padding: int, seconds: float) -> None:
         """Count one UNet evaluation."""
-        of = {"component": component}
-        self.tick_seconds.observe(seconds, of)
-        self.rows.inc(rows, of | {"kind": "asked"})
+        labels = {"component": component}
+        self.tick_seconds.observe(seconds, labels)
+        self.rows.inc(rows, labels | {"kind": "asked"})
         if padding:
-            self.rows.inc(padding, of | {"kind": "padding"})
+            self.rows.inc(padding, labels | {"kind": "padding"})
 
 
 @cache

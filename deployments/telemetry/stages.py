@@ -1,4 +1,4 @@
-"""Seeing a request on its way: times of its stages, as spans that travel with the data, metrics and traces."""
+"""How long each stage of a request took: times that travel with the data, metrics, log lines and trace spans."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from opentelemetry import trace
 
 from deployments.telemetry.metrics import metrics
 
-if TYPE_CHECKING:
-    from pipelines.sampling.latents import Latents
-
-logger = logging.getLogger("sdgraph.stage")
+logger = logging.getLogger(__name__)
 tracer = trace.get_tracer("sdgraph")
-"""Does nothing until Serve is told of an exporter (README, Sight)."""
+"""Does nothing until Serve is told of an exporter (README, Observability)."""
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Span:
+class StageTime:
     """How long one stage worked on one request, waiting inside the stage included."""
 
     name: str
@@ -33,37 +30,18 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Traced(Generic[T_co]):
-    """A stage's result with the spans of everything that led to it.
+class Timed(Generic[T_co]):
+    """A stage's result with the times of every stage that led to it.
 
     Results go from stage to stage without passing the ingress, so their times travel with them.
     """
 
     value: T_co
-    spans: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a stage stands.
-
-    Attributes:
-        stage: the component.
-        step: sampler steps done.
-        steps: sampler steps of the stage.
-        position: jobs that go first, while the job waits for rows; None while it runs.
-        latents: where the picture stands, if the watcher asked for previews.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    position: int | None = None
-    latents: Latents | None = None
+    times: tuple[StageTime, ...] = ()
 
 
 class Stopwatch:
-    """Collects the span of a stage's own work."""
+    """Times a stage, and how long of it the stage waited for its model."""
 
     def __init__(self, stage: str, component: str, level: int) -> None:
         self._level = level
@@ -72,10 +50,10 @@ class Stopwatch:
         self._begin = time.perf_counter()
         self._working = False
         self._waited = 0.0
-        self.span: Span | None = None
+        self.stage_time: StageTime | None = None
 
     def start_work(self) -> None:
-        """The model has got to it: what passed since the beginning was waiting. Later calls change nothing."""
+        """The model begins: what passed until now was waiting. Later calls change nothing."""
         if not self._working:
             self._working = True
             self._waited = time.perf_counter() - self._begin
@@ -85,26 +63,26 @@ class Stopwatch:
         """The stage is done."""
         seconds = time.perf_counter() - self._begin
         name = f"{self._stage}_{self._component}" if self._stage == "denoise" else self._stage
-        self.span = Span(name, seconds)
+        self.stage_time = StageTime(name, seconds)
         metrics().stage_seconds.observe(seconds, {"stage": self._stage, "component": self._component})
         logger.log(
             self._level,
-            "%s %s: %.3f s, of it %.3f s waiting",
+            "%s %s took %.3f s, %.3f s of it waiting",
             *(self._stage, self._component, seconds, self._waited),
             extra={"stage": self._stage, "component": self._component, "seconds": seconds, "waited": self._waited},
         )
 
     def fail(self, error: BaseException) -> None:
         """The stage raised."""
-        of = {"stage": self._stage, "component": self._component}
-        metrics().stage_errors.inc(1, of | {"error": type(error).__name__})
+        labels = {"stage": self._stage, "component": self._component}
+        metrics().stage_errors.inc(1, labels | {"error": type(error).__name__})
 
-    def trace(self, value: T, *inputs: Traced[object] | None) -> Traced[T]:
-        """Wrap a result: the spans of its inputs, each once, then this one."""
-        spans = [span for item in inputs if item is not None for span in item.spans]
-        if self.span is not None:
-            spans.append(self.span)
-        return Traced(value, tuple(dict.fromkeys(spans)))
+    def timed(self, value: T, *inputs: Timed[object] | None) -> Timed[T]:
+        """Wrap a result: the times of its inputs, each once, then this stage's."""
+        times = [taken for item in inputs if item is not None for taken in item.times]
+        if self.stage_time is not None:
+            times.append(self.stage_time)
+        return Timed(value, tuple(dict.fromkeys(times)))
 
 
 @contextmanager
@@ -123,6 +101,6 @@ def stopwatch(stage: str, component: str, level: int = logging.INFO) -> Iterator
     watch.stop()
 
 
-def server_timing(spans: tuple[Span, ...]) -> str:
+def server_timing(times: tuple[StageTime, ...]) -> str:
     """The `server-timing` header (W3C Server Timing): one entry a stage, milliseconds."""
-    return ", ".join(f"{span.name};dur={span.seconds * 1000:.1f}" for span in spans)
+    return ", ".join(f"{taken.name};dur={taken.seconds * 1000:.1f}" for taken in times)

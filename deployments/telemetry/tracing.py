@@ -10,6 +10,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 def otlp() -> list[SpanProcessor]:
     """Send spans to the collector of OTEL_EXPORTER_OTLP_ENDPOINT, in batches, off the request's path.
 
-    Serve makes spans of its proxy, routers and replicas; those of the stages (`observability.stopwatch`) lie within.
+    Serve makes spans of its proxy, routers and replicas; the stages' own lie within those.
     """
     return [BatchSpanProcessor(OTLPSpanExporter())]

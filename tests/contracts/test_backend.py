@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
-from ray import serve
 
 from config.catalog import Catalog, Size
 from deployments.app import AppArgs, bind_compiled, bind_components
+from deployments.graph import Call, Graph
 from deployments.replicas.base import Runtime
 from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
 from pipelines.backends.tvm.shapes import artifact_key
-from pipelines.plan import CompiledSize
+from pipelines.plan import CompiledSize, StagePlan
 from pipelines.weights.files import read_config
-from tests.contracts.conftest import ClientFactory, run_locally
-from tests.contracts.test_errors import check
-from tests.contracts.test_generation import picture, pixels, post
-from tests.contracts.test_stream import parse
+from tests.support.bound import name_of, options_of, run_locally
+from tests.support.graph import FakeGraph, never
+from tests.support.http import check, encoded, events, photo, picture, pixels, post
+from tests.support.ingress import ClientFactory
 
 UNET = "unet-sd15"
 
@@ -41,8 +38,8 @@ def sized(catalog: Catalog) -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def compiled(sized: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The compiled UNet's deployment, without and with a ControlNet, at 128x128."""
+def compiled(sized: Catalog, handles: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The graph with a compiled UNet, without and with a ControlNet, at 128x128."""
     folder = tmp_path_factory.mktemp("tvm")
     config = read_config(sized.component(UNET))
     for control in (False, True):
@@ -50,37 +47,45 @@ def compiled(sized: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ArtifactCache(folder).make(key, lambda program, key=key: compile_unet(config, key, program))
     args, runtime = AppArgs(tvm=True), Runtime("cpu", torch_threads=2)
     bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), folder)
-    assert {name: app._bound_deployment.name for name, app in bound.items()} == {UNET: "unet-sd15-tvm"}
-    assert bound[UNET]._bound_deployment.ray_actor_options["runtime_env"]["env_vars"]["TVM_BIND_THREADS"] == "0"
-    return run_locally(bound, "compiled")[UNET]
+    assert {component: name_of(app) for component, app in bound.items()} == {UNET: "unet-sd15-tvm"}
+    assert options_of(bound[UNET])["runtime_env"]["env_vars"]["TVM_BIND_THREADS"] == "0"
+    return Graph(handles, run_locally(bound, "compiled"))
 
 
-class Claims:
-    """A compiled UNet's handle that says how fast it was: a measurement on a busy machine is no test's business."""
+def claiming(compiled: Graph, speedup: float, **edges: Any) -> FakeGraph:
+    """A graph that says how fast its compiled UNet was: a measurement on a busy machine is no test's business."""
 
-    def __init__(self, handle: Any, speedup: float) -> None:
-        async def sizes() -> tuple[CompiledSize, ...]:
-            return tuple(replace(size, speedup=speedup) for size in await handle.compiled_sizes.remote())
+    async def sizes(component: str) -> tuple[CompiledSize, ...]:
+        return tuple(replace(size, speedup=speedup) for size in await compiled.compiled_sizes(component))
 
-        self.denoise, self.options = handle.denoise, handle.options
-        self.compiled_sizes = SimpleNamespace(remote=sizes)
+    return FakeGraph(compiled, compiled_sizes=sizes, **edges)
 
 
-class Broken:
-    """A compiled UNet that says it can draw, and then cannot."""
+def broken(handles: dict[str, Any]) -> FakeGraph:
+    """A graph whose compiled UNet says it can draw, and then cannot; torch can."""
+    graph = Graph(handles, {UNET: handles[UNET]})
 
-    asked = 0
+    async def sizes(component: str) -> tuple[CompiledSize, ...]:
+        return (CompiledSize(component, 128, 128, False, 3.0),)
 
-    async def compiled_sizes(self) -> tuple[CompiledSize, ...]:
-        return (CompiledSize(UNET, 128, 128, False, 3.0),)
+    async def denoise(stage: StagePlan, **arguments: Any) -> Any:
+        if stage.backend == "tvm":
+            raise RuntimeError("no such kernel")
+        return await graph.denoise(stage=stage, **arguments)
 
-    async def denoise(self, *_: object) -> None:
-        Broken.asked += 1
-        raise RuntimeError("no such kernel")
+    async def denoise_watched(stage: StagePlan, **arguments: Any) -> AsyncGenerator[Any, None]:
+        if stage.backend == "tvm":
+            raise RuntimeError("no such kernel")
+        async with aclosing(graph.denoise_watched(stage=stage, **arguments)) as items:
+            async for item in items:
+                yield item
 
-    async def denoise_watched(self, *_: object) -> Any:
-        raise RuntimeError("no such kernel")
-        yield
+    # A fake response is nothing Serve could hand on, so the edge after it takes the result.
+    async def decode(latents: Any, **arguments: Any) -> Any:
+        return await graph.decode(latents=await latents if isinstance(latents, Call) else latents, **arguments)
+
+    edges = {"compiled_sizes": sizes, "denoise": denoise, "denoise_watched": denoise_watched, "decode": decode}
+    return FakeGraph(graph, **edges)
 
 
 Connect = Callable[..., Any]
@@ -88,7 +93,7 @@ Connect = Callable[..., Any]
 
 @pytest.fixture
 def with_compiled(connect: ClientFactory, sized: Catalog) -> Connect:
-    return lambda handle, **changes: connect(catalog=sized, compiled={UNET: handle}, **changes)
+    return lambda graph: connect(catalog=sized, graph=graph)
 
 
 async def backend(client: httpx.AsyncClient, **fields: Any) -> str:
@@ -97,12 +102,9 @@ async def backend(client: httpx.AsyncClient, **fields: Any) -> str:
     return reply.headers["x-backend"]
 
 
-async def test_auto_takes_tvm_where_it_can(with_compiled: Connect, compiled: Any) -> None:
-    photo = io.BytesIO()
-    Image.effect_noise((90, 70), 80).convert("RGB").save(photo, "PNG")
-    control = {"model_name": "SD1.5-ControlNet", "controlnet_name": "canny"}
-    control["controlnet_image"] = base64.b64encode(photo.getvalue()).decode()
-    async with with_compiled(Claims(compiled, 2.0)) as client:
+async def test_auto_takes_tvm_where_it_can(with_compiled: Connect, compiled: Graph) -> None:
+    control = {"model_name": "SD1.5-ControlNet", "controlnet_name": "canny", "controlnet_image": encoded(photo())}
+    async with with_compiled(claiming(compiled, 2.0)) as client:
         assert await backend(client) == "tvm"
         assert await backend(client, backend="TVM") == "tvm"
         assert await backend(client, **control) == "tvm"
@@ -113,35 +115,27 @@ async def test_auto_takes_tvm_where_it_can(with_compiled: Connect, compiled: Any
         assert await backend(client, loras={"Pixel_Art": 0.0}) == "tvm"
 
 
-async def test_both_backends_draw_the_same_picture(with_compiled: Connect, compiled: Any) -> None:
-    async with with_compiled(Claims(compiled, 2.0)) as client:
+async def test_both_backends_draw_the_same_picture(with_compiled: Connect, compiled: Graph) -> None:
+    async with with_compiled(claiming(compiled, 2.0)) as client:
         drawn = [pixels(picture(await post(client, backend=b, output_format="png"))) for b in ("tvm", "torch")]
     assert np.abs(drawn[0] - drawn[1]).max() <= 2
 
 
 async def test_auto_leaves_tvm_where_it_did_not_pay(
-    with_compiled: Connect, compiled: Any, caplog: pytest.LogCaptureFixture
+    with_compiled: Connect, compiled: Graph, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with with_compiled(Claims(compiled, 1.05)) as client:
+    async with with_compiled(claiming(compiled, 1.05)) as client:
         with caplog.at_level("INFO", "sdgraph"):
             assert await backend(client) == "torch"
         assert "unet-sd15 at 128x128 runs on torch: tvm was only 1.05 times as fast" in caplog.text
         assert await backend(client, backend="tvm") == "tvm", "asked for by name"
 
 
-async def test_auto_means_torch_where_torch_has_a_gpu(
-    with_compiled: Connect, compiled: Any, handles: dict[str, Any]
-) -> None:
-    async def cuda() -> str:
+async def test_auto_means_torch_where_torch_has_a_gpu(with_compiled: Connect, compiled: Graph) -> None:
+    async def cuda(component: str) -> str:
         return "cuda"
 
-    class OnGpu:
-        device = SimpleNamespace(remote=cuda)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(handles[UNET], name)
-
-    async with with_compiled(Claims(compiled, 5.0), handles=handles | {UNET: OnGpu()}) as client:
+    async with with_compiled(claiming(compiled, 5.0, device=cuda)) as client:
         assert await backend(client) == "torch"
         assert await backend(client, backend="tvm") == "tvm"
 
@@ -156,68 +150,60 @@ async def test_auto_means_torch_where_torch_has_a_gpu(
     ],
 )
 async def test_an_explicit_tvm_that_cannot_be(
-    with_compiled: Connect, compiled: Any, fields: dict[str, Any], message: str
+    with_compiled: Connect, compiled: Graph, fields: dict[str, Any], message: str
 ) -> None:
-    async with with_compiled(Claims(compiled, 2.0)) as client:
+    async with with_compiled(claiming(compiled, 2.0)) as client:
         reply = await post(client, backend="tvm", **fields)
         check(reply, 400, 40302, "backend")
         assert message in reply.json()["message"]
 
 
-async def test_models_tell_what_is_compiled(with_compiled: Connect, compiled: Any) -> None:
-    async with with_compiled(Claims(compiled, 2.0)) as client:
+async def test_models_tell_what_is_compiled(with_compiled: Connect, compiled: Graph) -> None:
+    async with with_compiled(claiming(compiled, 2.0)) as client:
         models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
     assert models["SD1.5"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0}]
     assert models["SD1.5-ControlNet"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0}]
     assert models["SD2"]["tvm_compiled"] == []
 
 
-@pytest.fixture(scope="module")
-def broken() -> Any:
-    app = serve.deployment(Broken, name="broken").bind()
-    return serve.run(app, name="broken", route_prefix=None, _local_testing_mode=True)
-
-
-async def test_a_failing_tvm_is_torch_for_auto(with_compiled: Connect, broken: Any, client: httpx.AsyncClient) -> None:
-    Broken.asked = 0
-    async with with_compiled(broken) as failing:
-        replies = [await post(failing, output_format="png") for _ in range(2)]
+async def test_a_failing_tvm_is_torch_for_auto(
+    with_compiled: Connect, handles: dict[str, Any], client: httpx.AsyncClient
+) -> None:
+    failing = broken(handles)
+    async with with_compiled(failing) as unlucky:
+        replies = [await post(unlucky, output_format="png") for _ in range(2)]
     expected = pixels(picture(await post(client, output_format="png")))
     for reply in replies:
         assert reply.headers["x-backend"] == "torch"
         assert np.abs(pixels(picture(reply)) - expected).max() <= 1
-    assert Broken.asked == 1, "it is left alone after it failed"
+    asked = [call["stage"].backend for call in failing.named("denoise")]
+    assert asked == ["tvm", "torch", "torch"], "it is in quarantine after it failed"
 
 
-async def test_a_failing_tvm_is_an_error_for_who_asked_for_it(with_compiled: Connect, broken: Any) -> None:
-    async with with_compiled(broken) as failing:
-        reply = await post(failing, backend="tvm")
+async def test_a_failing_tvm_is_an_error_for_who_asked_for_it(with_compiled: Connect, handles: dict[str, Any]) -> None:
+    async with with_compiled(broken(handles)) as client:
+        reply = await post(client, backend="tvm")
         check(reply, 500, 50001, "backend")
         assert "Send backend 'auto' or 'torch'" in reply.json()["message"]
 
 
-async def test_a_watched_request_goes_on_with_torch(with_compiled: Connect, broken: Any) -> None:
-    async with with_compiled(broken) as failing:
-        events = parse((await post(failing, stream=True)).text)
-    assert events[-1][0] == "result"
+async def test_a_watched_request_goes_on_with_torch(with_compiled: Connect, handles: dict[str, Any]) -> None:
+    async with with_compiled(broken(handles)) as client:
+        told = events((await post(client, stream=True)).text)
+    assert ("progress", {"state": "restarted", "stage": UNET}) in told
+    assert told[-1][0] == "result"
 
 
 async def test_nobody_waits_for_replicas_that_do_not_answer(
-    with_compiled: Connect, monkeypatch: pytest.MonkeyPatch
+    with_compiled: Connect, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.ingress.compiled.PATIENCE_S", 0.05)
-
-    async def never() -> None:
-        import asyncio
-
-        await asyncio.sleep(3600)
-
-    async with with_compiled(SimpleNamespace(compiled_sizes=SimpleNamespace(remote=never))) as client:
+    monkeypatch.setattr("deployments.ingress.compiled.ANSWER_S", 0.05)
+    async with with_compiled(FakeGraph(graph, [UNET], compiled_sizes=never)) as client:
         assert await backend(client) == "torch"
 
 
 async def test_a_replica_with_nothing_compiled_loads_nothing(sized: Catalog, tmp_path: Path) -> None:
     args, runtime = AppArgs(tvm=True, grouping="role"), Runtime("cpu", torch_threads=2)
     bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), tmp_path)
-    assert {app._bound_deployment.name for app in bound.values()} == {"unet-tvm"}
+    assert {name_of(app) for app in bound.values()} == {"unet-tvm"}
     assert await run_locally(bound, "nothing")[UNET].compiled_sizes.remote() == ()

@@ -3,89 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from tests.contracts.conftest import ClientFactory
-from tests.contracts.test_generation import SMALL, picture, pixels
-
-
-def check(reply: httpx.Response, status: int, code: int, param: str | None) -> str:
-    """The error body of the contract; returns its message."""
-    assert reply.status_code == status, reply.text
-    body = reply.json()
-    said = {key: body[key] for key in ("message", "type", "param", "code")}
-    assert body["object"] == "error"
-    assert body["error"] == said
-    assert (body["code"], body["param"]) == (code, param)
-    assert ("detail" in body) == (status == 422)
-    assert "Traceback" not in reply.text
-    return str(body["message"])
-
-
-def png(width: int, height: int) -> str:
-    buffer = io.BytesIO()
-    Image.new("1", (width, height)).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-CONTROL = {"model_name": "SD1.5-ControlNet", "controlnet_name": "canny", "controlnet_image": png(8, 8)}
-
-VALUES: list[tuple[dict[str, Any], str, str]] = [
-    ({"sampler": "Euler b"}, "sampler", "Did you mean 'Euler"),
-    ({"style_preset": "Watercolr"}, "style_preset", "Did you mean 'Watercolor'?"),
-    ({"backend": "onnx"}, "backend", "['auto', 'tvm', 'torch']"),
-    ({"backend": "tvm"}, "backend", "'512x512'"),
-    ({"backend": "tvm", "width": 512, "height": 768}, "backend", "not compiled"),
-    ({"width": 132}, "width", "[128, 136]"),
-    ({"height": 64}, "height", "128"),
-    ({"width": 2504}, "width", "2496"),
-    ({"steps": 0}, "steps", "1"),
-    ({"steps": 1001}, "steps", "1000"),
-    ({"sampler": "LCM", "steps": 51}, "steps", "1 to 50"),
-    ({"sampler": "EDM_Euler"}, "sampler", "cannot serve this model"),
-    ({"cfg_scale": 50.5}, "cfg_scale", "50"),
-    ({"cfg_scale": -1}, "cfg_scale", "0"),
-    ({"strength": 1.5}, "strength", "1"),
-    ({"image": png(64, 64), "strength": 0.1}, "strength", "at least 0.3333"),
-    ({"seed": -1}, "seed", "0"),
-    ({"seed": 2**32}, "seed", "4294967296"),
-    ({"prompt": ""}, "prompt", "at least 1"),
-    ({"prompt": "x" * 20_001}, "prompt", "20000"),
-    ({"prompt_2": "x"}, "prompt_2", "SD1.5"),
-    ({"negative_prompt_2": "x"}, "negative_prompt_2", "SD1.5"),
-    ({"enable_refiner": True}, "enable_refiner", "no refiner"),
-    ({"controlnet_name": "canny"}, "controlnet_name", "no ControlNet"),
-    ({"controlnet_image": png(8, 8)}, "controlnet_image", "no ControlNet"),
-    ({"loras": {"Nope": 1.0}}, "loras", "Nope"),
-    ({"loras": {"Logo": 1.0}}, "loras", "no tiny weights"),
-    ({"model_name": "SD1.5-ControlNet"}, "controlnet_name", "required"),
-    ({"model_name": "SD1.5-ControlNet", "controlnet_name": "canny"}, "controlnet_image", "required"),
-    (
-        CONTROL | {"controlnet_name": "cany"},
-        "controlnet_name",
-        "Unexpected controlnet_name 'cany'. Did you mean 'canny'?",
-    ),
-    (CONTROL | {"controlnet_image": "x"}, "controlnet_image", "base64"),
-    (CONTROL | {"controlnet_image": png(300, 300)[:80]}, "controlnet_image", "damaged"),
-    ({"image": "%%%"}, "image", "base64"),
-    ({"image": ""}, "image", "empty"),
-    ({"image": base64.b64encode(b"no picture").decode()}, "image", "PNG"),
-    ({"image": png(300, 300)[:80]}, "image", "damaged"),
-    ({"output_format": "tiff"}, "output_format", "jpeg"),
-    ({"width": 2496, "height": 2496, "steps": 1000}, "steps", "budget"),
-]
+from deployments.graph import Graph
+from tests.support.bad_values import VALUES
+from tests.support.graph import FakeGraph, denoised, never, raising, unending
+from tests.support.http import PATH, SMALL, blank, check, check_outcome, drawn, events, outcome, picture, pixels
+from tests.support.ingress import ClientFactory
 
 
 @pytest.mark.parametrize(("fields", "param", "hint"), VALUES, ids=lambda v: str(v)[:40])
@@ -98,13 +30,13 @@ async def test_bad_value(client: httpx.AsyncClient, fields: dict[str, Any], para
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["cfg_scale", "strength"])
-async def test_numbers_that_are_none(client: httpx.AsyncClient, field: str, literal: str) -> None:
+async def test_nan_and_infinity(client: httpx.AsyncClient, field: str, literal: str) -> None:
     body = json.dumps(SMALL)[:-1] + f', "{field}": {literal}}}'
     reply = await client.post("/v1/image/generation", content=body, headers={"content-type": "application/json"})
     check(reply, 400, 40302, field)
 
 
-async def test_lora_weights_that_are_no_numbers(client: httpx.AsyncClient) -> None:
+async def test_a_lora_weight_of_nan(client: httpx.AsyncClient) -> None:
     body = json.dumps(SMALL)[:-1] + ', "loras": {"Pixel_Art": NaN}}'
     reply = await client.post("/v1/image/generation", content=body, headers={"content-type": "application/json"})
     check(reply, 400, 40302, "loras")
@@ -153,100 +85,94 @@ async def test_body_too_large(client: httpx.AsyncClient) -> None:
 
 
 async def test_picture_too_large(client: httpx.AsyncClient) -> None:
-    reply = await client.post("/v1/image/generation", json=SMALL | {"image": png(1001, 1000)})
+    reply = await client.post("/v1/image/generation", json=SMALL | {"image": blank(1001, 1000)})
     check(reply, 413, 40004, "image")
 
 
-def raising(error: Exception) -> SimpleNamespace:
-    """A handle whose calls end in `error`."""
-
-    async def fail() -> None:
-        raise error
-
-    call = SimpleNamespace(remote=lambda *_: fail())
-    return SimpleNamespace(encode=call, denoise=call, decode=call)
-
-
-class Unused:
-    """A handle whose responses nobody awaits, as in the graph."""
-
-    def __getattr__(self, _: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=lambda *_: None)
-
-
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [(BackPressureError(1, 1), 503, 42903), (RuntimeError("password=hunter2"), 500, 50001)],
 )
-async def test_faults_below(
-    connect: ClientFactory, handles: dict[str, Any], error: Exception, status: int, code: int
+async def test_an_exception_of_a_stage(
+    connect: ClientFactory, error: Exception, status: int, code: int, streamed: bool
 ) -> None:
-    broken = dict.fromkeys(handles, Unused()) | {"vae-sd15": raising(error)}
-    async with connect(handles=broken) as client:
-        reply = await client.post("/v1/image/generation", json=SMALL, headers={"x-request-id": "abc-1"})
-        message = check(reply, status, code, None)
-        assert "hunter2" not in reply.text
-        if status == 503:
-            assert int(reply.headers["retry-after"]) > 0
-        else:
-            assert "abc-1" in message
+    async with connect(graph=FakeGraph(decode=raising(error), denoise_watched=denoised)) as client:
+        headers = {"x-request-id": "abc-1"}
+        answer = await outcome(client, streamed, headers)
+    message = check_outcome(answer, streamed, status, code)
+    assert "hunter2" not in answer.text
+    if status == 500:
+        assert "abc-1" in message
+    elif not streamed:
+        assert int(answer.headers["retry-after"]) > 0
 
 
-async def test_a_replica_that_dies_is_tried_again(connect: ClientFactory, handles: dict[str, Any]) -> None:
-    """Once; the picture is the same. Dead again, the client is told when to come back."""
-    deaths = 0
+def dying(times: int, graph: Graph) -> FakeGraph:
+    """A graph whose VAE dies so many times."""
+    left = times
 
-    def dying(times: int) -> dict[str, Any]:
-        vae = handles["vae-sd15"]
-
-        async def die() -> None:
-            nonlocal deaths
-            deaths += 1
+    async def decode(**arguments: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
             raise ActorDiedError
+        return await graph.decode(**arguments)
 
-        def decode(*args: Any) -> Any:
-            return die() if deaths < times else vae.decode.remote(*args)
+    return FakeGraph(graph, decode=decode)
 
-        return handles | {"vae-sd15": SimpleNamespace(decode=SimpleNamespace(remote=decode))}
 
-    async with connect(handles=dying(1)) as client, connect() as healthy:
-        body = SMALL | {"output_format": "png"}
-        replies = [await c.post("/v1/image/generation", json=body) for c in (client, healthy)]
-    assert deaths == 1
-    again, undisturbed = (pixels(picture(reply)) for reply in replies)
-    assert np.abs(again - undisturbed).max() <= 1
-    deaths = 0
-    async with connect(handles=dying(2)) as client:
-        reply = await client.post("/v1/image/generation", json=SMALL)
-    check(reply, 503, 42903, None)
-    assert int(reply.headers["retry-after"]) > 0
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+async def test_a_replica_that_dies_is_tried_again_once(
+    connect: ClientFactory, client: httpx.AsyncClient, graph: Graph, streamed: bool
+) -> None:
+    """The picture is the same. A watcher is told that its steps begin again."""
+    failing = dying(1, graph)
+    async with connect(graph=failing) as unlucky:
+        again = await outcome(unlucky, streamed)
+    assert len(failing.named("decode")) == 2
+    undisturbed = pixels(picture(await outcome(client, False)))
+    assert np.abs(drawn(again, streamed) - undisturbed).max() <= 1
+    if streamed:
+        told = [data for name, data in events(again.text) if name == "progress"]
+        restart = told.index({"state": "restarted", "stage": "unet-sd15"})
+        for part in (told[:restart], told[restart + 1 :]):
+            steps = [data["step"] for data in part if data["state"] == "denoising"]
+            assert steps == sorted(steps)
+            assert steps[-1] == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+async def test_a_replica_that_dies_twice(connect: ClientFactory, graph: Graph, streamed: bool) -> None:
+    async with connect(graph=dying(2, graph)) as client:
+        reply = await outcome(client, streamed)
+    assert "restarting" in check_outcome(reply, streamed, 503, 42903)
+    if not streamed:
+        assert int(reply.headers["retry-after"]) > 0
 
 
 @pytest.mark.parametrize(("header", "waits"), [("0.05", False), ("5000", True), ("soon", True), ("-1", True)])
-async def test_a_client_may_shorten_its_deadline_and_no_more(
-    connect: ClientFactory, handles: dict[str, Any], header: str, waits: bool
-) -> None:
-    async def slow() -> None:
+async def test_a_client_may_shorten_its_deadline_and_no_more(connect: ClientFactory, header: str, waits: bool) -> None:
+    async def slow(**_: Any) -> None:
         await asyncio.sleep(0.5)
         raise BackPressureError(1, 1)
 
-    late = dict.fromkeys(handles, Unused()) | {
-        "vae-sd15": SimpleNamespace(decode=SimpleNamespace(remote=lambda *_: slow()))
-    }
-    async with connect(handles=late) as client:
-        reply = await client.post("/v1/image/generation", json=SMALL, headers={"x-request-timeout-seconds": header})
+    async with connect(graph=FakeGraph(decode=slow)) as client:
+        reply = await client.post(PATH, json=SMALL, headers={"x-request-timeout-seconds": header})
     assert reply.status_code == (503 if waits else 504)
 
 
-async def test_deadline(connect: ClientFactory, handles: dict[str, Any]) -> None:
-    async def never() -> None:
-        await asyncio.sleep(60)
-
-    slow = dict.fromkeys(handles, Unused()) | {
-        "vae-sd15": SimpleNamespace(decode=SimpleNamespace(remote=lambda *_: never()))
-    }
-    async with connect(handles=slow, deadline_s=0.05) as client:
-        check(await client.post("/v1/image/generation", json=SMALL), 504, 50006, None)
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("stuck", ["decode", "denoise"])
+async def test_a_passed_deadline_cancels_every_call(connect: ClientFactory, streamed: bool, stuck: str) -> None:
+    watched = denoised if stuck == "decode" else unending
+    edges = dict.fromkeys(("encode_text", "denoise", "decode"), never)
+    graph = FakeGraph(**edges, denoise_watched=watched)
+    async with connect(graph=graph, deadline_s=0.05) as client:
+        reply = await outcome(client, streamed)
+    check_outcome(reply, streamed, 504, 50006)
+    assert graph.named("encode_text")
+    assert all(response.cancelled for response in graph.responses)
 
 
 async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:

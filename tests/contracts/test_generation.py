@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from typing import Any
 
 import httpx
 import numpy as np
@@ -17,21 +16,7 @@ from deployments.api.schemas import GenerationRequest
 from pipelines.pictures.images import read_metadata
 from pipelines.plan import GenerationParams, GenerationPlan
 from pipelines.text2image import Text2Image
-
-SMALL = {"model_name": "SD1.5", "prompt": "a cat", "width": 128, "height": 128, "steps": 3, "seed": 7}
-
-
-def picture(reply: httpx.Response) -> Image.Image:
-    assert reply.status_code == 200, reply.text
-    return Image.open(io.BytesIO(base64.b64decode(reply.json()["images"][0]["image"], validate=True)))
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB")).astype(int)
-
-
-async def post(client: httpx.AsyncClient, path: str = "/v1/image/generation", **fields: Any) -> httpx.Response:
-    return await client.post(path, json=SMALL | fields)
+from tests.support.http import SMALL, encoded, photo, picture, pixels, post
 
 
 async def test_reply_has_exactly_the_documented_fields(client: httpx.AsyncClient) -> None:
@@ -63,20 +48,19 @@ async def test_a_random_seed_comes_back_and_repeats_the_picture(client: httpx.As
 
 async def test_the_graph_draws_what_one_process_draws(client: httpx.AsyncClient, catalog: Catalog) -> None:
     text2image = Text2Image(catalog)
-    photo = io.BytesIO()
-    Image.effect_noise((90, 70), 80).save(photo, "PNG")
+    given = photo()
     common = {"prompt": "a fox", "negative_prompt": "fog", "width": 256, "height": 256, "steps": 10, "seed": 3}
     for model, extra in [
         ("SD2", {"width": 128, "height": 160}),
         ("SSD", {"sampler": "Euler a"}),
         ("SDXL1.0-base", {"enable_refiner": True, "sampler": "Heun"}),
-        ("SDXL1.0-base", {"image": photo.getvalue(), "strength": 0.5, "enable_refiner": True}),
+        ("SDXL1.0-base", {"image": given, "strength": 0.5, "enable_refiner": True}),
         ("SDXL-turbo", {"style_preset": "Pixel Art"}),
-        ("SD1.5-ControlNet", {"controlnet_name": "canny", "controlnet_image": photo.getvalue()}),
-        ("SDXL-ControlNet", {"controlnet_name": "canny", "controlnet_image": photo.getvalue(), "enable_refiner": True}),
+        ("SD1.5-ControlNet", {"controlnet_name": "canny", "controlnet_image": given}),
+        ("SDXL-ControlNet", {"controlnet_name": "canny", "controlnet_image": given, "enable_refiner": True}),
     ]:
         fields = common | extra
-        wire = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in fields.items()}
+        wire = {k: encoded(v) if isinstance(v, bytes) else v for k, v in fields.items()}
         reply = await client.post("/v1/image/generation", json={"model_name": model, "output_format": "png"} | wire)
         ours = text2image.generate(GenerationParams(model_name=model, **fields)).image
         assert np.abs(pixels(picture(reply)) - pixels(ours)).max() <= 1, model
@@ -138,9 +122,7 @@ async def test_names_match_without_case_and_by_alias(client: httpx.AsyncClient) 
 
 async def test_image_takes_base64_and_data_uris(client: httpx.AsyncClient) -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
-        buffer = io.BytesIO()
-        Image.effect_noise((60, 40), 90).convert("RGB").save(buffer, kind)
-        raw = base64.b64encode(buffer.getvalue()).decode()
+        raw = encoded(photo(60, 40, kind))
         plain = picture(await post(client, image=raw, strength=0.7, output_format="png"))
         uri = f"data:image/{kind.lower()};base64,{raw}"
         wrapped = picture(await post(client, image=uri, strength=0.7, output_format="png"))
@@ -162,9 +144,14 @@ async def test_hyperbolic_shape_on_the_second_route(client: httpx.AsyncClient) -
     assert picture(await post(client, "/v1/images/generations")).size == (128, 128)
 
 
-async def test_strength_one_still_follows_the_seed(client: httpx.AsyncClient) -> None:
+async def test_strength_one_follows_the_seed_and_not_the_picture(client: httpx.AsyncClient) -> None:
     """diffusers' meaning: at strength 1 the picture is drowned in noise of the highest level, all steps run."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (128, 128), "navy").save(buffer, "PNG")
-    raw = base64.b64encode(buffer.getvalue()).decode()
-    assert picture(await post(client, image=raw, strength=1.0)).size == (128, 128)
+
+    async def drawn(colour: str, seed: int) -> np.ndarray:
+        buffer = io.BytesIO()
+        Image.new("RGB", (128, 128), colour).save(buffer, "PNG")
+        fields = {"image": encoded(buffer.getvalue()), "strength": 1.0, "output_format": "png"}
+        return pixels(picture(await post(client, seed=seed, **fields)))
+
+    navy, ivory, other = await drawn("navy", 4), await drawn("ivory", 4), await drawn("navy", 5)
+    assert np.abs(navy - other).mean() > 4 * np.abs(navy - ivory).mean()

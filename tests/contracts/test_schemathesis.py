@@ -21,9 +21,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from config.catalog import Catalog
-from deployments.ingress.ingress import Ingress, IngressLimits
-from pipelines.planning import PlanLimits
-from tests.contracts.conftest import NO_LIMITS, ready
+from deployments.graph import Graph
+from tests.support.ingress import make_app
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -35,10 +34,9 @@ seen: dict[str, int] = {}
 
 
 @pytest.fixture(scope="module")
-def server(handles: dict[str, Any], catalog: Catalog) -> Iterator[str]:
+def server(graph: Graph, catalog: Catalog) -> Iterator[str]:
     """The HTTP application behind a real server on loopback; its budget lets small pictures through."""
-    limits = IngressLimits(PlanLimits(256 * 256 * 4), 2**20, 10**6, HANG_S / 2)
-    app = Ingress(handles, catalog, limits, None, NO_LIMITS, ready).__serve_build_asgi_app__()
+    app = make_app(graph=graph, catalog=catalog, deadline_s=HANG_S / 2, max_pixel_steps=256 * 256 * 4)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -14,14 +14,12 @@ import torch
 from PIL import Image
 
 from config.catalog import Catalog
-from deployments.access.limits import KeyLimits
 from deployments.app import AppArgs, bind_components
-from deployments.ingress.ingress import Ingress, IngressLimits
+from deployments.graph import Graph
 from deployments.replicas.base import Runtime
-from pipelines.planning import PlanLimits
-from tests.contracts.conftest import ready, run_locally
-from tests.contracts.test_errors import check
-from tests.contracts.test_generation import picture
+from tests.support.bound import run_locally
+from tests.support.http import check, picture
+from tests.support.ingress import open_client
 from training import judge
 from training.words import COLOURS, OBJECTS
 
@@ -36,18 +34,15 @@ def embedded_catalog() -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def embedded_handles(embedded_catalog: Catalog) -> dict[str, Any]:
+def embedded_graph(embedded_catalog: Catalog) -> Graph:
     args = AppArgs(catalog="embedded", grouping="role")
     bound = bind_components(args, embedded_catalog, Runtime("cpu", torch_threads=2))
-    return run_locally(bound, "embedded")
+    return Graph(run_locally(bound, "embedded"))
 
 
 @pytest.fixture
-async def embedded(embedded_catalog: Catalog, embedded_handles: dict[str, Any]) -> AsyncIterator[httpx.AsyncClient]:
-    limits = IngressLimits(PlanLimits(10**8), 2**20, 10**6, 120)
-    ingress = Ingress(embedded_handles, embedded_catalog, limits, None, KeyLimits(), ready)
-    transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__(), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=120) as client:
+async def embedded(embedded_catalog: Catalog, embedded_graph: Graph) -> AsyncIterator[httpx.AsyncClient]:
+    async with open_client(graph=embedded_graph, catalog=embedded_catalog, deadline_s=120) as client:
         yield client
 
 

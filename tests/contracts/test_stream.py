@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import asyncio
 import json
-from types import SimpleNamespace
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import numpy as np
-from PIL import Image
+import pytest
+from starlette.types import Message
 
-from tests.contracts.conftest import ClientFactory
-from tests.contracts.test_errors import check
-from tests.contracts.test_generation import SMALL, picture, pixels, post
-
-
-def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Events of a stream, as a browser's EventSource would see them."""
-    found = []
-    for block in text.strip().split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.split("\n"))
-        found.append((fields["event"], json.loads(fields["data"])))
-    return found
+from config.catalog import Catalog
+from deployments.graph import Graph, Progress, Sealed
+from tests.support.graph import FakeGraph, never
+from tests.support.http import PATH, SMALL, check, decoded, events, picture, pixels, post
+from tests.support.ingress import ClientFactory, make_app
 
 
 async def test_progress_then_the_same_reply(client: httpx.AsyncClient) -> None:
     fields = {"output_format": "png", "steps": 5, "sampler": "Heun"}
     reply = await post(client, stream=True, **fields)
     assert reply.headers["content-type"].startswith("text/event-stream")
-    events = parse(reply.text)
-    assert events[0] == ("progress", {"state": "queued", "stage": "unet-sd15", "position": 0})
-    steps = [data["step"] for name, data in events if name == "progress" and data["state"] == "denoising"]
+    told = events(reply.text)
+    assert told[0] == ("progress", {"state": "queued", "stage": "unet-sd15", "position": 0})
+    steps = [data["step"] for name, data in told if name == "progress" and data["state"] == "denoising"]
     assert steps == sorted(steps)
     assert steps[-1] == 5
-    assert {data["steps"] for name, data in events if "steps" in data} == {5}
-    name, result = events[-1]
+    assert {data["steps"] for name, data in told if "steps" in data} == {5}
+    name, result = told[-1]
     assert name == "result"
     assert set(result) == {"images", "inference_time"}
-    watched = Image.open(io.BytesIO(base64.b64decode(result["images"][0]["image"])))
+    watched = decoded(result["images"][0]["image"])
     assert np.array_equal(pixels(watched), pixels(picture(await post(client, **fields))))
 
 
 async def test_stages_tell_their_progress_in_turn(client: httpx.AsyncClient) -> None:
     body = SMALL | {"model_name": "SDXL1.0-base", "width": 256, "height": 256, "steps": 10, "enable_refiner": True}
-    events = parse((await client.post("/v1/image/generation", json=body | {"stream": True})).text)
-    stages = [data["stage"] for name, data in events if name == "progress" and data["state"] == "denoising"]
+    told = events((await client.post("/v1/image/generation", json=body | {"stream": True})).text)
+    stages = [data["stage"] for name, data in told if name == "progress" and data["state"] == "denoising"]
     assert stages == ["unet-sdxl-base"] * stages.count("unet-sdxl-base") + ["refiner-sdxl"] * stages.count(
         "refiner-sdxl"
     )
@@ -55,10 +48,10 @@ async def test_stages_tell_their_progress_in_turn(client: httpx.AsyncClient) -> 
 
 
 async def test_previews_are_small_pictures(client: httpx.AsyncClient) -> None:
-    events = parse((await post(client, stream=True, preview=True, width=512, height=384, steps=4)).text)
-    previews = [data["image"] for name, data in events if name == "preview"]
+    told = events((await post(client, stream=True, preview=True, width=512, height=384, steps=4)).text)
+    previews = [data["image"] for name, data in told if name == "preview"]
     assert len(previews) == 3, "every step but the last"
-    sizes = {Image.open(io.BytesIO(base64.b64decode(preview))).size for preview in previews}
+    sizes = {decoded(preview).size for preview in previews}
     assert sizes == {(256, 192)}
 
 
@@ -66,14 +59,45 @@ async def test_a_bad_request_is_refused_before_the_stream(client: httpx.AsyncCli
     check(await post(client, stream=True, sampler="nope"), 400, 40302, "sampler")
 
 
-async def test_a_fault_is_an_event_of_its_own(connect: ClientFactory, handles: dict[str, Any]) -> None:
-    async def fail() -> None:
-        raise RuntimeError("password=hunter2")
+@pytest.mark.parametrize("blocked", [False, True], ids=["between events", "in the middle of sending one"])
+async def test_leaving_a_stream_ends_its_work_before_the_response_returns(catalog: Catalog, blocked: bool) -> None:
+    left, ended = asyncio.Event(), asyncio.Event()
 
-    decode = SimpleNamespace(remote=lambda *_: fail())
-    async with connect(handles=handles | {"vae-sd15": SimpleNamespace(decode=decode)}) as client:
-        reply = await post(client, stream=True)
-        name, data = parse(reply.text)[-1]
-        assert name == "error"
-        assert (data["code"], data["object"]) == (50001, "error")
-        assert "hunter2" not in reply.text
+    async def steps(**_: Any) -> AsyncGenerator[Progress, None]:
+        try:
+            for step in (1, 2, 3):
+                yield Progress("unet-sd15", step, 400)
+            await never()
+        finally:
+            ended.set()
+
+    body = [json.dumps(SMALL | {"stream": True}).encode()]
+
+    async def receive() -> Message:
+        if body:
+            return {"type": "http.request", "body": body.pop(), "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if b'"step": 3' in message.get("body", b""):
+            left.set()
+            if blocked:  # the connection's buffer is full
+                await never()
+
+    graph = FakeGraph(denoise_watched=steps, encode_text=never)
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b""}
+    scope |= {"server": ("127.0.0.1", 80), "http_version": "1.1", "asgi": {"spec_version": "2.3"}}
+    await make_app(graph=graph, catalog=catalog)(scope, receive, send)
+    assert ended.is_set()
+    assert [response.cancelled for response in graph.responses] == [True], "the text was asked for and never came"
+
+
+async def test_an_ingress_that_serves_streams_has_no_torch(connect: ClientFactory, graph: Graph) -> None:
+    """What passes through it stays sealed."""
+    watched = FakeGraph(graph)
+    async with connect(graph=watched) as client:
+        assert events((await post(client, stream=True, preview=True)).text)[-1][0] == "result"
+    (decode,) = watched.named("decode")
+    assert isinstance(decode["latents"], Sealed)
+    assert all(isinstance(preview["latents"], Sealed) for preview in watched.named("preview"))

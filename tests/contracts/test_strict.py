@@ -10,18 +10,20 @@ import pytest
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
+from deployments.graph import Graph
 from deployments.replicas.base import Runtime
-from tests.contracts.conftest import ClientFactory, run_locally
+from tests.support.bound import run_locally
+from tests.support.ingress import ClientFactory
 
 REQUEST = {"model_name": "SD1.5", "prompt": "a fox", "width": 128, "height": 128, "output_format": "png"}
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "LMS"]
 
 
 @pytest.fixture(scope="module")
-def strict_handles(catalog: Catalog) -> dict[str, Any]:
+def strict_graph(catalog: Catalog) -> Graph:
     args = AppArgs(grouping="role", reproducible="strict")
     bound = bind_components(args, catalog.only(("SD1.5",)), Runtime(device="cpu", torch_threads=2))
-    return run_locally(bound, "strict")
+    return Graph(run_locally(bound, "strict"))
 
 
 async def picture(client: httpx.AsyncClient, **fields: Any) -> str:
@@ -32,8 +34,8 @@ async def picture(client: httpx.AsyncClient, **fields: Any) -> str:
 
 
 @pytest.mark.slow
-async def test_equal_bytes_alone_and_among_seven_others(connect: ClientFactory, strict_handles: dict[str, Any]) -> None:
-    async with connect(handles=strict_handles) as client:
+async def test_equal_bytes_alone_and_among_seven_others(connect: ClientFactory, strict_graph: Graph) -> None:
+    async with connect(graph=strict_graph) as client:
         for trial in range(20):
             own: dict[str, Any] = {"seed": trial, "steps": 3, "sampler": SAMPLERS[trial % 5], "cfg_scale": trial % 4}
             if trial % 2:

@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs
-from tests.graphs import deployment_names
 from tests.k8s.conftest import documents, groups, ray_service
+from tests.support.bound import deployment_names
 
 Config = dict[str, Any]
 SERVE_CONFIG = ROOT / "serve_config.yaml"

@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from config.catalog import ROOT
 from deployments.launcher import running_graph
-from tests import hub_cache
+from tests.support import hub_cache
 
 CONFIG = Path(__file__).with_name("graph.yaml")
 
@@ -79,6 +79,7 @@ def url(
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
+    environment |= {"RAY_metrics_report_interval_ms": "1000"}  # ten seconds by default
     environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.telemetry.tracing:otlp",

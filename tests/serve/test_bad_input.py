@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from deployments.launcher import ray_processes
-from tests.contracts.test_errors import VALUES, check, png
-from tests.serve.test_graph import draw, request
+from deployments.ray_compat import ray_processes
+from tests.support.bad_values import VALUES
+from tests.support.http import blank, check
+from tests.support.live import draw, request
 
 
 def test_every_bad_value(client: httpx.Client) -> None:
@@ -40,7 +41,7 @@ def test_not_a_number(client: httpx.Client) -> None:
 
 
 def test_a_picture_bomb(client: httpx.Client) -> None:
-    bomb = png(30_000, 30_000)
+    bomb = blank(30_000, 30_000)
     assert len(bomb) < 200_000
     check(client.post("/v1/image/generation", json=request("SD1.5") | {"image": bomb}), 413, 40004, "image")
 

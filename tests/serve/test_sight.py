@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,11 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from tests.k8s.monitoring import expressions, metrics_of
 from tests.serve.conftest import Collector
-from tests.serve.test_graph import draw, request
+from tests.support.live import draw, request, wait_for
 
 TARGETS = Path(get_default_ray_temp_dir()) / "prom_metrics_service_discovery.json"
 PATH = "/v1/image/generation"
 STAGES = {"text_encoder", "denoise", "vae_decode"}
-
-
-def wait_for(found: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 40
-    while not found():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
 
 
 def scrape() -> str:
@@ -57,7 +48,7 @@ def test_metrics_count_what_was_done(client: httpx.Client) -> None:
     def ticks() -> float:
         return value("ray_sdgraph_tick_seconds_count", **of) - before["ray_sdgraph_tick_seconds_count"]
 
-    wait_for(lambda: ticks() >= 20, "ticks were not exported")
+    wait_for(lambda: ticks() >= 20)
     assert ticks() == 20
     assert value("ray_sdgraph_rows_total", **of) - before["ray_sdgraph_rows_total"] == 40
     # Each process exports at a time of its own.
@@ -73,15 +64,14 @@ def test_metrics_count_what_was_done(client: httpx.Client) -> None:
             for stage in STAGES
         ),
     ]
-    for least, name, labels in series:
-        wait_for(lambda: value(name, **labels) >= least, f"{name} {labels} stays below {least}")  # noqa: B023
+    wait_for(lambda: all(value(name, **labels) >= least for least, name, labels in series))
 
 
 def test_outstanding_work_is_shown_while_there_is_some(url: str) -> None:
     body = request("SD2", steps=400, sampler="Euler", width=1024, height=1024)
     with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", PATH, json=body | {"stream": True}):
-        wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") > 0, "no work is shown")
-    wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") == 0, "work stays")
+        wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") > 0)
+    wait_for(lambda: value("ray_sdgraph_outstanding_work", component="unet-sd2") == 0)
 
 
 def test_padding_of_compiled_batches_is_counted(client: httpx.Client) -> None:
@@ -90,13 +80,19 @@ def test_padding_of_compiled_batches_is_counted(client: httpx.Client) -> None:
     before = value("ray_sdgraph_rows_total", **of)
     fields = request("SD1.5", width=512, height=512, steps=4, sampler="Euler", cfg_scale=0, backend="tvm")
     draw(client, **fields)
-    wait_for(lambda: value("ray_sdgraph_rows_total", **of) - before >= 4, "padding was not exported")
+    wait_for(lambda: value("ray_sdgraph_rows_total", **of) - before >= 4)
 
 
 def test_every_metric_of_ray_that_a_panel_or_alert_reads_is_exported(client: httpx.Client) -> None:
     wanted = {name for text in expressions().values() for name in metrics_of(text) if "sdgraph" not in name}
-    exported = scrape()
-    assert {name for name in wanted if not re.search(rf"^{name}[{{ ]", exported, re.MULTILINE)} == set()
+    seen: set[str] = set()
+
+    def all_seen() -> bool:  # gauges come and go
+        exported = scrape()
+        seen.update(name for name in wanted if re.search(rf"^{name}[{{ ]", exported, re.MULTILINE))
+        return seen == wanted
+
+    wait_for(all_seen)
 
 
 def test_one_id_finds_a_request_in_the_log_of_every_process(client: httpx.Client, graph_log: Path) -> None:
@@ -110,11 +106,11 @@ def test_one_id_finds_a_request_in_the_log_of_every_process(client: httpx.Client
         )
         return [json.loads(text) | {"process": process} for process, text in raw]
 
-    wait_for(lambda: any("POST" in line["message"] for line in lines()), "no line")
+    wait_for(lambda: any("POST" in line["message"] for line in lines()))
     found = lines()
     assert {line["stage"] for line in found if "stage" in line} == STAGES
     assert len({line["process"] for line in found}) == 4
-    (access,) = (line for line in found if line["logger"] == "sdgraph.http")
+    (access,) = (line for line in found if line["logger"] == "deployments.api.access_log")
     assert (access["status"], access["key"]) == (200, "-")
     assert re.fullmatch(r"[0-9a-f]{32}", access["trace_id"])
 
@@ -126,5 +122,5 @@ def test_a_trace_holds_every_stage_of_a_request(client: httpx.Client, collector:
         spans = [{name: of.get("sdgraph.component", "") for name, of in trace} for trace in collector.spans.values()]
         return [names for names in spans if names.keys() >= STAGES and any(n.startswith("proxy_") for n in names)]
 
-    wait_for(lambda: bool(traces()), f"no trace from proxy to VAE: {[*collector.spans.values()][-3:]}")
+    wait_for(lambda: bool(traces()))
     assert traces()[-1]["denoise"].startswith("unet-")

@@ -127,7 +127,6 @@ def test_loras_are_resolved_checked_and_kept_from_the_refiner() -> None:
         ("steps", plan.MIN_STEPS, plan.MAX_STEPS),
         ("cfg_scale", plan.MIN_CFG_SCALE, plan.MAX_CFG_SCALE),
         ("strength", plan.MIN_STRENGTH, plan.MAX_STRENGTH),
-        ("seed", 0, plan.SEED_LIMIT - 1),
         ("width", plan.MIN_SIDE, plan.MAX_SIDE),
         ("height", plan.MIN_SIDE, plan.MAX_SIDE),
     ],

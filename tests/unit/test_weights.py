@@ -18,7 +18,7 @@ from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import locate
-from tests import hub_cache
+from tests.support import hub_cache
 
 SMALL = {"prompt": "a red fox", "width": 128, "height": 128, "steps": 4, "seed": 3, "sampler": "Euler"}
 

@@ -1,0 +1,42 @@
+"""What every dialect does with its client's connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+
+from deployments.ingress.ingress import Generated
+from deployments.telemetry.stages import server_timing
+
+logger = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """Await `work`; cancel it when the client disconnects, so that its rows serve others from the next tick on."""
+    task = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            logger.info("client disconnected")
+            task.cancel()
+        return await task
+    finally:
+        disconnected.cancel()
+        task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def describe(response: Response, generated: Generated) -> None:
+    """Tell stages and backend in the reply's headers."""
+    response.headers["server-timing"] = server_timing(generated.times)
+    response.headers["x-backend"] = generated.plan.stages[0].backend

@@ -1,0 +1,14 @@
+"""What the layers of the application leave for each other in a request's ASGI scope."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+KEY_NAME = "sdgraph.key"
+"""Name of the request's API key, once it was checked; None where no keys are asked for."""
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a request. Serve's proxy takes `x-request-id` from the client or makes one, and sends it back."""
+    return Headers(scope=scope).get("x-request-id", "unknown")[:128]

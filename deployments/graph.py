@@ -1,0 +1,217 @@
+"""The edges of the graph, typed: the only file that says `.remote`.
+
+A `Graph` knows the handle of each deployment by the ids of the components it hosts. Its methods begin a call and return
+a `Call`: awaited, it gives the result; handed on to the next method un-awaited, the result goes from replica to replica
+without passing through this process. `tests/support/graph.py` has a graph whose edges a test decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from deployments.telemetry.stages import Timed
+    from pipelines.control.types import ControlBatch, ControlHint, Residuals
+    from pipelines.pictures.images import EncodedImage
+    from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
+    from pipelines.sampling.latents import Latents
+    from pipelines.text.conditioning import Conditioning
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Call(Generic[T_co]):
+    """A call under way."""
+
+    def __init__(self, response: Awaitable[T_co]) -> None:
+        """Wrap Serve's response, whose type says nothing of its result."""
+        self.response: Any = response
+
+    def __await__(self) -> Generator[Any, None, T_co]:
+        result: Generator[Any, None, T_co] = self.response.__await__()
+        return result
+
+    def cancel(self) -> None:
+        """Stop it, whether it has begun or waits for its arguments; nothing if it is done."""
+        self.response.cancel()
+
+
+@dataclass(frozen=True)
+class Sealed(Generic[T_co]):
+    """Pickled tensors on their way through the ingress, which hands them on and never opens them.
+
+    Opening would import torch into a process that serves without it: 160 MB instead of 540.
+    """
+
+    pickled: bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage of a watched request stands."""
+
+    stage: str
+    """The component."""
+    step: int
+    """Sampler steps done."""
+    steps: int
+    """Sampler steps of the stage; 0 while the job waits for rows."""
+    position: int | None = None
+    """Jobs that go first, while the job waits for rows; None while it runs."""
+    latents: Sealed[Latents] | None = None
+    """Where the picture stands, if the watcher asked for previews."""
+
+
+class Graph:
+    """Every deployment a request can visit, by component id."""
+
+    def __init__(self, handles: Mapping[str, Any], compiled: Mapping[str, Any] | None = None) -> None:
+        """Know the deployments.
+
+        Args:
+            handles: component id -> Serve's handle; several components may share one. What app.py binds are the
+                deployments themselves, in whose place Serve puts handles when it makes the ingress.
+            compiled: the same for UNets compiled with TVM; each is in `handles` too, running on torch.
+        """
+        self._handles = dict(handles)
+        self._compiled = dict(compiled or {})
+
+    @property
+    def deployments(self) -> list[Any]:
+        """What was bound or what Serve put in its place, each once."""
+        return list({id(h): h for h in (*self._handles.values(), *self._compiled.values())}.values())
+
+    @property
+    def compiled_components(self) -> tuple[str, ...]:
+        """UNets that have a compiled deployment."""
+        return tuple(self._compiled)
+
+    def visits(self, plan: GenerationPlan) -> tuple[str, ...]:
+        """Names of the deployments that a plan goes through, each once, in order."""
+        return tuple(dict.fromkeys(_name(handle) for handle in self._visited(plan)))
+
+    def ping(self, plan: GenerationPlan) -> dict[str, Callable[[], Call[None]]]:
+        """For each deployment that a plan visits a call that does nothing, which starts one that has no replica."""
+        handles = {_name(handle): handle for handle in self._visited(plan)}
+        return {name: _Ping(handle) for name, handle in handles.items()}
+
+    def encode_text(self, *, component: str, stage: StagePlan) -> Call[Timed[Conditioning]]:
+        """What the text of a stage says to its UNet."""
+        return Call(self._handles[component].encode.remote(component=component, stage=stage))
+
+    def encode(self, *, plan: GenerationPlan, image: bytes) -> Call[Timed[Latents]]:
+        """Latents of the picture an img2img request starts from."""
+        return Call(self._handles[plan.vae].encode.remote(plan=plan, image=image))
+
+    def prepare(self, *, plan: GenerationPlan, component: str, photo: bytes) -> Call[Timed[ControlHint]]:
+        """The control map of a request, made where ControlNet `component` lives."""
+        return Call(self._handles[component].prepare.remote(plan=plan, photo=photo))
+
+    def denoise(
+        self,
+        *,
+        stage: StagePlan,
+        conditioning: Call[Timed[Conditioning]],
+        latents: Call[Timed[Latents]] | None,
+        hint: Call[Timed[ControlHint]] | None,
+        expires: float,
+    ) -> Call[Timed[Latents]]:
+        """Run a stage; `expires` is when nobody waits for the picture any more, in seconds of Unix time."""
+        return Call(
+            self._denoiser(stage).denoise.remote(
+                stage=stage,
+                conditioning=_handed_on(conditioning),
+                latents=_handed_on(latents),
+                hint=_handed_on(hint),
+                expires=expires,
+            )
+        )
+
+    async def denoise_watched(
+        self,
+        *,
+        stage: StagePlan,
+        conditioning: Call[Timed[Conditioning]],
+        latents: Call[Timed[Latents]] | Sealed[Timed[Latents]] | None,
+        hint: Call[Timed[ControlHint]] | None,
+        expires: float,
+        previews: bool,
+    ) -> AsyncGenerator[Progress | Sealed[Timed[Latents]], None]:
+        """The same, telling its progress on the way; the last item is the result. Closing it ends the stage."""
+        items = (
+            self._denoiser(stage)
+            .options(stream=True)
+            .denoise_watched.remote(
+                stage=stage,
+                conditioning=_handed_on(conditioning),
+                latents=_handed_on(latents),
+                hint=_handed_on(hint),
+                expires=expires,
+                previews=previews,
+            )
+        )
+        try:
+            async for item in items:
+                yield item
+        finally:
+            items.cancel()  # a response that is dropped goes on by itself
+
+    def decode(
+        self, *, plan: GenerationPlan, latents: Call[Timed[Latents]] | Sealed[Timed[Latents]]
+    ) -> Call[Timed[EncodedImage]]:
+        """The finished file, with the plan inside."""
+        return Call(self._handles[plan.vae].decode.remote(plan=plan, latents=_handed_on(latents)))
+
+    def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents]) -> Call[bytes]:
+        """A small JPEG of a picture in the making."""
+        return Call(self._handles[plan.vae].preview.remote(plan=plan, latents=latents))
+
+    def compiled_sizes(self, component: str) -> Call[tuple[CompiledSize, ...]]:
+        """What the replica of a compiled UNet can draw, with what was measured when it started."""
+        return Call(self._compiled[component].compiled_sizes.remote())
+
+    def device(self, component: str) -> Call[str]:
+        """Where torch runs a UNet: `cpu` or `cuda`."""
+        return Call(self._handles[component].device.remote())
+
+    def _denoiser(self, stage: StagePlan) -> Any:
+        return (self._compiled if stage.backend == "tvm" else self._handles)[stage.component]
+
+    def _visited(self, plan: GenerationPlan) -> Iterable[Any]:
+        yield self._handles[plan.text_encoder]
+        for stage in plan.stages:
+            yield self._denoiser(stage)
+            if stage.control:
+                yield self._handles[stage.control.component]
+        yield self._handles[plan.vae]
+
+
+class ControlNetEdge:
+    """A denoiser's edge to the deployment of its ControlNets."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Call[Residuals | None]:
+        """Residuals of every row of a tick; None asks for the maps in `hints`, which that replica has not got."""
+        return Call(self._handle.residuals.remote(batch=batch, hints=dict(hints)))
+
+
+@dataclass(frozen=True)
+class _Ping:
+    handle: Any
+
+    def __call__(self) -> Call[None]:
+        return Call(self.handle.ping.remote())
+
+
+def _name(handle: Any) -> str:
+    return str(handle.deployment_name)
+
+
+def _handed_on(value: Call[T] | Sealed[T] | None) -> Any:
+    """Serve's own response, which it replaces by its result on the way."""
+    return value.response if isinstance(value, Call) else value

@@ -1,0 +1,101 @@
+"""One plan composed over the graph: the same calls for a plain request and for a watched one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from deployments.graph import Call, Graph, Progress, Sealed
+from deployments.ingress.health import Health
+from deployments.ingress.pending import Pending
+from deployments.telemetry.stages import Timed
+from pipelines.pictures.images import EncodedImage
+from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
+
+if TYPE_CHECKING:
+    from pipelines.control.types import ControlHint
+    from pipelines.sampling.latents import Latents
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a watched request is told of, beside its progress."""
+
+    previews: bool
+
+
+class Composition:
+    """One try at one plan."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: GenerationPlan,
+        params: GenerationParams,
+        expires: float,
+        watcher: Watcher | None,
+        health: Health,
+    ) -> None:
+        """Compose `plan`.
+
+        Args:
+            graph: what is called.
+            plan: what was decided.
+            params: the pictures that came with the request.
+            expires: when UNets must be done, in seconds of Unix time.
+            watcher: None where nobody is told of progress: then no tensor passes through this process.
+            health: asked, while a call takes long, whether what the plan visits can still answer.
+        """
+        self._graph = graph
+        self._plan = plan
+        self._params = params
+        self._expires = expires
+        self._watcher = watcher
+        self._health = health
+
+    async def run(self) -> AsyncGenerator[Progress | bytes | Timed[EncodedImage], None]:
+        """Progress and previews, if somebody watches, and at last the file. Closing it cancels what is under way."""
+        graph, plan, photo = self._graph, self._plan, self._params.image
+        visits = graph.visits(plan)
+        async with Pending(lambda: self._health.check(visits)) as pending:
+            latents: Call[Timed[Latents]] | Sealed[Timed[Latents]] | None = None
+            if photo is not None:
+                latents = pending.add(graph.encode(plan=plan, image=photo))
+            texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
+            hints = [self._prepare(stage, pending) for stage in plan.stages]
+            for stage, conditioning, hint in zip(plan.stages, texts, hints, strict=True):
+                if self._watcher is None:
+                    assert not isinstance(latents, Sealed)
+                    latents = pending.add(
+                        graph.denoise(
+                            stage=stage, conditioning=conditioning, latents=latents, hint=hint, expires=self._expires
+                        )
+                    )
+                    continue
+                watched = graph.denoise_watched(
+                    stage=stage,
+                    conditioning=conditioning,
+                    latents=latents,
+                    hint=hint,
+                    expires=self._expires,
+                    previews=self._watcher.previews,
+                )
+                async with aclosing(watched) as items:
+                    while (item := await pending.wait(anext(items, None))) is not None:
+                        if isinstance(item, Sealed):
+                            latents = item
+                            continue
+                        yield replace(item, latents=None)
+                        if item.latents is not None:
+                            yield await pending.wait(graph.preview(plan=plan, latents=item.latents))
+            assert latents is not None, "a plan has at least one stage, and a stage ends with latents"
+            yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents)))
+
+    def _prepare(self, stage: StagePlan, pending: Pending) -> Call[Timed[ControlHint]] | None:
+        """The control map of a stage, None for one without ControlNet."""
+        photo = self._params.controlnet_image
+        if stage.control is None or photo is None:
+            return None
+        return pending.add(self._graph.prepare(plan=self._plan, component=stage.control.component, photo=photo))

@@ -1,0 +1,98 @@
+"""Everything this project knows about Ray that Ray does not promise: private names, wordings, environment variables.
+
+tests/upstream/test_ray.py has a test for each; when a new Ray breaks one, this is the file to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import psutil
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.context import _get_serve_request_context
+from ray.serve.exceptions import RayServeException
+
+C = TypeVar("C", bound=type)
+
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_ADDRESS": "local",  # a cluster of our own, never one that happens to run here
+    "RAY_AUTH_MODE": "disabled",  # unset, a local start may leave a token in the user's home
+    # Middlewares in Serve's HTTP proxy.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.app:proxy_middlewares",
+    # A sleeping deployment wakes when its waiting requests are reported: every 10 s by default.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    # Replicas whose weights are missing are started again until the weights come.
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A second graph on a port in use fails instead of taking half of the requests.
+    "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+}
+"""How `make` and the launcher start Ray on one machine."""
+
+SERVING_STATES = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""Status of a deployment that serves, if only by waking: one that sleeps is healthy."""
+FAILED_TO_START = "failed to start"
+"""Serve's words, in a deployment's status, for replicas that raise when they are made; they stay until one starts."""
+PROXY_ERROR_TYPE = "text/plain"
+"""Content type of the errors that Serve's proxy answers by itself; the application never sends one like it."""
+
+
+def as_ingress(ingress: C) -> C:
+    """Let Serve ask the class for its ASGI application inside the replica (`__serve_build_asgi_app__`).
+
+    `serve.ingress` without an application is meant for builders such as Ray's own LLM server. The usual way pickles
+    the FastAPI application, which ours, holding locks and loggers, does not survive.
+    """
+    decorated: C = serve.ingress()(ingress)
+    return decorated
+
+
+def current_request_id() -> str:
+    """The id of the request this code runs for, empty outside a request. Serve hands it to every replica."""
+    return str(_get_serve_request_context().request_id or "")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What really happened.
+
+    Ray wraps a replica's exception, once an edge; a task group groups them; and Serve has a wrapper for a call that
+    could not begin because one it depends on died.
+    """
+    while True:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
+            error = error.cause
+        elif isinstance(error, RayServeException) and isinstance(error.__cause__, RayActorError):
+            error = error.__cause__
+        elif isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            return error
+
+
+def replica_died(error: BaseException) -> bool:
+    """Whether a call failed because the process, or the node, that ran it is gone."""
+    return isinstance(cause_of(error), RayActorError)
+
+
+async def deployment_states() -> tuple[bool, Mapping[str, str]]:
+    """Whether every deployment of this application can serve, and the state of each in Serve's own words."""
+    application = serve.get_replica_context().app_name
+    deployments = serve.status().applications[application].deployments
+    states = {name: f"{d.status.value}: {d.message}".rstrip(": ") for name, d in deployments.items()}
+    return all(d.status.value in SERVING_STATES for d in deployments.values()), states
+
+
+def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
+    """Ray's processes on this machine whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
+
+    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment.
+    """
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
+            found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
+    return found

@@ -1,0 +1,256 @@
+"""The loop of a denoiser replica: asyncio around step engines, without Ray.
+
+Requests enter with `submit` or `watch`; while any are inside, one task ticks the engine of the oldest. Engines are
+touched on the worker's thread alone, so a job that arrives during a tick joins after it, and one that leaves is gone
+after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.graph import Progress
+from deployments.replicas.throughput import Throughput
+from deployments.replicas.worker import Worker
+from pipelines.errors import DenoiseError, OverloadedError
+from pipelines.plan import StagePlan
+
+if TYPE_CHECKING:
+    from pipelines.control.types import ControlHint
+    from pipelines.engine.engine import StepEngine, TickReport
+    from pipelines.engine.job import DenoiseJob
+    from pipelines.sampling.latents import Latents
+    from pipelines.text.conditioning import Conditioning
+
+logger = logging.getLogger(__name__)
+
+MOST_RETRY_AFTER_S = 60
+"""Most seconds a refused client is told to wait: by then other replicas may have started."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage to run, with what it needs."""
+
+    stage: StagePlan
+    conditioning: Conditioning
+    latents: Latents | None = None
+    """None for a picture from text; else where the stage begins."""
+    hint: ControlHint | None = None
+    """The control map, where the stage has a ControlNet."""
+    expires: float = math.inf
+    """When nobody waits for the picture any more, in seconds of Unix time."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of watched work."""
+
+    progress: Progress
+    latents: Latents | None
+    """Where the picture stands, if previews were asked for."""
+
+
+@dataclass
+class _Request:
+    """Work whose job is in an engine, or about to be."""
+
+    work: Work
+    started: Callable[[], None]
+    result: asyncio.Future[Latents]
+    job: DenoiseJob | None = None
+    updates: asyncio.Queue[Update] | None = None
+    previews: bool = False
+    position: int | None = None
+
+    @property
+    def component(self) -> str:
+        return self.work.stage.component
+
+    def settle(self, outcome: Latents | BaseException) -> None:
+        if self.result.done():  # cancelled meanwhile
+            return
+        if isinstance(outcome, BaseException):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(component: str, report: TickReport) -> None:
+    pass
+
+
+def _itself(error: DenoiseError) -> BaseException:
+    return error
+
+
+class EngineLoop:
+    """Ticks engines for as long as there is work. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, StepEngine],
+        worker: Worker,
+        *,
+        on_tick: Callable[[str, TickReport], None] = _ignore,
+        unwrap: Callable[[DenoiseError], BaseException] = _itself,
+    ) -> None:
+        """Run `engines`, by component id.
+
+        Args:
+            engines: what runs the work of each component.
+            worker: the thread that touches them.
+            on_tick: told of every tick, on the event loop.
+            unwrap: what a request is told of an error that its tick raised.
+        """
+        self._engines = engines
+        self._worker = worker
+        self._on_tick = on_tick
+        self._unwrap = unwrap
+        self._requests: dict[str, _Request] = {}  # oldest first
+        self._task: asyncio.Task[None] | None = None
+        self.throughput = Throughput()
+
+    def __len__(self) -> int:
+        """Requests inside."""
+        return len(self._requests)
+
+    def outstanding(self, component: str | None = None) -> int:
+        """Rows x ticks to come x pixels, of one component or of all."""
+        requests = (r for r in self._requests.values() if component in (None, r.component))
+        return sum(request.job.outstanding_work for request in requests if request.job)
+
+    async def submit(self, work: Work, started: Callable[[], None] = _nothing) -> Latents:
+        """Run a stage, in ticks shared with whoever else is here. Cancelling it frees its rows at the next tick.
+
+        `started` is called when the job was in its first tick.
+
+        Raises:
+            OverloadedError: the work that is here already leaves too little time.
+            DenoiseError: a tick failed.
+        """
+        async with self._inside(work, started) as request:
+            return await request.result
+
+    async def watch(
+        self, work: Work, started: Callable[[], None] = _nothing, previews: bool = False
+    ) -> AsyncGenerator[Update | Latents, None]:
+        """The same, telling of every step; the last item is the result. Closing it frees the rows."""
+        async with self._inside(work, started) as request:
+            updates: asyncio.Queue[Update] = asyncio.Queue()
+            request.updates, request.previews = updates, previews
+            while not request.result.done() or not updates.empty():
+                update = asyncio.ensure_future(updates.get())
+                try:
+                    await asyncio.wait((update, request.result), return_when=asyncio.FIRST_COMPLETED)
+                    if update.done():
+                        yield update.result()
+                finally:
+                    update.cancel()
+            yield request.result.result()
+
+    @asynccontextmanager
+    async def _inside(self, work: Work, started: Callable[[], None]) -> AsyncIterator[_Request]:
+        """A job in its engine for as long as the block."""
+        job_id = uuid.uuid4().hex
+        engine = self._engines[work.stage.component]
+        request = _Request(work, started, asyncio.get_running_loop().create_future())
+        self._requests[job_id] = request
+        try:
+            # Reading a LoRA from disk must not hold up the ticks of others.
+            loras = await asyncio.to_thread(engine.loras.mixture, work.stage) if work.stage.loras else ()
+            hint = work.hint if work.stage.control else None
+            request.job = await self._worker.run(
+                engine.add, job_id, work.stage, work.conditioning, work.latents, loras, hint
+            )
+            self._refuse_if_late(work.expires)
+            self._ensure_task()
+            yield request
+        except BaseException:  # cancelled, closed, or failed
+            self._worker.submit(_drop, engine, job_id)
+            raise
+        finally:
+            self._requests.pop(job_id, None)
+
+    def _refuse_if_late(self, expires: float) -> None:
+        """Jobs run oldest first, so the newest is done when all are: too late, if that is past its deadline."""
+        jobs = (request.job for request in self._requests.values())
+        late_by = time.time() + self.throughput.seconds_for(job for job in jobs if job) - expires
+        if late_by > 0:
+            raise _overloaded(late_by)
+
+    def shed(self) -> None:
+        """Let go of jobs that would be late even if they were in every tick, so that others can use theirs."""
+        for request in self._requests.values():
+            if request.job and not request.job.done:
+                late_by = time.time() + self.throughput.least_seconds_for(request.job) - request.work.expires
+                if late_by > 0:
+                    request.settle(_overloaded(late_by))
+
+    def _ensure_task(self) -> None:
+        if self._task is None or self._task.done():
+            # A fresh context: the loop outlives the request that started it and must not run under its identity.
+            self._task = asyncio.create_task(self._run(), context=contextvars.Context())
+
+    async def _run(self) -> None:
+        """Decide, execute, account, until nobody is left."""
+        try:
+            while oldest := next((r for r in self._requests.values() if r.job), None):
+                begin = time.perf_counter()
+                report = await self._worker.run(self._engines[oldest.component].tick)
+                self._account(oldest.component, report, time.perf_counter() - begin)
+        except Exception as error:  # a bug of the loop itself must not leave anybody waiting for ever
+            for request in self._requests.values():
+                request.settle(error)
+            logger.exception("the engine loop failed")
+
+    def _account(self, component: str, report: TickReport, seconds: float) -> None:
+        """What follows from a tick: times, progress, results."""
+        if report.rows:
+            self.throughput.record(report.advanced, seconds)
+        self._on_tick(component, report)
+        self.shed()
+        self._tell(component, report)
+        for job in report.finished:
+            if request := self._requests.pop(job.id, None):
+                request.settle(job.result())
+        for job, error in report.failed:
+            if request := self._requests.pop(job.id, None):
+                request.settle(self._unwrap(error))
+
+    def _tell(self, component: str, report: TickReport) -> None:
+        """Step i of n to the watchers of jobs that ran, their place in the queue to those that wait."""
+        ran = {job.id for job in report.advanced}
+        for job in report.advanced:
+            if request := self._requests.get(job.id):
+                request.started()
+                if request.updates is not None:
+                    latents = job.result() if request.previews and not job.done else None
+                    request.updates.put_nowait(Update(Progress(component, job.steps_done, job.steps), latents))
+        for position, (job_id, request) in enumerate(self._requests.items()):
+            if job_id not in ran and request.updates is not None and request.position != position:
+                request.position = position
+                request.updates.put_nowait(Update(Progress(request.component, 0, 0, position), None))
+
+
+def _overloaded(late_by_s: float) -> OverloadedError:
+    return OverloadedError(min(math.ceil(late_by_s), MOST_RETRY_AFTER_S))
+
+
+def _drop(engine: StepEngine, job_id: str) -> None:
+    """Take a job nobody waits for any more out of its engine; its rows are free at the next tick."""
+    if job := engine.cancel(job_id):
+        logger.info("job cancelled at step %d/%d", job.steps_done, job.steps)

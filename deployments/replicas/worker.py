@@ -1,0 +1,36 @@
+"""The one thread on which a replica touches its models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+R = TypeVar("R")
+
+
+class Worker:
+    """Runs functions one after another, so that the replica's event loop stays free to cancel and answer."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    async def run(self, function: Callable[..., R], *args: object, started: Callable[[], None] | None = None) -> R:
+        """Run `function(*args)` after everything handed in before it, in the caller's context (request id, trace).
+
+        `started` is called on the thread when the function's turn has come.
+        """
+
+        def turn() -> R:
+            if started is not None:
+                started()
+            return function(*args)
+
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, turn)
+
+    def submit(self, function: Callable[..., object], *args: object) -> None:
+        """Run it without waiting for it."""
+        self._executor.submit(contextvars.copy_context().run, function, *args)

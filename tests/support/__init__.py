@@ -1,0 +1,1 @@
+"""What several suites need: requests and replies, graphs, processes. No tests here."""
