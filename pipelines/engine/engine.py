@@ -197,7 +197,7 @@ class StepEngine:
 
     def _attempt(self, jobs: list[DenoiseJob]) -> _Evaluation:
         """Evaluate the UNet for these jobs, together or in strict mode one by one."""
-        groups = [[job] for job in jobs] if self._strict else [jobs] if jobs else []
+        groups = [[job] for job in jobs] if self._strict or not jobs else [jobs]
         outputs: list[tuple[DenoiseJob, torch.Tensor]] = []
         padding = 0
         try:

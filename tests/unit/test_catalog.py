@@ -72,7 +72,7 @@ def spoil(folder: Path, file: str, index: int, **changes: Any) -> None:
     [
         ("models", {"unet": "unet-sd99"}, "unet 'unet-sd99' is not an sdxl unet component"),
         ("models", {"vae": "unet-sdxl-base"}, "vae 'unet-sdxl-base' is not an sdxl vae component"),
-        ("models", {"family": "sd"}, "is no sd text_encoder component"),
+        ("models", {"family": "sd"}, "is not an sd text_encoder component"),
         ("models", {"name": "sd2"}, "would mean two names"),
         ("models", {"sizes": ["1000x1000"]}, "1000x1000 is not a multiple of 32"),
         ("models", {"requires_controlnet": True}, "disagree"),
