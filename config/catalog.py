@@ -230,7 +230,7 @@ class Catalog(Spec):
             steering = components.get(control.component)
             if steering is None or steering.kind != "controlnet" or steering.union != (control.mode is not None):
                 raise ValueError(
-                    f"controlnet {control.name}: '{control.component}' is no ControlNet, or mode and union disagree"
+                    f"controlnet {control.name}: '{control.component}' is not a ControlNet, or mode and union disagree"
                 )
             if bases := {self.model(m).unet for m in control.models} - {steering.base}:
                 raise ValueError(f"controlnet {control.name}: {control.component} does not steer {sorted(bases)}")
@@ -249,7 +249,9 @@ class Catalog(Spec):
             component = components.get(component_id)
             kind = "unet" if role == "refiner" else role
             if component is None or component.kind != kind or component.family != model.family:
-                raise ValueError(f"model {model.name}: {role} '{component_id}' is no {model.family} {kind} component")
+                raise ValueError(
+                    f"model {model.name}: {role} '{component_id}' is not an {model.family} {kind} component"
+                )
             if kind == "unet" and not component.text_encoders:
                 raise ValueError(f"component {component_id}: say which text_encoders feed this UNet")
         if model.refiner and model.family != "sdxl":
@@ -257,7 +259,7 @@ class Catalog(Spec):
         default = Size(width=model.defaults.width, height=model.defaults.height)
         for size in (*model.sizes, *model.tvm_sizes, default):
             if size.width % model.size_multiple or size.height % model.size_multiple:
-                raise ValueError(f"model {model.name}: size {size} is no multiple of {model.size_multiple}")
+                raise ValueError(f"model {model.name}: size {size} is not a multiple of {model.size_multiple}")
         if model.requires_controlnet != bool(self.controls_of(model.name)) and model.unavailable is None:
             raise ValueError(f"model {model.name}: requires_controlnet and the ControlNets listed for it disagree")
 

@@ -159,7 +159,7 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     for entry in catalog.models:
         if entry.vae == component_id and entry.size_multiple % vae.space.downscale:
             raise WeightsError(
-                f"model {entry.name}: its size_multiple {entry.size_multiple} is no multiple of "
+                f"model {entry.name}: its size_multiple {entry.size_multiple} is not a multiple of "
                 f"{vae.space.downscale}, the downscale of {component_id}"
             )
     return vae

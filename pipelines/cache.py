@@ -15,12 +15,7 @@ def _one(_: object) -> int:
 
 
 class LruCache(Generic[K, V]):
-    """Keeps values within a budget; the newest stays even if it alone exceeds it. Not thread-safe.
-
-    Attributes:
-        hits: lookups that found something, since the start.
-        misses: those that did not.
-    """
+    """Keeps values within a budget; the newest stays even if it alone exceeds it. Not thread-safe."""
 
     def __init__(self, budget: int, cost: Callable[[V], int] = _one) -> None:
         """Keep values whose `cost` adds up to `budget` at most: a number of entries by default."""
@@ -28,7 +23,9 @@ class LruCache(Generic[K, V]):
         self._cost = cost
         self._entries: OrderedDict[K, V] = OrderedDict()
         self.hits = 0
+        """Lookups that found something, since the start."""
         self.misses = 0
+        """Lookups that found nothing."""
 
     def get(self, key: K) -> V | None:
         """The value, None if it is not here; counted."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 
 class SdgraphError(Exception):
-    """The root."""
+    """Whatever this project raises on purpose."""
 
 
 class RequestError(SdgraphError):

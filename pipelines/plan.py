@@ -53,20 +53,17 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class CompiledSize:
-    """A picture size that a UNet is compiled for on this server.
-
-    Attributes:
-        component: the UNet.
-        width, height: pixels.
-        control: whether ControlNets may steer it.
-        speedup: times it was faster than torch when its replica started.
-    """
+    """A picture size that a UNet is compiled for on this server."""
 
     component: str
+    """The UNet."""
     width: int
     height: int
+    """Width and height are in pixels."""
     control: bool
+    """Whether ControlNets may steer it."""
     speedup: float
+    """How many times as fast as torch it was when its replica started."""
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -120,7 +117,7 @@ class ControlUse(_Plan):
 
 
 class StagePlan(_Plan):
-    """One visit to one denoiser."""
+    """What one denoiser does for one picture."""
 
     component: str
     backend: BackendName

@@ -149,7 +149,7 @@ def _check_size(width: int, height: int, model: ModelSpec) -> None:
             below = value // model.size_multiple * model.size_multiple
             nearest = [v for v in (below, below + model.size_multiple) if MIN_SIDE <= v <= MAX_SIDE]
             raise InvalidValueError(
-                f"{param} {value} is no multiple of {model.size_multiple}, which {model.name} needs; "
+                f"{param} {value} is not a multiple of {model.size_multiple}, which {model.name} needs; "
                 f"the nearest valid values are {nearest}",
                 param,
             )

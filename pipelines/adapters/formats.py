@@ -117,7 +117,7 @@ def _layers(weights: _Weights, name: str) -> dict[str, LoraLayer]:
     """Module -> layer; every tensor must belong to one."""
     leftover = [key for key in weights.tensors if ".lora_A.weight" not in key and ".lora_B.weight" not in key]
     if leftover:
-        raise InvalidValueError(f"loras: '{name}' has a key that is no LoRA weight: {leftover[0]}", "loras")
+        raise InvalidValueError(f"loras: '{name}' has a key that is not a LoRA weight: {leftover[0]}", "loras")
     tensors = weights.tensors
     return {
         module: LoraLayer(

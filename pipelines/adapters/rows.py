@@ -19,17 +19,14 @@ from pipelines.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The low-rank pair of one module.
-
-    Attributes:
-        down: `[rank, in]`, or `[rank, in, k, k]` for a convolution.
-        up: `[out, rank]`, or `[out, rank, 1, 1]`.
-        scale: alpha / rank.
-    """
+    """The low-rank pair of one module."""
 
     down: torch.Tensor
+    """`[rank, in]`, or `[rank, in, k, k]` for a convolution."""
     up: torch.Tensor
+    """`[out, rank]`, or `[out, rank, 1, 1]`."""
     scale: float
+    """Alpha / rank."""
 
     def apply(self, module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         """What the layer adds to the output of `module` for `rows`, before the mixture's weight."""

@@ -14,37 +14,31 @@ from pipelines.control.types import ControlledRows
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The stacked rows of one tick.
-
-    Attributes:
-        sample: `[rows, channels, height, width]`, already scaled by each job's sampler.
-        timesteps: `[rows]` float32; whole numbers below 2^24 are exact in it, so samplers with integer timesteps fit.
-        prompt_embeds: `[rows, tokens, width]`.
-        added_conditions: `text_embeds` `[rows, projection]` and `time_ids` `[rows, ids]` for SDXL, empty for SD.
-        loras: the LoRAs of each row, `rows` entries.
-        controlled: the rows a ControlNet steers, and their residuals under way.
-    """
+    """The stacked rows of one tick."""
 
     sample: torch.Tensor
+    """`[rows, channels, height, width]`, already scaled by each job's sampler."""
     timesteps: torch.Tensor
+    """`[rows]` float32; whole numbers below 2^24 are exact in it, so samplers with integer timesteps fit."""
     prompt_embeds: torch.Tensor
+    """`[rows, tokens, width]`."""
     added_conditions: Mapping[str, torch.Tensor]
+    """`text_embeds` `[rows, projection]` and `time_ids` `[rows, ids]` for SDXL, empty for SD."""
     loras: Sequence[Mixture]
+    """The LoRAs of each row, `rows` entries."""
     controlled: ControlledRows | None = None
+    """The rows a ControlNet steers, and their residuals under way."""
 
 
 class Denoiser(Protocol):
-    """A UNet on some backend: no guidance, no sampler, no loop inside.
-
-    Attributes:
-        config: the UNet's `config.json`.
-        device: where its rows live.
-        dtype: format of its rows.
-    """
+    """A UNet on some backend: no guidance, no sampler, no loop inside."""
 
     config: Mapping[str, Any]
+    """The UNet's `config.json`."""
     device: torch.device
+    """Where its rows live."""
     dtype: torch.dtype
+    """Format of its rows."""
 
     def predict(self, batch: StepBatch) -> torch.Tensor:
         """Model output of every row, `[rows, channels, height, width]`."""

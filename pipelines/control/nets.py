@@ -53,7 +53,7 @@ class ControlNets:
         """The control map of a photo, annotated here unless the request says it already is one; 0..1, not normalised.
 
         Raises:
-            InvalidValueError: the bytes are no picture, or there is no annotator for this control.
+            InvalidValueError: the bytes are not a picture, or there is no annotator for this control.
         """
         image = read_image(photo, "controlnet_image", width, height)
         if control.preprocess:

@@ -79,7 +79,7 @@ def draw_skeleton(canvas: np.ndarray, joints: np.ndarray) -> None:
     placed = [neck if index is None else joints[index] for index in COCO_JOINTS]
     sure = [score >= JOINT_SCORE for *_, score in placed]
     half = max(1, round(HALF_WIDTH * min(canvas.shape[:2])))
-    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
+    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # 17 limbs; the last colour is a joint's alone
         if sure[start] and sure[end]:
             (x0, y0), (x1, y1) = placed[start][:2], placed[end][:2]
             centre = (round((x0 + x1) / 2), round((y0 + y1) / 2))

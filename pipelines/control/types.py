@@ -25,19 +25,16 @@ class HintRef(NamedTuple):
 
 @dataclass(frozen=True)
 class ControlHint(TensorBundle):
-    """A control map, ready for its ControlNet.
-
-    Attributes:
-        id: names the map in the ticks that use it, so that it is not sent again.
-        component: the ControlNet.
-        mode: control type of a union ControlNet, None for a plain one.
-        image: `[1, 3, height, width]` in pixels of the picture, 0..1.
-    """
+    """A control map, ready for its ControlNet."""
 
     id: str
+    """Names the map in the ticks that use it, so that it is not sent again."""
     component: str
+    """The ControlNet."""
     mode: int | None
+    """Control type of a union ControlNet, None for a plain one."""
     image: torch.Tensor
+    """`[1, 3, height, width]` in pixels of the picture, 0..1."""
 
     @property
     def ref(self) -> HintRef:
@@ -47,36 +44,30 @@ class ControlHint(TensorBundle):
 
 @dataclass(frozen=True)
 class ControlBatch(TensorBundle):
-    """The rows of one tick that need residuals, whichever ControlNet of the family they need.
-
-    Attributes:
-        hints: which map each row needs.
-        sample: `[rows, channels, height, width]`, as the UNet sees them.
-        timesteps: `[rows]`.
-        prompt_embeds: `[rows, tokens, width]`.
-        text_embeds: `[rows, projection]`, SDXL only.
-        time_ids: `[rows, ids]`, SDXL only.
-    """
+    """The rows of one tick that need residuals, whichever ControlNet of the family they need."""
 
     hints: tuple[HintRef, ...]
+    """Which map each row needs."""
     sample: torch.Tensor
+    """`[rows, channels, height, width]`, as the UNet sees them."""
     timesteps: torch.Tensor
+    """`[rows]`, in training timesteps."""
     prompt_embeds: torch.Tensor
+    """`[rows, tokens, width]`."""
     text_embeds: torch.Tensor | None = None
+    """`[rows, projection]`, SDXL only."""
     time_ids: torch.Tensor | None = None
+    """`[rows, ids]`, SDXL only."""
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """Residuals of all rows as one flat array: 27 MB took 12 ms across an edge so, 72 ms as torch tensors.
-
-    Attributes:
-        flat: the down residuals in order and the mid residual, each `[rows, channels, height, width]`, end to end.
-        shapes: of each.
-    """
+    """Residuals of all rows as one flat array: 27 MB took 12 ms across an edge so, 72 ms as torch tensors."""
 
     flat: np.ndarray
+    """The down residuals in order and the mid residual, each `[rows, channels, height, width]`, end to end."""
     shapes: tuple[tuple[int, ...], ...]
+    """Shape of each, in the same order."""
 
     @classmethod
     def pack(cls, tensors: Sequence[torch.Tensor]) -> Residuals:

@@ -34,23 +34,20 @@ logger = logging.getLogger("sdgraph.engine")
 
 @dataclass(frozen=True)
 class TickReport:
-    """What a tick did.
-
-    Attributes:
-        rows: UNet batch entries that jobs asked for.
-        padding: entries that only filled a batch.
-        seconds: what it took.
-        advanced: jobs that took part, those that left included.
-        finished: jobs that left with a result.
-        failed: jobs that left with an exception.
-    """
+    """What a tick did."""
 
     rows: int = 0
+    """UNet batch entries that jobs asked for."""
     padding: int = 0
+    """Entries that only filled a batch."""
     seconds: float = 0.0
+    """Wall-clock time of the tick."""
     advanced: tuple[DenoiseJob, ...] = ()
+    """Jobs that took part, those that left included."""
     finished: tuple[DenoiseJob, ...] = ()
+    """Jobs that left with a result."""
     failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
+    """Jobs that left with an exception."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ class StepEngine:
 
     def _attempt(self, jobs: list[DenoiseJob]) -> _Evaluation:
         """Evaluate the UNet for these jobs, together or in strict mode one by one."""
-        groups = [[job] for job in jobs] if self._strict else [jobs] if jobs else []
+        groups = [[job] for job in jobs] if self._strict or not jobs else [jobs]
         outputs: list[tuple[DenoiseJob, torch.Tensor]] = []
         padding = 0
         try:

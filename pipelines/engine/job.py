@@ -20,24 +20,21 @@ from pipelines.text.conditioning import Conditioning
 
 @dataclass
 class DenoiseJob:
-    """One stage of one picture in flight. One owner; never shared, never copied.
-
-    Attributes:
-        id: unique among the jobs of an engine.
-        latents: `[1, channels, height, width]`.
-        tick: how many UNet evaluations are done.
-    """
+    """One stage of one picture in flight. One owner; never shared, never copied."""
 
     id: str
+    """Unique among the jobs of an engine."""
     plan: StagePlan
     sampler: Sampler
     generator: torch.Generator
     latents: torch.Tensor
+    """`[1, channels, height, width]`."""
     conditioning: Conditioning
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loras: Mixture = ()
     hint: ControlHint | None = None
     tick: int = 0
+    """How many UNet evaluations are done."""
 
     @property
     def rows(self) -> int:

@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """How a family of models turns text into conditioning and what else its UNets are told.
-
-    Attributes:
-        applies_latent_statistics: whether its pipelines use the VAE config's `latents_mean` and `latents_std`.
-    """
+    """How a family of models turns text into conditioning and what else its UNets are told."""
 
     applies_latent_statistics: bool
+    """Whether its pipelines use the VAE config's `latents_mean` and `latents_std`."""
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Join what the encoders of a stage made of one prompt: `[1, tokens, width]`, pooled `[1, width]`."""

@@ -25,5 +25,5 @@ class SDFamily:
     def added_conditions(
         self, stage: StagePlan, conditioning: Conditioning, unet_config: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """None."""
+        """Nothing: an SD UNet is told the timestep and the text alone."""
         return {}

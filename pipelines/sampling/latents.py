@@ -13,21 +13,18 @@ from pipelines.tensors import TensorBundle
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Shape and normalisation of a VAE's latents, read from its `config.json`.
-
-    Attributes:
-        channels: latent channels.
-        downscale: pixels a latent covers, per side.
-        scale: what encoded latents are multiplied by.
-        mean: per channel, None unless the VAE's config gives mean and std.
-        std: per channel.
-    """
+    """Shape and normalisation of a VAE's latents, read from its `config.json`."""
 
     channels: int
+    """Latent channels."""
     downscale: int
+    """Pixels a latent covers, per side."""
     scale: float
+    """What encoded latents are multiplied by."""
     mean: tuple[float, ...] | None = None
+    """Per channel; None unless the VAE's config gives mean and std."""
     std: tuple[float, ...] | None = None
+    """Per channel; None with `mean`."""
 
     @classmethod
     def from_vae_config(cls, config: Mapping[str, Any], statistics: bool) -> LatentSpace:
@@ -71,14 +68,12 @@ class Latents(TensorBundle):
 
     One generator serves a picture from the first draw to the last, wherever the stages run, exactly as one
     `torch.Generator` handed to diffusers' pipelines one after the other.
-
-    Attributes:
-        values: `[1, channels, height, width]`, in the UNet's scale.
-        generator_state: `[bytes]` uint8, None before anything was drawn.
     """
 
     values: torch.Tensor
+    """`[1, channels, height, width]`, in the UNet's scale."""
     generator_state: torch.Tensor | None = None
+    """`[bytes]` uint8, None before anything was drawn."""
 
 
 def make_generator(seed: int, state: torch.Tensor | None = None) -> torch.Generator:

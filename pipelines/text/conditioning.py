@@ -11,17 +11,14 @@ from pipelines.tensors import TensorBundle
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What one encoder made of one text.
-
-    Attributes:
-        last_hidden_state: `[1, tokens, width]`, after the final layer norm.
-        penultimate_hidden_state: `[1, tokens, width]`, before the last layer.
-        pooled: `[1, projection]`, None for an encoder without projection.
-    """
+    """What one encoder made of one text."""
 
     last_hidden_state: torch.Tensor
+    """`[1, tokens, width]`, after the final layer norm."""
     penultimate_hidden_state: torch.Tensor
+    """`[1, tokens, width]`, before the last layer."""
     pooled: torch.Tensor | None
+    """`[1, projection]`, None for an encoder without projection."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +26,12 @@ class Conditioning(TensorBundle):
     """Text embeddings of one stage of one job.
 
     Rows are `[cond]` without guidance and `[uncond, cond]` with it, in that order.
-
-    Attributes:
-        prompt_embeds: `[rows, tokens, width]`.
-        pooled_prompt_embeds: `[rows, projection]`, SDXL only.
     """
 
     prompt_embeds: torch.Tensor
+    """`[rows, tokens, width]`."""
     pooled_prompt_embeds: torch.Tensor | None = None
+    """`[rows, projection]`, SDXL only."""
 
     @property
     def rows(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,6 +207,28 @@ def test_running_out_of_memory_halves_the_budget_and_retries_once(
     monkeypatch.setattr(recorder, "predict", small_memory)
     assert set(finish(engine)) == set("abcd")
     assert recorder.rows == [4, 4, 4, 4]
+
+
+def test_a_retry_begins_without_the_activations_of_the_pass_that_failed(
+    engine: StepEngine,
+    recorder: Recorder,
+    encoders: TextEncoderStack,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add(engine, encoders, catalog, "a", steps=1)
+    whole, held = recorder.predict, []
+
+    def fails_once(batch: StepBatch) -> torch.Tensor:
+        if not held:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("no room")
+        assert held[0]() is None
+        return whole(batch)
+
+    monkeypatch.setattr(recorder, "predict", fails_once)
+    assert list(finish(engine)) == ["a"]
 
 
 def test_little_memory_makes_small_ticks_but_everybody_finishes(

@@ -102,7 +102,7 @@ def test_a_missing_folder_says_what_to_do(catalog: Catalog) -> None:
 
 def test_a_catalog_that_promises_what_the_vae_cannot_make(catalog: Catalog, tiny_models: Path) -> None:
     wrong = with_source(catalog, "vae-sd15", folder=tiny_models / "sdxl")
-    with pytest.raises(WeightsError, match="size_multiple 8 is no multiple of 32"):
+    with pytest.raises(WeightsError, match="size_multiple 8 is not a multiple of 32"):
         load_vae(wrong, "vae-sd15", "cpu")
 
 

@@ -41,30 +41,27 @@ class ArtifactError(RuntimeError):
 
 
 class ArtifactKey(BaseModel):
-    """Everything a compiled UNet depends on. Two keys that differ anywhere are two artifacts.
-
-    Attributes:
-        config: SHA-256 of the UNet's `config.json`, without what only names it.
-        height, width: of the latents.
-        rows: batch size.
-        tokens: context length.
-        pooled: width of the pooled text, 0 for SD.
-        control: whether it takes a ControlNet's residuals.
-        level: the processor it was made for, one of `LEVELS`.
-        sources: SHA-256 of the compiler's own files.
-    """
+    """Everything a compiled UNet depends on. Two keys that differ anywhere are two artifacts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str
+    """SHA-256 of the UNet's `config.json`, without what only names it."""
     height: int
     width: int
+    """Height and width are of the latents."""
     rows: int
+    """Batch size."""
     tokens: int
+    """Context length."""
     pooled: int
+    """Width of the pooled text, 0 for SD."""
     control: bool
+    """Whether it takes a ControlNet's residuals."""
     level: str
+    """The processor it was made for, one of `LEVELS`."""
     sources: str
+    """SHA-256 of the compiler's own files."""
     dtype: Literal["float32"] = "float32"
     tvm: str = importlib.metadata.version("apache-tvm")
     tvm_ffi: str = importlib.metadata.version("apache-tvm-ffi")
@@ -76,21 +73,18 @@ class ArtifactKey(BaseModel):
 
 
 class Artifact(BaseModel):
-    """What is written beside the program.
-
-    Attributes:
-        key: what it was made for.
-        program: SHA-256 of the program.
-        weights: `(name in the state dict, layout kind, panel, tile)` of every argument after the inputs, in order.
-        compile_seconds: what it cost.
-    """
+    """What is written beside the program."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: ArtifactKey
+    """What it was made for."""
     program: str
+    """SHA-256 of the program."""
     weights: tuple[tuple[str, str, int, int], ...]
+    """`(name in the state dict, layout kind, panel, tile)` of every argument after the inputs, in order."""
     compile_seconds: float
+    """How long it took to compile."""
 
 
 def processor_flags() -> frozenset[str]:

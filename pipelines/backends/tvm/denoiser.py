@@ -196,5 +196,5 @@ def trial_batch(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:
     generator = torch.Generator().manual_seed(0)
     key = artifact.key.model_copy(update={"control": False})
     sample, times, context, *added = (torch.randn(t.shape, generator=generator) for t in example_inputs(config, key))
-    conditions = dict(zip(("text_embeds", "time_ids"), added, strict=False))
+    conditions = dict(zip(("text_embeds", "time_ids"), added, strict=False))  # SD has none of the two
     return StepBatch(sample, times.abs() * 300, context, conditions, [()] * key.rows)

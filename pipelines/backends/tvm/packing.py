@@ -54,18 +54,15 @@ def aligned(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """A packed form.
-
-    Attributes:
-        kind: `plain` as torch has it; `matrix` `[1, out / panel, in, panel]`; `conv` `[out / panel, k, k, in, panel]`;
-            `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed.
-        panel: output channels that lie side by side.
-        tile: m of Winograd's F(m x m, 3 x 3).
-    """
+    """A packed form."""
 
     kind: Literal["plain", "matrix", "conv", "winograd"] = "plain"
+    """`plain` as torch has it; `matrix` `[1, out / panel, in, panel]`; `conv` `[out / panel, k, k, in, panel]`;
+    `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed."""
     panel: int = 0
+    """Output channels that lie side by side."""
     tile: int = 0
+    """The m of Winograd's F(m x m, 3 x 3)."""
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a packed weight of this torch shape."""

@@ -26,15 +26,12 @@ JOBS = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """Registers of one core.
-
-    Attributes:
-        columns: most columns of the result a block holds, the packing's width.
-        rows: most rows of the result a block holds.
-    """
+    """Registers of one core."""
 
     columns: int
+    """Most columns of the result a block holds, the packing's width."""
     rows: int
+    """Most rows of the result a block holds."""
 
     @classmethod
     def of(cls, vector_bits: int) -> Tile:
@@ -58,24 +55,21 @@ def _divisor(number: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class _Product:
-    """The loops of a matrix product over packed weights.
-
-    Attributes:
-        batch: independent products.
-        lines, width: rows of the result, as lines of neighbouring rows.
-        columns, panel: columns of the result, and how many a panel of packed weights has.
-        parts, chunk: the sum, in parts of `chunk` products.
-        block: rows that are held in registers.
-    """
+    """The loops of a matrix product over packed weights."""
 
     batch: int
+    """Independent products."""
     lines: int
     width: int
+    """Rows of the result, as `lines` of `width` neighbouring rows."""
     columns: int
     panel: int
+    """Columns of the result, and how many of them a panel of packed weights has."""
     parts: int
     chunk: int
+    """The sum, as `parts` of `chunk` products each."""
     block: int
+    """Rows that are held in registers."""
 
     def write(
         self,
