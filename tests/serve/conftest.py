@@ -17,7 +17,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from config.catalog import ROOT
 from deployments.launcher import running_graph
-from tests.support import hub_cache
 
 CONFIG = Path(__file__).with_name("graph.yaml")
 
@@ -73,12 +72,11 @@ def url(
     tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector
 ) -> Iterator[str]:
     """Base URL of the running graph; a failed start shows the graph's own log."""
-    home = hub_cache.fill(tmp_path_factory.mktemp("hf"), tiny_models)
     programs = tmp_path_factory.mktemp("tvm")
     wanted = ["--catalog", "tiny", "--model", "SD1.5", "--size", "512x512", "--rows", "2"]
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
+    environment = {"SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
     environment |= {"RAY_metrics_report_interval_ms": "1000"}  # ten seconds by default
     environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {

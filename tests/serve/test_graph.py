@@ -14,7 +14,7 @@ import pytest
 from config.catalog import Catalog
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
-from tests.support.http import check, encoded, photo
+from tests.support.http import encoded, photo
 from tests.support.live import MODELS, draw, request
 
 
@@ -79,11 +79,6 @@ def test_a_compiled_unet_draws_what_torch_draws(client: httpx.Client) -> None:
     assert reply.headers["x-backend"] == "torch", "no program for this size"
 
 
-def test_grouped_by_role_there_are_five(client: httpx.Client) -> None:
-    deployments = client.get("/hub/readyz").json()["deployments"]
-    assert set(deployments) == {"ingress", "text-encoder", "unet-torch", "refiner", "vae"}
-
-
 def test_the_refiner_and_a_starting_picture_pass_through_the_graph(
     client: httpx.Client, text2image: Text2Image
 ) -> None:
@@ -129,19 +124,6 @@ def test_each_request_brings_its_own_loras(client: httpx.Client, text2image: Tex
         expected = np.asarray(text2image.generate(GenerationParams(**fields)).image)
         assert np.abs(pixels - expected).max() <= 1
     assert all(np.abs(answers[0] - other).max() > 1 for other in answers[1:]), "the LoRAs must show"
-
-
-def test_the_hub_catalog_is_served_from_its_cache(client: httpx.Client) -> None:
-    for fields in (request("SD1.5"), request("SDXL1.0-base", enable_refiner=True)):
-        pixels, _ = draw(client, "/hub/v1/image/generation", **fields)
-        again, _ = draw(client, "/hub/v1/image/generation", **fields)
-        assert pixels.std() > 10
-        assert np.abs(pixels - again).max() <= 1
-
-
-def test_what_was_not_chosen_is_not_served(client: httpx.Client) -> None:
-    reply = client.post("/hub/v1/image/generation", json=request("SD2"))
-    assert "['SDXL1.0-base', 'SD1.5']" in check(reply, 400, 40301, "model_name")
 
 
 def test_the_request_id_goes_round(client: httpx.Client) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 
-from config.catalog import ROOT, Catalog
+from config.catalog import Catalog
 from config.sources import HubSource
+from models import make_tiny
 
 FOLDERS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -20,22 +19,11 @@ FOLDERS = {
 }
 
 
-def make_tiny_module() -> ModuleType:
-    """The script that makes the tiny models, as a module."""
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "models" / "make_tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def fill(home: Path, tiny: Path) -> Path:
     """Write `home`/hub as `huggingface_hub` would after downloading; returns `home`.
 
     The catalog promises multiples of 8, as the real VAEs take, so VAEs and ControlNets have the real downscale of 8.
     """
-    make_tiny = make_tiny_module()
     catalog = Catalog.load("hub")
     for component in catalog.components:
         assert isinstance(component.source, HubSource)
