@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,17 @@ def memory() -> dict[str, int]:
     return {title: process.memory_info().rss // 2**20 for title, process in own}
 
 
+def watch(url: str, fields: dict[str, Any], count: int = 3) -> None:
+    """Watched requests with previews, read to their end: what passes through the ingress must not load torch there."""
+    for index in range(count):
+        body = fields | {"prompt": f"{PROMPT} watched {index}", "stream": True, "preview": True}
+        request = urllib.request.Request(
+            f"{url}/v1/image/generation", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            assert b"event: result" in response.read()
+
+
 def measure(
     name: str, pipeline_class: Any, weights: Path, catalog: str, model: str, steps: int, side: int, repeats: int
 ) -> dict[str, Any]:
@@ -108,6 +120,8 @@ def measure(
             }
             medians = compare(ways, repeats)
             resident = memory()
+            watch(url, fields)
+            after_streams = memory()["ServeReplica:sdgraph:ingress"]
     overhead = medians["graph"] - medians["diffusers"]
     goal = 0.010 + 0.02 * medians["diffusers"]
     return {
@@ -120,6 +134,7 @@ def measure(
         "goal_ms": round(goal * 1000, 1),
         "cold_start_s": round(start, 1),
         "resident_mib": resident,
+        "ingress_mib_after_streams": after_streams,
     }
 
 

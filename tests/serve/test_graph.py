@@ -15,7 +15,7 @@ from config.catalog import Catalog
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.support.http import encoded, photo
-from tests.support.live import MODELS, draw, request
+from tests.support.live import MODELS, draw, replicas, request
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,8 @@ def test_a_watched_request_streams_through_the_proxy(client: httpx.Client) -> No
     assert names[-1] == "result"
     assert names.count("progress") >= 9
     assert "preview" in names
+    (ingress,) = replicas("ingress")
+    assert not any("libtorch" in mapped.path for mapped in ingress.memory_maps()), "the ingress never loads torch"
 
 
 def test_closing_a_stream_frees_its_rows_within_a_tick(client: httpx.Client, url: str, graph_log: Path) -> None:
