@@ -14,6 +14,7 @@ export RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT := 1000000
 export RAY_USAGE_STATS_ENABLED := 0
+export SERVE_SOCKET_REUSE_PORT_ENABLED := 0
 export TQDM_DISABLE := 1
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
@@ -36,7 +37,7 @@ setup: .venv/installed models  ## everything a fresh machine needs
 	touch $@
 
 models: .venv/installed  ## the tiny seeded models; does nothing when they are up to date
-	$(BIN)/python models/make_tiny.py 2> /dev/null
+	$(BIN)/python models/make_tiny.py
 
 demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, send the README's request, leave result.jpg, stop; BACKEND=tvm
 	$(BIN)/python -m deployments.launcher demo $(CONFIG)

@@ -11,6 +11,7 @@ at hand. A trace of phases, seeded: light pictures (4 unguided steps, 512 px), h
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import itertools
 import json
@@ -28,6 +29,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from deployments.autoscaling import OUTSTANDING, PACE, OutstandingWork
 from deployments.replicas.throughput import MovingAverage
+from pipelines.engine.batching import BatchKey, select_rows
 
 MEGAPIXEL = 1024 * 1024
 TICK_S, ROW_S = 0.02, 0.03
@@ -66,6 +68,11 @@ class Picture:
         """Rows x ticks to come x pixels."""
         return self.rows * self.ticks * self.pixels
 
+    @property
+    def batch_key(self) -> BatchKey:
+        """Pictures of one size share a tick."""
+        return BatchKey((self.pixels,), ())
+
 
 @dataclass
 class Replica:
@@ -78,13 +85,8 @@ class Replica:
     leaving: bool = False
 
     def batch(self) -> list[Picture]:
-        """Oldest first, one size a tick, as pipelines/engine/batching.py."""
-        chosen, rows = [], 0
-        for job in self.jobs:
-            if job.pixels == self.jobs[0].pixels and (not chosen or rows + job.rows <= MAX_ROWS):
-                chosen.append(job)
-                rows += job.rows
-        return chosen
+        """The jobs of the next tick."""
+        return select_rows(self.jobs, MAX_ROWS)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Simulation:
         self.most = 1
         self._end = sum(phase[0] for phase in PHASES)
         for picture in pictures:
-            self._at(picture.arrived, lambda p=picture: self._arrive(p))  # type: ignore[misc]
+            self._at(picture.arrived, functools.partial(self._arrive, picture))
         self._at(1.0, self._control)
 
     def run(self) -> None:
@@ -180,7 +182,7 @@ class Simulation:
         self._past.append((inside + len(self._queue), len(self._queue)))
         names = {f"r{i}": r for i, r in enumerate(running)}
         context = AutoscalingContext(
-            deployment_id=None,  # type: ignore[arg-type]
+            deployment_id=None,
             deployment_name="unet",
             app_name=None,
             current_num_replicas=len(running),
@@ -189,7 +191,7 @@ class Simulation:
             total_num_requests=statistics.fmean(total for total, _ in self._past),
             total_queued_requests=statistics.fmean(queued for _, queued in self._past),
             aggregated_metrics=None,
-            raw_metrics={  # type: ignore[arg-type]
+            raw_metrics={
                 OUTSTANDING: {n: [_Sample(sum(job.work for job in r.jobs))] for n, r in names.items()},
                 PACE: {n: [_Sample(r.pace.value)] for n, r in names.items()},
             },
@@ -256,7 +258,7 @@ def main() -> None:
         for target in (2, 3, 6, 9)
     }
     policies |= {
-        f"outstanding work, {seconds} s": (lambda s=seconds: OutstandingWork(target_s=s), 6)  # type: ignore[misc]
+        f"outstanding work, {seconds} s": (functools.partial(OutstandingWork, target_s=seconds), 6)
         for seconds in (3, 5, 8, 12)
     }
     results = {}

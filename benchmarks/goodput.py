@@ -58,7 +58,8 @@ def trace(rate: float, seconds: float, seed: int = 7) -> list[Arrival]:
     photo = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(photo, "PNG")
     control = {"controlnet_name": "canny", "controlnet_image": base64.b64encode(photo.getvalue()).decode()}
-    arrivals, now = [], 0.0
+    arrivals: list[Arrival] = []
+    now = 0.0
     while (now := now + source.expovariate(rate)) < seconds:
         model, sides, _ = source.choices(MIX, [share for *_, share in MIX])[0]
         side = source.choice(sides)

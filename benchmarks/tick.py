@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -34,12 +35,14 @@ from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
 from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
 from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
-from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
+from pipelines.control.nets import ColocatedControl
+from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
 from pipelines.text.encoders import TextEncoderStack
-from pipelines.weights.loading import load_controlnets, load_engine, load_text_encoders
+from pipelines.weights.files import read_config
 
 PORT = 8233
 SAMPLERS = ["DPM++ 2M SDE Heun Karras", "Euler a", "Heun", "DDIM", "UniPC 2M", "LMS", "DPM++ 2M", "DPM2 a"]
@@ -59,14 +62,19 @@ class Bench:
 
     def stage(self, index: int, guided: bool = False) -> StagePlan:
         """The plan of a job: another sampler for each, so that company is always mixed."""
-        fields = {"prompt": f"a fox {index}", "seed": index, "steps": 200 + index, "cfg_scale": 5.0 if guided else 1.0}
-        fields |= {"sampler": SAMPLERS[index % len(SAMPLERS)]}
-        return make_plan(GenerationParams(model_name="SDXL1.0-base", **fields), self.catalog).stages[0]
+        params = GenerationParams(
+            model_name="SDXL1.0-base",
+            prompt=f"a fox {index}",
+            seed=index,
+            steps=200 + index,
+            cfg_scale=5.0 if guided else 1.0,
+            sampler=SAMPLERS[index % len(SAMPLERS)],
+        )
+        return make_plan(params, self.catalog).stages[0]
 
     def fill(self, engine: StepEngine, jobs: int, loras: Mixture = (), controlled: int = 0) -> None:
         """Replace the engine's jobs."""
-        for job_id in list(engine._jobs):
-            engine.cancel(job_id)
+        engine.clear()
         for index in range(jobs):
             stage = self.stage(index)
             hint = ControlHint(str(index), "controlnet-sdxl-union", 3, torch.rand(1, 3, 1024, 1024))
@@ -109,16 +117,24 @@ def company(bench: Bench, repeats: int) -> dict[str, Any]:
     return medians | {"speedup": round(medians["sequential"] / medians["shared"], 2), "goal": 1.8}
 
 
+def attention_shapes(catalog: Catalog, component_id: str) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of every attention projection of a UNet, which LoRAs usually touch; no weights are read."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_config(catalog.component(component_id)))
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in unet.named_modules()
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    }
+
+
 def prices(bench: Bench, repeats: int) -> dict[str, Any]:
     """A tick of eight rows: plain, with a LoRA on every attention layer of every row, with ControlNet, strict."""
-    unet = bench.engine._denoiser._unet  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(0)
     layers = {}
-    for name, module in unet.named_modules():
-        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            out, inner = module.weight.shape
-            down = torch.randn(8, inner, generator=generator) * 0.01
-            layers[name] = LoraLayer(down, torch.randn(out, 8, generator=generator) * 0.01, 1.0)
+    for name, (out, inner) in attention_shapes(bench.catalog, "unet-sdxl-base").items():
+        down = torch.randn(8, inner, generator=generator) * 0.01
+        layers[name] = LoraLayer(down, torch.randn(out, 8, generator=generator) * 0.01, 1.0)
     mixture: Mixture = ((RowLora("bench", layers), 0.7),)
     variants: dict[str, tuple[StepEngine, dict[str, Any]]] = {
         "plain": (bench.engine, {}),
@@ -142,13 +158,10 @@ def unseen_lora(repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         catalog_folder = write_sd15_catalog(folder / "catalog", write_sd15(folder / "weights"))
-        engine = load_engine(Catalog.load(catalog_folder), "unet-sd15", "cpu")
         state = {}
-        for name, module in engine._denoiser._unet.named_modules():  # type: ignore[attr-defined]
-            if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-                out, inner = module.weight.shape
-                state[f"unet.{name}.lora_A.weight"] = torch.randn(16, inner)
-                state[f"unet.{name}.lora_B.weight"] = torch.randn(out, 16)
+        for name, (out, inner) in attention_shapes(Catalog.load(catalog_folder), "unet-sd15").items():
+            state[f"unet.{name}.lora_A.weight"] = torch.randn(16, inner)
+            state[f"unet.{name}.lora_B.weight"] = torch.randn(out, 16)
         entries = []
         for index in range(repeats):
             save_file(state, folder / f"{index}.safetensors")
@@ -156,7 +169,6 @@ def unseen_lora(repeats: int) -> dict[str, Any]:
             entries.append({"name": f"lora {index}", "weights": weights})
         (catalog_folder / "loras.yaml").write_text(json.dumps(entries))
         catalog = Catalog.load(catalog_folder)
-        del engine
         engine = load_engine(catalog, "unet-sd15", "cpu")
         taken = []
         for index in range(repeats):

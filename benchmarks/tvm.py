@@ -136,7 +136,7 @@ class Sides:
 
     def compiled(self, batch: StepBatch) -> Any:
         """torch.compile of the UNet's forward, its first call included in the cold seconds."""
-        unet = torch.compile(self.unet)
+        unet: Callable[..., Any] = torch.compile(self.unet)
 
         class Compiled:
             @torch.inference_mode()

@@ -6,14 +6,17 @@ validate a request stands here, so that it never has to open weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
 
 from config.choices import Choices
 from config.sources import FolderSource, HubSource, Source, Spec
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -172,6 +175,14 @@ class StylePreset(Spec):
         return self
 
 
+def _named(kind: str, entries: Mapping[str, T], name: str) -> T:
+    """The entry of this name; otherwise a KeyError that lists the names there are."""
+    try:
+        return entries[name]
+    except KeyError:
+        raise KeyError(f"{kind} '{name}' is not in the catalog, which has {list(entries)}") from None
+
+
 class Catalog(Spec):
     """Everything on offer, cross-checked."""
 
@@ -266,18 +277,15 @@ class Catalog(Spec):
 
     def model(self, name: str) -> ModelSpec:
         """The model of this canonical name; KeyError if there is none."""
-        return next(m for m in self.models if m.name == name)
+        return _named("model", {m.name: m for m in self.models}, name)
 
     def style(self, name: str) -> StylePreset:
-        """The style of this canonical name."""
-        return next(s for s in self.styles if s.name == name)
+        """The style of this canonical name; KeyError if there is none."""
+        return _named("style", {s.name: s for s in self.styles}, name)
 
     def component(self, component_id: str) -> ComponentSpec:
         """The component of this id; KeyError if there is none."""
-        for component in self.components:
-            if component.id == component_id:
-                return component
-        raise KeyError(component_id)
+        return _named("component", {c.id: c for c in self.components}, component_id)
 
     def controls_of(self, model: str) -> dict[str, ControlNetSpec]:
         """What `controlnet_name` may be with a model, in catalog order."""
@@ -292,17 +300,22 @@ class Catalog(Spec):
         return tuple(c.id for c in self.served_components() if c.base == unet_id)
 
     def lora_weights(self, name: str, base: str) -> LoraWeights:
-        """The file of a LoRA for a UNet; StopIteration if the plan let one through that has none."""
-        spec = next(entry for entry in self.loras if entry.name == name)
-        return next(weights for weights in spec.weights if base in weights.bases)
+        """The file of a LoRA for a UNet; KeyError if there is no such LoRA, or if it does not fit the UNet."""
+        spec = _named("lora", {entry.name: entry for entry in self.loras}, name)
+        return _named(f"base of lora '{name}'", {b: weights for weights in spec.weights for b in weights.bases}, base)
 
     def vae_of(self, unet_id: str) -> str:
-        """Id of the VAE whose latents a UNet works on."""
-        return next(m.vae for m in self.models if unet_id in (m.unet, m.refiner))
+        """Id of the VAE whose latents a UNet works on; KeyError if no model uses the UNet."""
+        return self._user_of(unet_id).vae
 
     def text_encoder_of(self, unet_id: str) -> str:
-        """Id of the text encoders that feed a UNet."""
-        return next(m.text_encoder for m in self.models if unet_id in (m.unet, m.refiner))
+        """Id of the text encoders that feed a UNet; KeyError if no model uses the UNet."""
+        return self._user_of(unet_id).text_encoder
+
+    def _user_of(self, unet_id: str) -> ModelSpec:
+        """The first model that uses a UNet; all of them share its VAE and text encoders."""
+        users = {unet: m for m in reversed(self.models) for unet in (m.unet, m.refiner) if unet is not None}
+        return _named("UNet of a model", users, unet_id)
 
     def served_components(self) -> tuple[ComponentSpec, ...]:
         """Components that some available model needs, each once, in catalog order."""

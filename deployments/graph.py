@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from deployments.telemetry.stages import Timed
-    from pipelines.control.nets import ControlBatch, ControlHint, Residuals
+    from pipelines.control.types import ControlBatch, ControlHint, Residuals
     from pipelines.pictures.images import EncodedImage
     from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
     from pipelines.sampling.latents import Latents

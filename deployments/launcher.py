@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,8 +70,9 @@ def running_graph(
         The base URL.
 
     Raises:
-        StartError: the graph exited or was not ready in time.
+        StartError: the port is in use, or the graph exited or was not ready in time.
     """
+    _check_port_is_free(port)
     serve = Path(sys.executable).with_name("serve")
     output = log.open("w") if log else None
     child = subprocess.Popen(
@@ -88,6 +90,13 @@ def running_graph(
         _stop(child)
         if output:
             output.close()
+
+
+def _check_port_is_free(port: int) -> None:
+    """A graph that runs there already would answer in the place of the one to be started."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise StartError(f"port {port} on 127.0.0.1 is in use; stop what listens there, or choose another port")
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:

@@ -14,8 +14,14 @@ from pydantic import BaseModel, ConfigDict
 BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
 
+# What a request may ask for: planning checks it, and the API says it in its schema.
 SEED_LIMIT = 2**32
+"""Seeds are 0 to this, itself excluded."""
 MIN_SIDE, MAX_SIDE = 128, 2496
+"""Width and height in pixels."""
+MIN_STEPS, MAX_STEPS = 1, 1000
+MIN_CFG_SCALE, MAX_CFG_SCALE = 0, 50
+MIN_STRENGTH, MAX_STRENGTH = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,14 @@ from config.catalog import Catalog, ComponentSpec, ModelSpec
 from config.choices import Choices, UnknownChoiceError
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.plan import (
+    MAX_CFG_SCALE,
     MAX_SIDE,
+    MAX_STEPS,
+    MAX_STRENGTH,
+    MIN_CFG_SCALE,
     MIN_SIDE,
+    MIN_STEPS,
+    MIN_STRENGTH,
     SEED_LIMIT,
     BackendName,
     CompiledSize,
@@ -62,8 +68,8 @@ def make_plan(
     guidance = params.cfg_scale if params.cfg_scale is not None else defaults.cfg_scale
     sampler = _choose(SAMPLER_CHOICES, params.sampler if params.sampler is not None else defaults.sampler)
     _check_size(width, height, model)
-    _check_range("steps", steps, 1, 1000)
-    _check_range("cfg_scale", guidance, 0, 50)
+    _check_range("steps", steps, MIN_STEPS, MAX_STEPS)
+    _check_range("cfg_scale", guidance, MIN_CFG_SCALE, MAX_CFG_SCALE)
     check_sampler(sampler, steps, model.edm)
     _check_budget(width, height, steps, limits or PlanLimits())
     _check_family(params, model)
@@ -71,8 +77,7 @@ def make_plan(
     loras = _loras(params, model, catalog)
     strength = _strength(params, model, steps)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
-    if not 0 <= seed < SEED_LIMIT:
-        raise InvalidValueError(f"seed {seed} is out of range: 0 to {SEED_LIMIT - 1}", "seed")
+    _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.of(params.backend, model, width, height, compiled)
     prompts = _styled(params, catalog)
 
@@ -216,7 +221,7 @@ def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tupl
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:
     """Strength of an img2img request, None without a picture."""
     strength = params.strength if params.strength is not None else model.defaults.strength
-    _check_range("strength", strength, 0, 1)
+    _check_range("strength", strength, MIN_STRENGTH, MAX_STRENGTH)
     if params.image is None:
         return None
     if int(steps * strength) < 1:

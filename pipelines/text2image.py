@@ -1,4 +1,4 @@
-"""The whole walk of a request in one process, without Ray. Read this first: deployments do the same, a step each."""
+"""The whole way of a request in one process, without Ray. Read this first: deployments do the same, a step each."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.control.nets import ColocatedControl, ControlHint
+from pipelines.assembly import CompiledUNet, load_controlnets, load_engine, load_text_encoders, load_vae
+from pipelines.control.nets import LazyControl
+from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.pictures.images import read_image
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 from pipelines.sampling.latents import Latents
-from pipelines.weights.loading import Device, load_controlnets, load_engine, load_text_encoders, load_vae
-
-if TYPE_CHECKING:
-    from pipelines.backends.tvm.loading import CompiledUNet
+from pipelines.weights.loading import Device
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,16 @@ class Picture:
 
     image: Image.Image
     plan: GenerationPlan
+
+
+@dataclass
+class _Work:
+    """One request, and how far it is."""
+
+    plan: GenerationPlan
+    latents: Latents | None
+    """Of the last stage; before the first, of the picture it starts from, None for a picture from text."""
+    hint: ControlHint | None
 
 
 class Text2Image:
@@ -42,14 +50,27 @@ class Text2Image:
         strict: bool = False,
         compiled: Sequence[CompiledUNet] = (),
     ) -> None:
+        """Serve `catalog`.
+
+        Args:
+            catalog: the models, and where their weights are.
+            device: where everything is computed; compiled UNets always run on the CPU.
+            limits: what a request may ask for.
+            strict: a picture's bytes do not depend on the requests it is drawn beside.
+            compiled: UNets on the tvm backend; ControlNets of this process steer them too.
+        """
         self._catalog = catalog
+        self._device = device
         self._limits = limits
+        self._strict = strict
         self._compiled = {unet.sizes[0].component: unet for unet in compiled}
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
-        self.torch_engine = functools.cache(functools.partial(load_engine, catalog, device=device, strict=strict))
+        self.torch_engine = functools.cache(self._load_engine)
         self.controlnets = functools.cache(functools.partial(load_controlnets, catalog, device=device))
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
+        for component, unet in self._compiled.items():
+            unet.engine.control = self._control_of(component)
 
     def engine(self, stage: StagePlan) -> StepEngine:
         """The engine that runs a stage."""
@@ -64,15 +85,22 @@ class Text2Image:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
         sizes = [size for unet in self._compiled.values() for size in unet.sizes]
         plans = [make_plan(params, self._catalog, self._limits, sizes) for params in requests]
-        latents = [self._encode_image(plan, params) for plan, params in zip(plans, requests, strict=True)]
-        hints = [self._prepare_hint(plan, params) for plan, params in zip(plans, requests, strict=True)]
-        for position in range(max(len(plan.stages) for plan in plans)):
-            latents = self._denoise(plans, latents, hints, position)
-        return [
-            Picture(self.vae(plan.vae).decode(result), plan)
-            for plan, result in zip(plans, latents, strict=True)
-            if result is not None
+        works = [
+            _Work(plan, self._encode_image(plan, params), self._prepare_hint(plan, params))
+            for plan, params in zip(plans, requests, strict=True)
         ]
+        for position in range(max(len(plan.stages) for plan in plans)):
+            self._denoise(works, position)
+        return [self._decode(work) for work in works]
+
+    def _load_engine(self, component: str) -> StepEngine:
+        control = self._control_of(component)
+        return load_engine(self._catalog, component, self._device, strict=self._strict, control=control)
+
+    def _control_of(self, unet: str) -> LazyControl | None:
+        """What steers a UNet."""
+        own = self._catalog.controlnets_of(unet)
+        return LazyControl(functools.partial(self.controlnets, own)) if own else None
 
     def _encode_image(self, plan: GenerationPlan, params: GenerationParams) -> Latents | None:
         if params.image is None:
@@ -85,35 +113,30 @@ class Text2Image:
         if first.control is None or params.controlnet_image is None:
             return None
         nets = self.controlnets(self._catalog.controlnets_of(first.component))
-        self.engine(first).control = ColocatedControl(nets)
         return nets.prepare(params.controlnet_image, first.control, plan.width, plan.height)
 
-    def _denoise(
-        self,
-        plans: list[GenerationPlan],
-        latents: list[Latents | None],
-        hints: list[ControlHint | None],
-        position: int,
-    ) -> list[Latents | None]:
-        """Run the stage at `position` of every plan that has one."""
-        results = list(latents)
-        waiting: dict[str, int] = {}
+    def _denoise(self, works: list[_Work], position: int) -> None:
+        """Run the stage at `position` of every request that has one; jobs on the same engine share its ticks."""
         engines: set[StepEngine] = set()
-        for index, plan in enumerate(plans):
-            if position < len(plan.stages):
-                stage = plan.stages[position]
-                conditioning = self.text_encoders(plan.text_encoder).encode(stage)
+        by_job: dict[str, _Work] = {}
+        for work in works:
+            if position < len(work.plan.stages):
+                stage = work.plan.stages[position]
                 engine = self.engine(stage)
+                conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
                 loras = engine.loras.mixture(stage)
-                hint = hints[index] if stage.control else None
-                job = engine.add(str(next(self._ids)), stage, conditioning, latents[index], loras, hint)
+                hint = work.hint if stage.control else None
+                job = engine.add(str(next(self._ids)), stage, conditioning, work.latents, loras, hint)
                 engines.add(engine)
-                waiting[job.id] = index
+                by_job[job.id] = work
         for engine in engines:
             while len(engine):
                 report = engine.tick()
                 if report.failed:
                     raise report.failed[0][1]
-                for finished in report.finished:
-                    results[waiting[finished.id]] = finished.result()
-        return results
+                for job in report.finished:
+                    by_job[job.id].latents = job.result()
+
+    def _decode(self, work: _Work) -> Picture:
+        assert work.latents is not None, "every plan has a stage, and every stage ends with latents"
+        return Picture(self.vae(work.plan.vae).decode(work.latents), work.plan)

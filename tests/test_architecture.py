@@ -6,17 +6,21 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
 from config.settings import Settings
+from deployments import ray_compat
 from deployments.app import AppArgs
-from deployments.launcher import ENVIRONMENT, LOCAL_CONFIG, README_REQUEST
+from deployments.launcher import LOCAL_CONFIG, README_REQUEST
 from tests.support.bound import deployment_names
 from training.words import COLOURS, OBJECTS
 
@@ -36,6 +40,12 @@ def run(code: str) -> str:
         ("pipelines.text2image", ["ray", "fastapi", "tvm"]),
         ("pipelines.backends.tvm.artifacts", ["torch", "tvm"]),
         ("pipelines.planning", ["torch", "diffusers"]),
+        ("pipelines.engine.engine", ["cv2", "transformers", "scipy"]),
+        ("pipelines.engine.memory", ["cv2", "transformers", "scipy"]),
+        ("pipelines.backends.torch_backend", ["cv2", "transformers", "scipy"]),
+        # Not backends.tvm.compile: it builds a UNet, and diffusers' UNet class itself imports transformers and scipy.
+        ("pipelines.backends.tvm.loading", ["cv2", "transformers", "scipy"]),
+        ("pipelines.weights.download", ["torch", "diffusers", "transformers"]),
         ("deployments.app", ["torch", "diffusers", "transformers"]),
         ("deployments.replicas.engine_loop", ["ray", "torch", "fastapi"]),
     ],
@@ -55,6 +65,27 @@ def test_the_import_rules_are_checked_and_kept() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 350
+
+
+UNDOCUMENTED = re.compile(
+    r"diffusers\.(loaders|utils)|torch\.(utils\._|_|multiprocessing)|transformers\.models"
+    r"|_cdata|res_hidden_states_tuple|controlnet_cond_embedding|set_begin_index"
+)
+
+
+def test_what_upstream_does_not_document_is_used_in_one_place_each() -> None:
+    guilty = {str(p.relative_to(ROOT)) for p in SOURCES if UNDOCUMENTED.search(p.read_text())}
+    assert guilty == {"pipelines/diffusers_compat.py", "pipelines/torch_compat.py"}
+
+
+def test_the_tested_versions_lie_within_bounds_that_end() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    tested = {canonicalize_name(name): version.strip() for name, version in tested.items()}
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), requirement
+        assert any(part.operator == "<" for part in requirement.specifier), f"{requirement} has no upper bound"
 
 
 def test_only_app_wraps_deployments() -> None:
@@ -120,6 +151,4 @@ def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> 
 def test_make_and_the_launcher_start_ray_the_same_way() -> None:
     makefile = (ROOT / "Makefile").read_text()
     exported = dict(re.findall(r"^export (\w+) := (.*)$", makefile, re.MULTILINE))
-    assert {k: v for k, v in exported.items() if k.startswith("RAY_")} == {
-        k: v for k, v in ENVIRONMENT.items() if k.startswith("RAY_")
-    }
+    assert {name: value for name, value in exported.items() if name in ray_compat.ENVIRONMENT} == ray_compat.ENVIRONMENT

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -27,26 +28,30 @@ class UnauthorizedError(SdgraphError):
 def read_key_hashes(path: Path) -> list[tuple[str, str]]:
     """Names and SHA-256 hashes of the keys in a file of lines `<name> <hash in hex>`.
 
-    A name may have several keys, so that one can be replaced without a gap.
+    A name may have several keys, so that one can be replaced without a gap. Read as editors and `sha256sum` write such
+    files: spaces or tabs, `#` comments, a byte order mark, the `-` behind a hash of standard input.
 
     Raises:
         ValueError: a line of another form, which is not repeated, for it may be a key; or a file without keys.
         OSError: the file cannot be read.
     """
     keys: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, _, digest = line.partition(" ")
-        digest = digest.strip().lower()
-        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
-        keys.append((name, digest))
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        match line.partition("#")[0].split():
+            case []:
+                continue
+            case [name, digest] | [name, digest, "-" | "*-"] if _SHA256.fullmatch(digest):
+                keys.append((name, digest.lower()))
+            case _:
+                raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
     if not keys:
         raise ValueError(
             f"{path} holds no key, so all requests would be refused. Add lines '<name> <sha256 of the key in hex>'"
         )
     return keys
+
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class KeyRing:

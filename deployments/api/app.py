@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from deployments import __version__
 from deployments.api import generation, offers
 from deployments.api.access_log import AccessLog
 from deployments.api.admission import Admission
@@ -33,7 +34,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     """The application of an ingress: its routes, its error handlers, a body limit and an access log."""
     app = FastAPI(
         title="sdgraph",
-        version="0.1.0",
+        version=__version__,
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",
         telemetry={"tracing": False, "metrics": False},  # its spans would begin a trace of their own inside Serve's
     )

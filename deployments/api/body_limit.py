@@ -1,12 +1,18 @@
-"""A limit on how many bytes of a request's body are read."""
+"""Limits on how a request's body is read: its size, its encoding, and how long its client may pause."""
 
 from __future__ import annotations
 
+import asyncio
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.errors import answer
+from deployments.api.errors import ErrorCode, Failure, answer
 from deployments.api.scope import request_id_of
 from pipelines.errors import TooLargeError
+
+PAUSE_S = 30.0
+"""Seconds a client may pause in the middle of its body, after which it is taken to be gone."""
 
 
 class BodyLimit:
@@ -22,26 +28,43 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the connection on with its whole body, or answer 413."""
+        """Pass the connection on with its whole body, or answer 408, 413 or 415."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read(receive)
-        if body is None:
-            error = TooLargeError(f"the body is larger than {self._max_bytes} bytes")
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("identity", ""):
+            message = f"content-encoding '{encoding}' is not supported; send the JSON as it is"
+            await Failure.invalid(415, ErrorCode.MALFORMED, message).response()(scope, receive, send)
+            return
+        try:
+            body = await self._read(receive)
+        except TimeoutError:
+            message = f"the body did not arrive: nothing came for {PAUSE_S:g} seconds"
+            await Failure.invalid(408, ErrorCode.OTHER, message).response()(scope, receive, send)
+        except TooLargeError as error:
             await answer(error, request_id_of(scope))(scope, receive, send)
         else:
-            await self._app(scope, replay(body, receive), send)
+            if body is not None:
+                await self._app(scope, replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, None once it is over the limit."""
+        """The whole body, None if its client disconnected before its end.
+
+        Raises:
+            TooLargeError: it is over the limit.
+            TimeoutError: the client paused for too long.
+        """
         chunks, size = [], 0
         while True:
-            message = await receive()
+            async with asyncio.timeout(PAUSE_S):
+                message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._max_bytes:
-                return None
+                raise TooLargeError(f"the body is larger than {self._max_bytes} bytes")
             chunks.append(chunk)
             if not message.get("more_body", False):
                 return b"".join(chunks)

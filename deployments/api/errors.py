@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,7 +91,14 @@ class Failure:
         said = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
         body = ErrorResponse(**said.model_dump(), error=said, detail=self.detail)
         content = body.model_dump(exclude={"detail"} if self.detail is None else None)
-        return JSONResponse(content, self.status, headers=self.headers)
+        return _ErrorBody(content, self.status, headers=self.headers)
+
+
+class _ErrorBody(JSONResponse):
+    """JSON that can always be sent: text of the client's that is not Unicode (lone surrogates) is replaced."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def answer(error: BaseException, request_id: str) -> JSONResponse:
@@ -154,10 +162,18 @@ def _validation_failure(error: RequestValidationError) -> Failure:
     first = errors[0]
     location = [str(part) for part in first["loc"] if part not in ("body", "hyperbolic", "openai")]
     param = location[0] if location and first["type"] != "json_invalid" else None
-    message = f"{'.'.join(location)}: {first['msg']}" if param else str(first["msg"])
+    message = f"{'.'.join(location)}: {first['msg']}" if param else _json_problem(error)
     if first["type"] in _VALUE_ERRORS:
         return Failure.invalid(400, ErrorCode.INVALID_VALUE, message, param)
     return Failure.invalid(422, ErrorCode.MALFORMED, message, param, detail=errors)
+
+
+def _json_problem(error: RequestValidationError) -> str:
+    """What is wrong with a body as a whole, and where, if it is not JSON."""
+    first = error.errors()[0]
+    if first["type"] != "json_invalid":
+        return str(first["msg"])
+    return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])} at character {first['loc'][-1]}"
 
 
 _VALUE_ERRORS = {

@@ -86,11 +86,13 @@ def health_routes(ingress: Ingress) -> APIRouter:
     """`GET /healthz` and `/readyz`, which ask for no key."""
     router = APIRouter(tags=["health"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process is alive."""
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz(response: Response) -> dict[str, Any]:
         """200 when every deployment can serve, else 503; the state of each, and why."""

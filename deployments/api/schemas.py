@@ -7,18 +7,51 @@ import binascii
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from pipelines.errors import InvalidValueError
-from pipelines.plan import MAX_SIDE, MIN_SIDE, SEED_LIMIT, GenerationParams, OutputFormat
+from pipelines.plan import (
+    MAX_CFG_SCALE,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_STRENGTH,
+    MIN_CFG_SCALE,
+    MIN_SIDE,
+    MIN_STEPS,
+    MIN_STRENGTH,
+    SEED_LIMIT,
+    GenerationParams,
+    OutputFormat,
+)
 
-_DATA_URI = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
+RANDOM_SEED = -1
+"""What A1111, ComfyUI and their clients send for a random seed."""
+
+
+def _without_unset(data: Any, empty_is_unset: frozenset[str]) -> Any:
+    """A body without its nulls, and without the empty strings of optional fields that cannot be empty.
+
+    Clients send both for fields they do not set; a null must not hide the field's other spelling either.
+    """
+    if not isinstance(data, dict):
+        return data
+    return {
+        name: value
+        for name, value in data.items()
+        if value is not None and not (value == "" and isinstance(value, str) and name in empty_is_unset)
+    }
 
 
 class GenerationRequest(BaseModel):
     """Hyperbolic's image request. Unknown fields are ignored and `null` means absent: real clients send both."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        return _without_unset(data, _HYPERBOLIC_UNSET)
 
     model_name: str = Field(max_length=200, examples=["SDXL1.0-base"])
     prompt: str = Field(min_length=1, max_length=20_000)
@@ -33,14 +66,24 @@ class GenerationRequest(BaseModel):
     )
     backend: str | None = Field(None, max_length=200, description="auto, tvm or torch.")
     image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI: the picture to start from.")
-    strength: FiniteFloat | None = Field(None, ge=0, le=1, description="How much of `image` is repainted; default 0.8.")
-    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="Random if absent; always returned.")
+    strength: FiniteFloat | None = Field(
+        None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="How much of `image` is repainted; default 0.8."
+    )
+    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
     cfg_scale: FiniteFloat | None = Field(
-        None, ge=0, le=50, validation_alias=AliasChoices("cfg_scale", "guidance_scale"), description="Default 5."
+        None,
+        ge=MIN_CFG_SCALE,
+        le=MAX_CFG_SCALE,
+        validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
+        description="Default 5.",
     )
     sampler: str | None = Field(None, max_length=200, description="See /v1/samplers; default DPM++ 2M SDE Heun Karras.")
     steps: int | None = Field(
-        None, ge=1, le=1000, validation_alias=AliasChoices("steps", "num_inference_steps"), description="Default 30."
+        None,
+        ge=MIN_STEPS,
+        le=MAX_STEPS,
+        validation_alias=AliasChoices("steps", "num_inference_steps"),
+        description="Default 30.",
     )
     style_preset: str | None = Field(None, max_length=200, description="See /v1/styles.")
     enable_refiner: bool | None = Field(None, description="The SDXL refiner runs the last fifth of the schedule.")
@@ -65,7 +108,7 @@ class GenerationRequest(BaseModel):
             steps=self.steps,
             cfg_scale=self.cfg_scale,
             sampler=self.sampler,
-            seed=self.seed,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
             style_preset=self.style_preset,
             backend=self.backend or "auto",
             image=decode_base64(self.image, "image"),
@@ -84,13 +127,18 @@ class OpenAIImageRequest(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        return _without_unset(data, _OPENAI_UNSET)
+
     model: str = Field(max_length=200)
     prompt: str = Field(min_length=1, max_length=20_000)
     n: int | None = Field(None, ge=1, le=10, description="Pictures, of consecutive seeds; default 1.")
     size: str | None = Field(None, pattern=r"^(auto|\d{3,4}x\d{3,4})$", description="WIDTHxHEIGHT or auto.")
     response_format: Literal["b64_json"] | None = Field(None, description="Pictures are always returned inline.")
     output_format: OutputFormat | None = None
-    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT)
+    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT)
 
     def to_params(self) -> GenerationParams:
         """The same request in this project's words."""
@@ -100,9 +148,17 @@ class OpenAIImageRequest(BaseModel):
             prompt=self.prompt,
             width=width,
             height=height,
-            seed=self.seed,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
             output_format=self.output_format or "jpeg",
         )
+
+
+_HYPERBOLIC_UNSET = frozenset(
+    {"prompt_2", "negative_prompt_2", "backend", "image", "sampler", "style_preset"}
+    | {"controlnet_name", "controlnet_image", "output_format"}
+)
+"""Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
+_OPENAI_UNSET = frozenset({"size", "response_format", "output_format"})
 
 
 def _shape(body: Any) -> str:
@@ -163,13 +219,17 @@ class ErrorResponse(ErrorDetail):
 
 
 def decode_base64(text: str | None, param: str) -> bytes | None:
-    """Bytes of a raw base64 string or a data URI."""
+    """Bytes of a base64 string or a data URI of whatever type, with either alphabet of RFC 4648, padded or not."""
     if text is None:
         return None
+    digits = "".join(_DATA_URI.sub("", text, count=1).split()).rstrip("=").translate(_URL_SAFE)
     try:
-        data = base64.b64decode("".join(_DATA_URI.sub("", text).split()), validate=True)
+        data = base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidValueError(f"{param} is not valid base64", param) from None
     if not data:
         raise InvalidValueError(f"{param} is empty", param)
     return data
+
+
+_URL_SAFE = str.maketrans("-_", "+/")

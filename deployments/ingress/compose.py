@@ -15,7 +15,7 @@ from pipelines.pictures.images import EncodedImage
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlHint
+    from pipelines.control.types import ControlHint
     from pipelines.sampling.latents import Latents
 
 

@@ -39,6 +39,7 @@ class ProxyAnswers:
             await self._app(scope, receive, send)
             return
         body = bytes((await receive()).get("body", b""))
+        scope = {**scope, "headers": [header for header in scope["headers"] if _is_utf8(header[1])]}
         attempt = _Attempt(self._app, scope, body, receive, send)
         await attempt.run()
         if attempt.no_response and not attempt.disconnected:
@@ -48,6 +49,15 @@ class ProxyAnswers:
             await attempt.run()
         if not attempt.forwarded and not attempt.disconnected:
             await attempt.contract_answer()(scope, receive, send)
+
+
+def _is_utf8(value: bytes) -> bool:
+    """Serve's proxy decodes headers such as `x-request-id` as UTF-8 and fails on others, which are left out."""
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Attempt:

@@ -14,7 +14,7 @@ from pipelines.cache import LruCache
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlBatch, ControlHint, Residuals
+    from pipelines.control.types import ControlBatch, ControlHint, Residuals
 
 REMEMBERED_HINTS = 64
 """Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""
@@ -25,7 +25,7 @@ class ControlNetDeployment(Replica):
 
     def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
         super().__init__(runtime)
-        from pipelines.weights.loading import load_controlnets
+        from pipelines.assembly import load_controlnets
 
         self._nets = load_controlnets(catalog, components, self._device)
         self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)
@@ -45,11 +45,11 @@ class ControlNetDeployment(Replica):
         """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got."""
         for sent in hints.values():
             self._hints.put(sent.id, sent)
-        asked = {hint_id for hint_id, _, _ in batch.hints}
+        asked = {hint.id for hint in batch.hints}
         known = {hint_id: hint for hint_id in asked if (hint := hints.get(hint_id) or self._hints.get(hint_id))}
         if len(known) < len(asked):
             return None
-        component = batch.hints[0][1]
+        component = batch.hints[0].component
         with stopwatch("controlnet", component, logging.DEBUG) as watch:  # every tick
             residuals = await self._worker.run(self._nets.residuals, batch, known, started=watch.start_work)
         metrics().cache("control map", component, self._nets.cache)

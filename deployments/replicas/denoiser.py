@@ -24,7 +24,8 @@ from pipelines.errors import DenoiseError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlHint, ControlNets
+    from pipelines.control.nets import ControlNets
+    from pipelines.control.types import ControlHint, ControlSource
     from pipelines.engine.engine import StepEngine, TickReport
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
@@ -58,39 +59,40 @@ class DenoiserDeployment(Replica):
             compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
         """
         super().__init__(runtime)
-        from pipelines.weights.loading import load_engine
+        from pipelines.assembly import load_engine
 
         self._compiled: tuple[CompiledSize, ...] = ()
-        if compiled is None:
-            self._engines = {c: load_engine(catalog, c, self._device, max_rows, strict) for c in components}
-        else:
-            self._engines = self._load_compiled(catalog, components, compiled, max_rows, strict)
         self._colocated: dict[str, ControlNets] = {}
-        self._bind_control(catalog, controlnets)
+        control = {component: self._control_of(component, catalog, controlnets) for component in components}
+        if compiled is None:
+            self._engines = {c: load_engine(catalog, c, self._device, max_rows, strict, control[c]) for c in components}
+        else:
+            self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
         self._loop = EngineLoop(self._engines, self._worker, on_tick=self._count, unwrap=_death_or_error)
 
     def _load_compiled(
-        self, catalog: Catalog, components: Sequence[str], folder: Path, max_rows: int, strict: bool
+        self, catalog: Catalog, folder: Path, max_rows: int, strict: bool, control: Mapping[str, ControlSource | None]
     ) -> dict[str, StepEngine]:
+        from pipelines.assembly import load_compiled
         from pipelines.backends.tvm.artifacts import ArtifactCache
-        from pipelines.backends.tvm.loading import load_compiled
 
         cache = ArtifactCache(folder)
-        loaded = {c: load_compiled(catalog, c, cache, max_rows, strict) for c in components}
+        loaded = {c: load_compiled(catalog, c, cache, max_rows, strict, source) for c, source in control.items()}
         self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
         return {component: unet.engine for component, unet in loaded.items() if unet}
 
-    def _bind_control(self, catalog: Catalog, handles: Mapping[str, Any] | None) -> None:
-        """Tell each engine where its residuals come from: this process, or another deployment."""
+    def _control_of(self, component: str, catalog: Catalog, handles: Mapping[str, Any] | None) -> ControlSource | None:
+        """Where a UNet's residuals come from: this process, another deployment, or nowhere."""
+        from pipelines.assembly import load_controlnets
         from pipelines.control.nets import ColocatedControl
-        from pipelines.weights.loading import load_controlnets
 
-        for component, engine in self._engines.items():
-            if handles is None and (own := catalog.controlnets_of(component)):
-                self._colocated[component] = load_controlnets(catalog, own, self._device)
-                engine.control = ColocatedControl(self._colocated[component])
-            elif handles and component in handles:
-                engine.control = RemoteControl(ControlNetEdge(handles[component]))
+        if handles is not None:
+            return RemoteControl(ControlNetEdge(handles[component])) if component in handles else None
+        own = catalog.controlnets_of(component)
+        if not own:
+            return None
+        self._colocated[component] = load_controlnets(catalog, own, self._device)
+        return ColocatedControl(self._colocated[component])
 
     async def check_health(self) -> None:
         """Serve asks every few seconds. Gauges are set here: Ray's agent forgets one that is not set again."""

@@ -25,8 +25,9 @@ from pipelines.errors import DenoiseError, OverloadedError
 from pipelines.plan import StagePlan
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlHint
-    from pipelines.engine.engine import DenoiseJob, StepEngine, TickReport
+    from pipelines.control.types import ControlHint
+    from pipelines.engine.engine import StepEngine, TickReport
+    from pipelines.engine.job import DenoiseJob
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
 

@@ -12,7 +12,7 @@ from deployments.ray_compat import replica_died
 from deployments.telemetry.metrics import metrics
 
 if TYPE_CHECKING:
-    from pipelines.control.nets import ControlBatch, ControlHint, PendingResiduals, Residuals
+    from pipelines.control.types import ControlBatch, ControlHint, PendingResiduals, Residuals
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ class TextEncoderDeployment(Replica):
 
     def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
         super().__init__(runtime)
-        from pipelines.weights.loading import load_text_encoders
+        from pipelines.assembly import load_text_encoders
 
         self._stacks = {c: load_text_encoders(catalog, c, self._device) for c in components}
 

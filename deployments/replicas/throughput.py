@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipelines.engine.engine import DenoiseJob
+    from pipelines.engine.job import DenoiseJob
 
 NEWEST_SHARE = 0.1
 """Weight of the newest tick in a moving average."""

@@ -22,7 +22,7 @@ class VAEDeployment(Replica):
 
     def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
         super().__init__(runtime)
-        from pipelines.weights.loading import load_vae
+        from pipelines.assembly import load_vae
 
         self._vaes = {c: load_vae(catalog, c, self._device) for c in components}
 

@@ -1,1 +1,1 @@
-"""LoRAs, row by row."""
+"""LoRA and its kin, row by row."""

@@ -1,4 +1,4 @@
-"""LoRA, row by row: files of every common layout -> RowLora, and hooks that add it to the rows that asked for it.
+"""LoRA, row by row: hooks that add each row's own mixture to the modules it touches.
 
 A LoRA is never merged into weights. Each row of a batch carries its own mixture, so that users of different LoRAs share
 a tick, nothing has to be reloaded, and nothing drifts. W x + sum_i w_i * (alpha_i / rank_i) * B_i A_i x, Hu et al. 2021
@@ -7,41 +7,14 @@ a tick, nothing has to be reloaded, and nothing drifts. W x + sum_i w_i * (alpha
 
 from __future__ import annotations
 
-import json
-import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from safetensors import safe_open
 from torch import nn
 
-from pipelines.cache import LruCache
 from pipelines.errors import InvalidValueError
-from pipelines.plan import StagePlan
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-LORA_BYTES = 2**30
-"""Default budget of a store: some ten SDXL adapters in half precision."""
-REFUSED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "oft_": "OFT",
-    "lora_controlnet": "Control-LoRA",
-}
 
 
 @dataclass(frozen=True)
@@ -81,87 +54,6 @@ class RowLora:
 
 Mixture = tuple[tuple[RowLora, float], ...]
 """The LoRAs of one row with their weights."""
-
-
-def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] | None) -> RowLora:
-    """Read the layers of one model from a file in diffusers/PEFT, kohya or old diffusers layout.
-
-    diffusers' own converters read the layouts; scales are taken per layer.
-
-    Args:
-        path: a `.safetensors` file.
-        name: public name, for messages.
-        part: `unet`, `text_encoder` or `text_encoder_2`.
-        unet_config: config of an SDXL UNet, whose blocks kohya counts differently; None for SD.
-
-    Raises:
-        InvalidValueError: another kind of adapter (DoRA, LoHa, LoKr, ...).
-    """
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for mark, kind in REFUSED.items():
-        if any(mark in key for key in keys):
-            raise InvalidValueError(f"loras: '{name}' is a {kind} adapter, which is not supported; use a LoRA", "loras")
-    blocks = None if unet_config is None else SimpleNamespace(**unet_config)
-    state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-        str(path.parent), weight_name=path.name, unet_config=blocks, use_safetensors=True, local_files_only=True
-    )
-    prefix = f"{part}."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if part == "unet" and not own and not any(key.startswith(PARTS) for key in state):
-        own = state  # the oldest diffusers files name no part
-    # An alpha travels under the name of its down matrix, so that the converters rename both alike.
-    given = {
-        key: torch.tensor(alphas[alpha])
-        for key in own
-        if key.endswith("down.weight") and (alpha := f"{prefix}{key.split('.lora.')[0]}.alpha") in (alphas or {})
-    }
-    convert = _convert_unet if part == "unet" else _convert_text_encoder
-    weights, converted_alphas = convert(own), convert(given)
-    layers = {}
-    for key, down in weights.items():
-        module, marker, _ = key.partition(".lora_A.")
-        if not marker:
-            continue
-        rank = down.shape[0]
-        given_alpha = converted_alphas.get(key)
-        scale = _peft_scale(metadata, part, module, rank) if given_alpha is None else float(given_alpha) / rank
-        layers[module] = LoraLayer(down, weights[f"{module}.lora_B.weight"], scale)
-    leftover = [k for k in weights if ".lora_A.weight" not in k and ".lora_B.weight" not in k]
-    if leftover:
-        raise InvalidValueError(f"loras: '{name}' has a key that is no LoRA weight: {leftover[0]}", "loras")
-    return RowLora(name, layers)
-
-
-def _convert_unet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if not state or any("lora_A" in key for key in state):
-        return state
-    converted: dict[str, torch.Tensor] = convert_unet_state_dict_to_peft(state)
-    return converted
-
-
-def _convert_text_encoder(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if not state or any("lora_A" in key for key in state):
-        return state
-    # The converters tell a layout by its `to_out_lora`; a file without that layer needs the attention names mapped too.
-    names = {"to_q_lora": "q_proj", "to_k_lora": "k_proj", "to_v_lora": "v_proj", "to_out_lora": "out_proj"}
-    renamed = {}
-    for key, value in state.items():
-        for old, new in names.items():
-            key = key.replace(f".{old}.", f".{new}.lora_linear_layer.")
-        renamed[key] = value
-    converted: dict[str, torch.Tensor] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(renamed))
-    return converted
-
-
-def _peft_scale(metadata: Mapping[str, Any], part: str, module: str, rank: int) -> float:
-    """Alpha / rank as PEFT's LoraConfig in the file's metadata has it; 1 without one (alpha = rank)."""
-    config = {k.removeprefix(f"{part}."): v for k, v in metadata.items() if k.startswith(f"{part}.")}
-    if not config:
-        return 1.0
-    alpha = config.get("alpha_pattern", {}).get(module, config.get("lora_alpha", rank))
-    return float(alpha / math.sqrt(rank)) if config.get("use_rslora") else float(alpha / rank)
 
 
 class RowLoraHooks:
@@ -232,25 +124,3 @@ def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.in_channels
     return None
-
-
-class LoraStore:
-    """Loaded adapters of one model, the least recently used leaving when their bytes exceed the budget.
-
-    Thread-safe: adapters are loaded off the engine's thread. A job holds its own reference, so one that leaves the
-    store stays alive until its last job ends.
-    """
-
-    def __init__(self, load: Callable[[str, str], RowLora], max_bytes: int = LORA_BYTES) -> None:
-        """Load by public name and base UNet with `load`, keep up to `max_bytes`."""
-        self._load = load
-        self.cache: LruCache[tuple[str, str], RowLora] = LruCache(max_bytes, lambda lora: lora.nbytes)
-        self._lock = threading.Lock()
-
-    def mixture(self, stage: StagePlan) -> Mixture:
-        """The LoRAs of a stage, loaded now where they have to be."""
-        return tuple((self._get(use.name, stage.component), use.weight) for use in stage.loras)
-
-    def _get(self, name: str, base: str) -> RowLora:
-        with self._lock:
-            return self.cache.get((name, base)) or self.cache.put((name, base), self._load(name, base))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from pipelines.adapters.rows import Mixture
-from pipelines.control.nets import ControlledRows
+from pipelines.control.types import ControlledRows
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class Denoiser(Protocol):
         config: the UNet's `config.json`.
         device: where its rows live.
         dtype: format of its rows.
-        rows_evaluated: rows it computed since the start, those that only filled a batch included.
     """
 
     config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
-    rows_evaluated: int
 
     def predict(self, batch: StepBatch) -> torch.Tensor:
         """Model output of every row, `[rows, channels, height, width]`."""
+        ...
+
+    def padding(self, batch: StepBatch) -> int:
+        """Rows that `predict` computes beyond those of `batch`, only to fill a compiled batch size."""
         ...

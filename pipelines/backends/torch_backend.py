@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from pipelines.adapters.rows import RowLoraHooks
 from pipelines.backends.base import StepBatch
-from pipelines.control.nets import LateBinding
+from pipelines.control.binding import LateBinding
 from pipelines.errors import WeightsError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class TorchDenoiser:
@@ -29,7 +31,6 @@ class TorchDenoiser:
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
-        self.rows_evaluated = 0
         self.lora_hooks = RowLoraHooks(unet)
         self._late_binding = LateBinding(unet)
 
@@ -44,5 +45,8 @@ class TorchDenoiser:
                 added_cond_kwargs=dict(batch.added_conditions) or None,
                 return_dict=False,
             )
-        self.rows_evaluated += len(batch.sample)
         return cast(torch.Tensor, output[0])
+
+    def padding(self, batch: StepBatch) -> int:
+        """None: torch evaluates any number of rows."""
+        return 0

@@ -1,1 +1,1 @@
-"""ControlNet: maps, residuals, their binding."""
+"""ControlNet: control maps, residuals, and how residuals reach the UNet."""

@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 from config.catalog import AnnotatorSpec, Catalog
 from pipelines.control.poses import Poses
-from pipelines.errors import InvalidValueError
-from pipelines.weights.sources import fetch
+from pipelines.errors import InvalidValueError, WeightsError
+from pipelines.weights.files import annotator_files
 
 CANNY_LOW, CANNY_HIGH = 100, 200
 """Thresholds of the ControlNet authors' own annotator (lllyasviel/ControlNet v1.1, `canny`)."""
@@ -63,7 +63,8 @@ class Annotators:
         return _white_on_black((stretched * 255).cpu().numpy())
 
     def _load_depth(self, spec: AnnotatorSpec) -> tuple[Any, Any]:
-        folder = fetch("annotator depth", spec.source, ["*.json", "*.safetensors"])
+        (files,) = annotator_files(spec)
+        folder = files.folder()
         model = AutoModelForDepthEstimation.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True), model.to(self._device).eval()
 
@@ -78,8 +79,11 @@ class Annotators:
 
     def _load_edges(self, spec: AnnotatorSpec) -> cv2.dnn.Net:
         assert spec.file is not None  # the catalog checked it
-        folder = fetch("annotator softedge", spec.source, [f"**/{spec.file}", spec.file])
-        return cv2.dnn.readNetFromONNX(str(next(folder.rglob(spec.file))))
+        (files,) = annotator_files(spec)
+        found = next(files.folder().rglob(spec.file), None)
+        if found is None:
+            raise WeightsError(f"annotator softedge: {spec.source} has no {spec.file}; see annotators.yaml")
+        return cv2.dnn.readNetFromONNX(str(found))
 
     def _openpose(self, photo: Image.Image) -> Image.Image:
         return self._poses().draw(photo)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
 
 from config.catalog import AnnotatorSpec
-from pipelines.weights.sources import fetch
+from pipelines.weights.files import annotator_files
 
 PERSON = 0
 """COCO's class of people, in RT-DETR's numbering."""
@@ -36,11 +36,8 @@ class Poses:
     """Both models on one device."""
 
     def __init__(self, spec: AnnotatorSpec, device: str) -> None:
-        assert spec.detector is not None  # the catalog checked it
         self._device = device
-        patterns = ["*.json", "*.safetensors"]
-        finder = fetch("annotator openpose, detector", spec.detector, patterns)
-        poser = fetch("annotator openpose", spec.source, patterns)
+        poser, finder = (files.folder() for files in annotator_files(spec))  # the catalog checked that it has both
         self._find: Any = AutoModelForObjectDetection.from_pretrained(finder, use_safetensors=True).to(device).eval()
         self._find_inputs = AutoImageProcessor.from_pretrained(finder)
         self._pose: Any = VitPoseForPoseEstimation.from_pretrained(poser, use_safetensors=True).to(device).eval()

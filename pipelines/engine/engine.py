@@ -8,108 +8,28 @@ timestep, number of steps, guidance, seed and LoRAs are free per row. Synchronou
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from pipelines.adapters.rows import LoraStore, Mixture
+from pipelines.adapters.rows import Mixture
+from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser, StepBatch
-from pipelines.control.nets import ControlBatch, ControlHint, ControlledRows, ControlSource
+from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows
-from pipelines.engine.guidance import guide
+from pipelines.engine.job import DenoiseJob
 from pipelines.errors import DenoiseError
 from pipelines.families import Family
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
-from pipelines.sampling.samplers import Sampler
+from pipelines.sampling.samplers import make_sampler
 from pipelines.text.conditioning import Conditioning
 
 logger = logging.getLogger("sdgraph.engine")
-
-
-@dataclass
-class DenoiseJob:
-    """One stage of one picture in flight. One owner; never shared, never copied.
-
-    Attributes:
-        id: unique among the jobs of an engine.
-        latents: `[1, channels, height, width]`.
-        tick: how many UNet evaluations are done.
-    """
-
-    id: str
-    plan: StagePlan
-    sampler: Sampler
-    generator: torch.Generator
-    latents: torch.Tensor
-    conditioning: Conditioning
-    added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    loras: Mixture = ()
-    hint: ControlHint | None = None
-    tick: int = 0
-
-    @property
-    def rows(self) -> int:
-        """UNet batch entries the job contributes to a tick."""
-        return self.conditioning.rows
-
-    @property
-    def batch_key(self) -> BatchKey:
-        """What another job must share to ride in the same tick."""
-        return BatchKey(tuple(self.latents.shape[1:]), tuple(self.conditioning.prompt_embeds.shape[1:]))
-
-    @property
-    def done(self) -> bool:
-        """Whether the slice of the schedule is finished."""
-        return self.ticks_left <= 0
-
-    @property
-    def steps_done(self) -> int:
-        """Sampler steps taken; a step of a second-order sampler is two ticks."""
-        return math.ceil(self.tick / self.sampler.order)
-
-    @property
-    def steps(self) -> int:
-        """Sampler steps of this stage."""
-        return math.ceil(len(self.sampler.timesteps) / self.sampler.order)
-
-    @property
-    def work(self) -> int:
-        """What one tick costs: rows x pixels of the picture."""
-        return self.rows * self.plan.width * self.plan.height
-
-    @property
-    def ticks_left(self) -> int:
-        """UNet evaluations to come."""
-        return len(self.sampler.timesteps) - self.tick
-
-    @property
-    def outstanding_work(self) -> int:
-        """What is left to do: work of a tick x ticks to come."""
-        return self.work * self.ticks_left
-
-    @property
-    def timestep(self) -> torch.Tensor:
-        """What the UNet is asked next, a scalar."""
-        return self.sampler.timesteps[self.tick]
-
-    def model_input(self) -> torch.Tensor:
-        """The latents as the UNet sees them, `[1, channels, height, width]`."""
-        return self.sampler.scale_input(self.latents, self.timestep)
-
-    def advance(self, model_output: torch.Tensor) -> None:
-        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step."""
-        guided = guide(model_output, self.plan.guidance_scale)
-        self.latents = self.sampler.step(guided, self.timestep, self.latents, self.generator)
-        self.tick += 1
-
-    def result(self) -> Latents:
-        """Latents and generator, for the next stage."""
-        return Latents(self.latents, self.generator.get_state())
 
 
 @dataclass(frozen=True)
@@ -133,8 +53,19 @@ class TickReport:
     failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """One evaluation of the UNet: whom it was for, and what came of it."""
+
+    jobs: list[DenoiseJob]
+    outputs: Sequence[tuple[DenoiseJob, torch.Tensor]] = ()
+    """Each job with its rows of the model output; none where the evaluation failed."""
+    padding: int = 0
+    error: Exception | None = None
+
+
 class StepEngine:
-    """Jobs of one component, oldest first. Not thread-safe: one thread calls it."""
+    """Jobs of one component, oldest first. Not thread-safe: one thread calls it, though any may use `loras`."""
 
     def __init__(
         self,
@@ -146,7 +77,7 @@ class StepEngine:
         control: ControlSource | None = None,
         max_rows: int = 16,
         strict: bool = False,
-        fits: Callable[[BatchKey], int] | None = None,
+        rows_that_fit: Callable[[BatchKey], int] | None = None,
     ) -> None:
         """Run jobs on `denoiser`.
 
@@ -155,23 +86,23 @@ class StepEngine:
             family: what else the UNet is told.
             scheduler_config: the model's `scheduler_config.json`, which every sampler starts from.
             space: of the VAE that made and will read the latents.
-            loras: where jobs' LoRAs come from; safe to ask from any thread.
+            loras: loads the LoRAs of a stage; on any thread, so that reading a file does not hold up a tick.
             control: where residuals come from, for jobs that bring a hint.
             max_rows: most rows of a tick; halved when memory runs out.
             strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
-            fits: how many rows of a shape fit into memory now, asked before every tick; None trusts `max_rows`.
+            rows_that_fit: rows of a shape that fit into memory now, asked before every tick; None trusts `max_rows`.
         """
         if max_rows < 1:
-            raise ValueError(f"max_rows {max_rows}: at least 1")
-        self._denoiser = denoiser
+            raise ValueError(f"max_rows {max_rows} is out of range: at least 1")
+        self.denoiser = denoiser
         self._family = family
         self._scheduler_config = scheduler_config
         self._space = space
         self.loras = loras
         self.control = control
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._strict = strict
-        self._fits = fits
+        self.rows_that_fit = rows_that_fit
         self._jobs: dict[str, DenoiseJob] = {}
 
     def __len__(self) -> int:
@@ -201,8 +132,8 @@ class StepEngine:
         """
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is already here")
-        device, dtype = self._denoiser.device, self._denoiser.dtype
-        sampler = Sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
+        device, dtype = self.denoiser.device, self.denoiser.dtype
+        sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
         if latents is None:
             shape = self._space.shape(plan.width, plan.height)
@@ -212,7 +143,7 @@ class StepEngine:
             if plan.schedule.strength is not None:
                 values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
         conditioning = conditioning.to(device, dtype)
-        added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
+        added = self._family.added_conditions(plan, conditioning, self.denoiser.config)
         job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras, hint)
         self._jobs[job_id] = job
         return job
@@ -221,6 +152,10 @@ class StepEngine:
         """Drop a job; its rows are free at the next tick. Returns it if it was here."""
         return self._jobs.pop(job_id, None)
 
+    def clear(self) -> None:
+        """Drop every job."""
+        self._jobs.clear()
+
     @torch.inference_mode()
     def tick(self) -> TickReport:
         """Evaluate the UNet once and advance the jobs that were in it.
@@ -228,60 +163,68 @@ class StepEngine:
         An exception of the evaluation fails every job of this tick; one of a job's own sampler fails that job alone.
         When memory runs out, the row budget is halved for good and the tick tried once more with fewer jobs.
         """
-        begin, evaluated = time.perf_counter(), self._denoiser.rows_evaluated
+        begin = time.perf_counter()
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
-        selected = self._select([job for job in self._jobs.values() if not job.done])
+        evaluation = self._attempt(self._select([job for job in self._jobs.values() if not job.done]))
+        if isinstance(evaluation.error, (torch.OutOfMemoryError, MemoryError)):
+            evaluation = self._attempt(self._retreat(evaluation))
         failed: list[tuple[DenoiseJob, DenoiseError]] = []
-        if selected:
+        if evaluation.error is not None:  # whatever it is, it belongs to the jobs in the batch
+            failed = [(job, _denoise_error(evaluation.error)) for job in evaluation.jobs]
+        for job, output in evaluation.outputs:
             try:
-                try:
-                    outputs = self._predict(selected)
-                except (torch.OutOfMemoryError, MemoryError):
-                    selected = self._retreat(selected)
-                    outputs = self._predict(selected)
-            except Exception as error:  # whatever it is, it belongs to the jobs in the batch
-                failed = [(job, _denoise_error(error)) for job in selected]
-                outputs = []
-            for job, output in zip(selected, outputs, strict=False):
-                try:
-                    job.advance(output)
-                except Exception as error:  # the job's own
-                    failed.append((job, _denoise_error(error)))
-                else:
-                    if job.done:
-                        ready.append(job)
+                job.advance(output)
+            except Exception as error:  # the job's own
+                failed.append((job, _denoise_error(error)))
+            else:
+                if job.done:
+                    ready.append(job)
         # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
         left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
         broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
-        rows = sum(job.rows for job in selected)
-        padding = max(0, self._denoiser.rows_evaluated - evaluated - rows)
-        seconds = time.perf_counter() - begin
-        return TickReport(rows, padding, seconds, tuple(selected), tuple(left), tuple(broken))
+        return TickReport(
+            rows=sum(job.rows for job in evaluation.jobs),
+            padding=evaluation.padding,
+            seconds=time.perf_counter() - begin,
+            advanced=tuple(evaluation.jobs),
+            finished=tuple(left),
+            failed=tuple(broken),
+        )
 
     def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
         """The jobs of the next tick: a row budget from memory, `max_rows` at most."""
-        budget = self._max_rows
-        if self._fits is not None and len(jobs) > 1:  # alone, a job runs whatever the budget
-            budget = min(budget, self._fits(jobs[0].batch_key))
+        budget = self.max_rows
+        if self.rows_that_fit is not None and len(jobs) > 1:  # alone, a job runs whatever the budget
+            budget = min(budget, self.rows_that_fit(jobs[0].batch_key))
         return select_rows(jobs, budget)
 
-    def _retreat(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
+    def _attempt(self, jobs: list[DenoiseJob]) -> _Evaluation:
+        """Evaluate the UNet for these jobs, together or in strict mode one by one."""
+        groups = [[job] for job in jobs] if self._strict else [jobs] if jobs else []
+        outputs: list[tuple[DenoiseJob, torch.Tensor]] = []
+        padding = 0
+        try:
+            for group in groups:
+                batch = self._stack(group)
+                parts = self.denoiser.predict(batch).split([job.rows for job in group])
+                outputs += zip(group, parts, strict=True)
+                padding += self.denoiser.padding(batch)
+        except Exception as error:
+            return _Evaluation(jobs, error=error)
+        return _Evaluation(jobs, outputs, padding)
+
+    def _retreat(self, evaluation: _Evaluation) -> list[DenoiseJob]:
         """Halve the row budget and free what can be freed; the jobs that fit now."""
-        self._max_rows = max(1, sum(job.rows for job in jobs) // 2)
-        logger.warning("out of memory: the row budget is %d from now on", self._max_rows)
-        if self._denoiser.device.type == "cuda":
+        self.max_rows = max(1, sum(job.rows for job in evaluation.jobs) // 2)
+        logger.warning("out of memory: the row budget is %d from now on", self.max_rows)
+        assert evaluation.error is not None
+        traceback.clear_frames(evaluation.error.__traceback__)  # they hold the activations of the pass that failed
+        if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
-        return select_rows(jobs, self._max_rows)
+        return select_rows(evaluation.jobs, self.max_rows)
 
-    def _predict(self, jobs: list[DenoiseJob]) -> list[torch.Tensor]:
-        """Each job's rows of the model output."""
-        if self._strict:
-            return [self._evaluate([job])[0] for job in jobs]
-        return self._evaluate(jobs)
-
-    def _evaluate(self, jobs: list[DenoiseJob]) -> list[torch.Tensor]:
-        """Stack the jobs' rows, evaluate once, and hand each job its rows back."""
-        rows = [job.rows for job in jobs]
+    def _stack(self, jobs: list[DenoiseJob]) -> StepBatch:
+        """The jobs' rows, and their residuals under way."""
         batch = StepBatch(
             sample=torch.cat([job.model_input().expand(job.rows, -1, -1, -1) for job in jobs]),
             timesteps=torch.cat([job.timestep.reshape(1).float().expand(job.rows) for job in jobs]),
@@ -294,7 +237,7 @@ class StepEngine:
         hints = [job.hint for job in jobs for _ in range(job.rows)]
         if any(hints):
             batch = replace(batch, controlled=self._start_control(batch, hints))
-        return list(self._denoiser.predict(batch).split(rows))
+        return batch
 
     def _start_control(self, batch: StepBatch, hints: list[ControlHint | None]) -> ControlledRows:
         """Ask for the residuals of every row that has a hint, in one call, without waiting for them."""
@@ -304,7 +247,7 @@ class StepEngine:
         index = torch.tensor(rows, device=batch.sample.device)
         own = [hint for hint in hints if hint is not None]
         request = ControlBatch(
-            hints=tuple((hint.id, hint.component, hint.mode) for hint in own),
+            hints=tuple(hint.ref for hint in own),
             sample=batch.sample[index],
             timesteps=batch.timesteps[index],
             prompt_embeds=batch.prompt_embeds[index],

@@ -9,36 +9,13 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import UNet2DConditionModel
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipelines.engine.batching import BatchKey
+from pipelines.torch_compat import PeakBytes
 
 USABLE = 0.6
 """Share of the free memory that activations may take: the rest is for work spaces, ControlNets and fragmentation."""
 CGROUP = Path("/sys/fs/cgroup")
-
-
-class PeakBytes(TorchDispatchMode):
-    """While active, counts the bytes of all tensors made under it that are alive together; `peak` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it made."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return result
 
 
 @torch.inference_mode()
@@ -50,6 +27,8 @@ def row_bytes(config: Mapping[str, Any], dtype: torch.dtype, key: BatchKey) -> i
         dtype: of the computation.
         key: the row's latent shape `(channels, height, width)` and context shape `(tokens, features)`.
     """
+    from diffusers import UNet2DConditionModel  # brings transformers and scipy, which an engine does not need
+
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
         for parameter in unet.parameters():  # `.to(dtype)` would warn about modules kept in float32, of which none are

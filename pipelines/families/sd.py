@@ -9,8 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from pipelines.plan import StagePlan
-    from pipelines.text.conditioning import Conditioning
-    from pipelines.text.encoders import EncodedText
+    from pipelines.text.conditioning import Conditioning, EncodedText
 
 
 class SDFamily:

@@ -11,8 +11,7 @@ from pipelines.errors import WeightsError
 
 if TYPE_CHECKING:
     from pipelines.plan import StagePlan
-    from pipelines.text.conditioning import Conditioning
-    from pipelines.text.encoders import EncodedText
+    from pipelines.text.conditioning import Conditioning, EncodedText
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """Defaults of StableDiffusionXLImg2ImgPipeline, which the refiner was trained around."""

@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from pipelines.families import Family
 from pipelines.sampling.latents import Latents, LatentSpace, make_generator
 
 TILE_ABOVE_PIXELS = 2048 * 2048
@@ -23,7 +22,7 @@ PREVIEW_LATENTS, PREVIEW_PIXELS = 32, 256
 class VAE:
     """An AutoencoderKL with its latent space."""
 
-    def __init__(self, model: AutoencoderKL, family: Family, tile_above_pixels: int = TILE_ABOVE_PIXELS) -> None:
+    def __init__(self, model: AutoencoderKL, space: LatentSpace, tile_above_pixels: int = TILE_ABOVE_PIXELS) -> None:
         """Wrap a loaded model.
 
         A VAE in float16 whose config says `force_upcast` overflows in half precision, so it is turned to float32 once,
@@ -33,7 +32,7 @@ class VAE:
             model = model.to(torch.float32)
         self._model = model.eval()
         self._tile_above_pixels = tile_above_pixels
-        self.space = LatentSpace.from_vae_config(model.config, family.applies_latent_statistics)
+        self.space = space
         self._processor = VaeImageProcessor(vae_scale_factor=self.space.downscale)
 
     @torch.inference_mode()

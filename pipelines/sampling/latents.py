@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from pipelines.tensors import TensorBundle
 
@@ -94,5 +93,4 @@ def draw_noise(
     shape: tuple[int, ...], generator: torch.Generator, device: str | torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Standard normal noise, drawn on the CPU and moved, so that a seed means the same on every device."""
-    noise: torch.Tensor = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
-    return noise
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)

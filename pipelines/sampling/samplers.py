@@ -1,19 +1,22 @@
-"""The 27 sampler names of the contract, as diffusers schedulers with exact settings.
+"""The sampler names a request may ask for, and what each stands for.
 
-A `Sampler` is one scheduler object walking one slice of its schedule for one job. The base configuration (betas,
-prediction type, timestep spacing) always comes from the model's own `scheduler_config.json`; the table below overrides
-only what the name says. diffusers is imported when a sampler is made, not before: the ingress needs just the names.
+All but those with a `make` of their own are diffusers schedulers with exact settings. The base configuration (betas,
+prediction type, timestep spacing) always comes from the model's own `scheduler_config.json`; the table overrides only
+what the name says. Neither torch nor diffusers is imported here: the ingress needs just the names.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from config.choices import Choices
 from pipelines.errors import InvalidValueError
+from pipelines.plan import MAX_STEPS, MIN_STEPS
+from pipelines.sampling.base import MakeSampler, Sampler
+from pipelines.sampling.diffusers_sampler import DiffusersSampler
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +29,15 @@ class SamplerSpec:
     """What a sampler name stands for."""
 
     scheduler: str
-    """Class name in diffusers."""
+    """Class name, which `GET /v1/samplers` shows; in diffusers, unless `make` is given."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    min_steps: int = 1
-    max_steps: int = 1000
+    """What the name changes in the model's scheduler configuration."""
+    min_steps: int = MIN_STEPS
+    max_steps: int = MAX_STEPS
     edm: bool = False
     """Works in the EDM formulation (Karras et al. 2022), so on EDM models alone."""
+    make: MakeSampler | None = None
+    """Makes a job's sampler; None takes the diffusers scheduler. `tests/unit/test_samplers.py` has a small example."""
 
 
 def _plain(scheduler: str, **settings: Any) -> SamplerSpec:
@@ -118,82 +124,18 @@ def check_sampler(name: str, steps: int, edm_model: bool) -> None:
         raise InvalidValueError(f"steps {steps} is out of range: sampler '{name}' takes {span} steps", "steps")
 
 
-class Sampler:
-    """One diffusers scheduler on its way through one slice of its schedule. One job owns it; it holds solver history.
+def make_sampler(
+    name: str, config: Mapping[str, Any], part: ScheduleSlice, seed: int, device: str | torch.device = "cpu"
+) -> Sampler:
+    """A new sampler for one job.
 
-    Attributes:
-        timesteps: what the UNet is asked at each tick, in order, `[ticks]`.
-        order: ticks a step takes (2 for Heun and the DPM2 family).
+    Args:
+        name: canonical sampler name.
+        config: the model's `scheduler_config.json`.
+        part: number of steps and which part of them to run.
+        seed: of the job, for samplers that keep a noise source of their own.
+        device: where the latents live.
     """
-
-    def __init__(
-        self, name: str, config: Mapping[str, Any], part: ScheduleSlice, seed: int, device: str | torch.device = "cpu"
-    ) -> None:
-        """Set up the scheduler as diffusers' pipelines do.
-
-        Args:
-            name: canonical sampler name.
-            config: the model's `scheduler_config.json`.
-            part: number of steps and which part of them to run.
-            seed: for the Brownian tree of the DPM SDE samplers, the only ones that do not draw from the generator.
-            device: where the latents live.
-        """
-        import diffusers
-
-        spec = SAMPLERS[name]
-        settings = dict(spec.settings)
-        if spec.scheduler == "DPMSolverSDEScheduler":
-            settings["noise_sampler_seed"] = seed
-        self._scheduler = getattr(diffusers, spec.scheduler).from_config(dict(config), **settings)
-        self._scheduler.set_timesteps(part.steps, device=device)
-        self.order: int = self._scheduler.order
-        self.timesteps: torch.Tensor = self._slice(part)
-        accepted = inspect.signature(self._scheduler.step).parameters
-        self._takes_generator = "generator" in accepted
-
-    def _slice(self, part: ScheduleSlice) -> torch.Tensor:
-        """Cut the schedule as the diffusers pipelines do, so that the same ticks remain.
-
-        Source: `get_timesteps` and the `denoising_end` branch of StableDiffusionXLImg2ImgPipeline.
-        """
-        scheduler = self._scheduler
-        timesteps = cast("torch.Tensor", scheduler.timesteps)
-        trained = scheduler.config.num_train_timesteps
-        begin = 0
-        if part.start is not None:
-            cutoff = round(trained - part.start * trained)
-            kept = int((timesteps < cutoff).sum())
-            if self.order == 2 and kept % 2 == 0:
-                kept += 1  # an even count would begin between the two halves of a step
-            begin = len(timesteps) - kept
-        elif part.strength is not None:
-            begin = (part.steps - min(int(part.steps * part.strength), part.steps)) * self.order
-        if part.start is not None or part.strength is not None:
-            timesteps = timesteps[begin:]
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(begin)
-        if part.end is not None:
-            cutoff = round(trained - part.end * trained)
-            timesteps = timesteps[: int((timesteps >= cutoff).sum())]
-        return timesteps
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the noise a picture from text begins with."""
-        return float(self._scheduler.init_noise_sigma)
-
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise `latents` up to the first timestep of the slice (img2img)."""
-        return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, self.timesteps[:1]))
-
-    def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What the UNet sees of `latents` at `timestep`."""
-        return cast("torch.Tensor", self._scheduler.scale_model_input(latents, timestep))
-
-    def step(
-        self, model_output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        """Advance `latents` `[1, channels, height, width]` by one tick; noise comes from `generator` alone."""
-        extra = {"generator": generator} if self._takes_generator else {}
-        stepped = self._scheduler.step(model_output, timestep, latents, return_dict=False, **extra)
-        return cast("torch.Tensor", stepped[0])
+    spec = SAMPLERS[name]
+    make = spec.make or functools.partial(DiffusersSampler, spec.scheduler, spec.settings)
+    return make(config, part, seed, device)

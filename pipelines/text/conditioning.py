@@ -10,6 +10,21 @@ from pipelines.tensors import TensorBundle
 
 
 @dataclass(frozen=True)
+class EncodedText:
+    """What one encoder made of one text.
+
+    Attributes:
+        last_hidden_state: `[1, tokens, width]`, after the final layer norm.
+        penultimate_hidden_state: `[1, tokens, width]`, before the last layer.
+        pooled: `[1, projection]`, None for an encoder without projection.
+    """
+
+    last_hidden_state: torch.Tensor
+    penultimate_hidden_state: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Conditioning(TensorBundle):
     """Text embeddings of one stage of one job.
 

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines.adapters.rows import LoraStore, RowLora, RowLoraHooks
+from pipelines.adapters.rows import RowLora, RowLoraHooks
+from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
-from pipelines.families import Family
 from pipelines.plan import LoraUse, StagePlan
-from pipelines.text.conditioning import Conditioning
+from pipelines.text.conditioning import Conditioning, EncodedText
+
+Embed = Callable[[list[EncodedText]], tuple[torch.Tensor, torch.Tensor | None]]
+"""Joins what the encoders of a stage made of one prompt, as `Family.embed` does."""
 
 CACHED_TEXTS = 512
 """Entries of each encoder's cache; an SDXL entry of both encoders is about 0.6 MB in half precision."""
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """What one encoder made of one text.
-
-    Attributes:
-        last_hidden_state: `[1, tokens, width]`, after the final layer norm.
-        penultimate_hidden_state: `[1, tokens, width]`, before the last layer.
-        pooled: `[1, projection]`, None for an encoder without projection.
-    """
-
-    last_hidden_state: torch.Tensor
-    penultimate_hidden_state: torch.Tensor
-    pooled: torch.Tensor | None
 
 
 class TextEncoder:
@@ -79,9 +66,9 @@ class TextEncoder:
 class TextEncoderStack:
     """The encoders of a model family, in order: one for SD, CLIP-L and OpenCLIP-G for SDXL."""
 
-    def __init__(self, encoders: list[TextEncoder], family: Family) -> None:
+    def __init__(self, encoders: list[TextEncoder], embed: Embed) -> None:
         self.encoders = encoders
-        self._family = family
+        self._join = embed
 
     def encode(self, stage: StagePlan) -> Conditioning:
         """Conditioning of one stage: one row, or uncond and cond where the stage is guided."""
@@ -102,6 +89,6 @@ class TextEncoderStack:
     def _embed(self, stage: StagePlan, rows: list[tuple[str, ...]]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         encoders = [self.encoders[index] for index in stage.text.encoders]
         return [
-            self._family.embed([encoder.encode(text, stage) for encoder, text in zip(encoders, row, strict=True)])
+            self._join([encoder.encode(text, stage) for encoder, text in zip(encoders, row, strict=True)])
             for row in rows
         ]

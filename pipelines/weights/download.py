@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config.catalog import Catalog
-from pipelines.weights.loading import locate
-from pipelines.weights.sources import fetch
+from pipelines.weights.files import ComponentFiles, Files, annotator_files, lora_files
 
 
 def download(catalog: Catalog) -> Iterator[tuple[str, Path]]:
@@ -20,23 +19,26 @@ def download(catalog: Catalog) -> Iterator[tuple[str, Path]]:
     Raises:
         WeightsError: a source is missing.
     """
+    for files in needed_files(catalog):
+        yield files.what, files.folder()
+
+
+def needed_files(catalog: Catalog) -> Iterator[Files]:
+    """What the loaders will ask for."""
     served = catalog.served_components()
     for component in served:
-        yield f"component {component.id}", locate(component)
+        yield ComponentFiles(component).files
     unets = {component.id for component in served}
     for lora in catalog.loras:
         for weights in lora.weights:
             if unets.intersection(weights.bases):
-                yield f"lora {lora.name}", fetch(f"lora {lora.name}", weights.source, [weights.file])
+                yield lora_files(lora.name, weights)
     for spec in catalog.annotators:
-        patterns = [spec.file] if spec.file else ["*.json", "*.safetensors"]
-        for source in (spec.source, spec.detector):
-            if source is not None:
-                yield f"annotator {spec.name}", fetch(f"annotator {spec.name}", source, patterns)
+        yield from annotator_files(spec)
 
 
 def main() -> None:
-    """Fetch and tell."""
+    """Fetch, and print where everything lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="hub")
     parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")

@@ -20,7 +20,7 @@ from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
 from pipelines.backends.tvm.shapes import artifact_key
 from pipelines.plan import CompiledSize, StagePlan
-from pipelines.weights.loading import read_config
+from pipelines.weights.files import read_config
 from tests.support.bound import name_of, options_of, run_locally
 from tests.support.graph import FakeGraph, never
 from tests.support.http import check, encoded, events, photo, picture, pixels, post

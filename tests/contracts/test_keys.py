@@ -109,6 +109,23 @@ def test_a_graph_without_keys_must_say_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "alice {digest}\n",
+        "\ufeffalice\t{digest}",
+        "  alice   {digest}   # since May\r\n\r\n# bob left\r\n",
+        "alice {digest}  -\n",
+        "alice {upper} *-\n",
+    ],
+)
+def test_key_files_as_editors_and_sha256sum_write_them(tmp_path: Path, text: str) -> None:
+    digest = hashlib.sha256(b"secret").hexdigest()
+    path = tmp_path / "keys"
+    path.write_bytes(text.format(digest=digest, upper=digest.upper()).encode())
+    assert read_key_hashes(path) == [("alice", digest)]
+
+
+@pytest.mark.parametrize(
     ("text", "said"), [("", "holds no key"), ("alice secret\n", "line 1"), ("\nalice\n", "line 2")]
 )
 def test_files_that_are_no_keys(tmp_path: Path, text: str, said: str) -> None:

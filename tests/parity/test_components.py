@@ -16,7 +16,7 @@ from config.catalog import Catalog
 from pipelines.families import FAMILIES
 from pipelines.pictures.vae import VAE
 from pipelines.plan import GenerationParams
-from pipelines.sampling.latents import Latents
+from pipelines.sampling.latents import Latents, LatentSpace
 from pipelines.text2image import Text2Image
 
 FIELDS: dict[str, Any] = {"width": 256, "height": 256}
@@ -76,7 +76,8 @@ def test_large_pictures_are_tiled_as_diffusers_tiles(tiny_models: Path, family: 
     model = AutoencoderKL.from_pretrained(folder)
     model.register_to_config(sample_size=128)
     model.tile_sample_min_size, model.tile_latent_min_size = 128, 128 // 2 ** (len(model.config.block_out_channels) - 1)
-    vae = VAE(model, FAMILIES[family], tile_above_pixels=200 * 200)
+    space = LatentSpace.from_vae_config(model.config, FAMILIES[family].applies_latent_statistics)
+    vae = VAE(model, space, tile_above_pixels=200 * 200)
     side = 256 // vae.space.downscale
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, vae.space.channels, side, side, generator=generator)
@@ -85,14 +86,15 @@ def test_large_pictures_are_tiled_as_diffusers_tiles(tiny_models: Path, family: 
     with torch.no_grad():
         expected = model.decode(vae.space.denormalise(latents), return_dict=False)[0]
     assert_same(tiled, vae._processor.postprocess(expected, output_type="pil")[0])
-    whole = VAE(model, FAMILIES[family]).decode(Latents(latents))
+    whole = VAE(model, space).decode(Latents(latents))
     assert np.abs(np.asarray(whole).astype(int) - np.asarray(tiled)).max() > 1, "it was not tiled"
 
 
 def test_a_half_precision_vae_that_overflows_is_upcast(tiny_models: Path) -> None:
     model = AutoencoderKL.from_pretrained(tiny_models / "sdxl" / "vae", dtype=torch.float16)
     assert model.config.force_upcast
-    assert VAE(model, FAMILIES["sdxl"])._model.dtype == torch.float32
+    space = LatentSpace.from_vae_config(model.config, statistics=True)
+    assert VAE(model, space)._model.dtype == torch.float32
     model = AutoencoderKL.from_pretrained(tiny_models / "sdxl" / "vae", dtype=torch.float16)
     model.register_to_config(force_upcast=False)
-    assert VAE(model, FAMILIES["sdxl"])._model.dtype == torch.float16
+    assert VAE(model, space)._model.dtype == torch.float16

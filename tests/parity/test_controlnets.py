@@ -16,7 +16,8 @@ from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteSchedu
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.control.nets import ControlledRows, LateBinding, Residuals, _Done
+from pipelines.control.binding import LateBinding
+from pipelines.control.types import ControlledRows, ReadyResiduals, Residuals
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -198,7 +199,7 @@ def test_late_binding_is_bit_equal_to_arguments(tiny_models: Path) -> None:
             mid_block_additional_residual=mid,
         ).sample
         late = LateBinding(unet)
-        with late.bound(ControlledRows((0, 1), _Done(Residuals.pack([*down, mid])))):
+        with late.bound(ControlledRows((0, 1), ReadyResiduals(Residuals.pack([*down, mid])))):
             assert torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
         assert not torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
 

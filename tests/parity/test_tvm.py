@@ -14,18 +14,19 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from config.catalog import ROOT, Catalog, Size
+from pipelines.assembly import load_compiled
 from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import ArtifactCache, ArtifactKey, best_level
 from pipelines.backends.tvm.compile import compile_all
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch
-from pipelines.backends.tvm.loading import load_compiled
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
-from pipelines.control.nets import ControlledRows, Residuals
+from pipelines.control.types import ControlledRows, Residuals
 from pipelines.errors import DenoiseError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
-from pipelines.weights.loading import load_model, read_config
+from pipelines.weights.files import read_config
+from pipelines.weights.loading import load_model
 
 SIZE = {"unet-sd15": 128, "unet-sd2": 128, "unet-sdxl-base": 256, "unet-ssd": 256, "unet-sdxl-turbo": 256}
 SIZE |= {"refiner-sdxl": 256}

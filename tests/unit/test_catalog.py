@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,22 @@ def test_choices_refuse_ambiguity() -> None:
         Choices("x", ["a", "A"])
     with pytest.raises(ValueError, match="which is not a name"):
         Choices("x", ["a"], {"b": "c"})
+
+
+@pytest.mark.parametrize(
+    ("look_up", "message"),
+    [
+        (lambda c: c.model("SD9"), "model 'SD9' is not in the catalog, which has .*SD1.5"),
+        (lambda c: c.style("gothic"), "style 'gothic' is not in the catalog"),
+        (lambda c: c.component("unet-sd9"), "component 'unet-sd9' is not in the catalog"),
+        (lambda c: c.lora_weights("Nothing", "unet-sd15"), "lora 'Nothing' is not in the catalog"),
+        (lambda c: c.lora_weights("Add_Detail", "unet-sd2"), "base of lora 'Add_Detail' 'unet-sd2' is not in"),
+        (lambda c: c.vae_of("unet-sd9"), "UNet of a model 'unet-sd9' is not in the catalog"),
+        (lambda c: c.text_encoder_of("vae-sd15"), "UNet of a model 'vae-sd15' is not in the catalog"),
+    ],
+)
+def test_an_unknown_name_is_a_key_error_that_lists_the_known_ones(
+    look_up: Callable[[Catalog], object], message: str
+) -> None:
+    with pytest.raises(KeyError, match=message):
+        look_up(Catalog.load("tiny"))

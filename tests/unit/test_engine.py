@@ -11,15 +11,17 @@ import torch
 from diffusers import ControlNetModel
 
 from config.catalog import ROOT, Catalog
+from pipelines.assembly import load_engine, load_text_encoders
 from pipelines.backends.base import StepBatch
 from pipelines.control.annotators import Annotators
-from pipelines.control.nets import ColocatedControl, ControlBatch, ControlHint, ControlNets
-from pipelines.engine.engine import DenoiseJob, StepEngine
+from pipelines.control.nets import ColocatedControl, ControlNets
+from pipelines.control.types import ControlBatch, ControlHint
+from pipelines.engine.engine import StepEngine
+from pipelines.engine.job import DenoiseJob
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
 from pipelines.text.encoders import TextEncoderStack
-from pipelines.weights.loading import load_engine, load_text_encoders
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,6 @@ class Recorder:
         self.fail = False
         self.config, self.device, self.dtype = inner.config, inner.device, inner.dtype
 
-    @property
-    def rows_evaluated(self) -> int:
-        return int(self.inner.rows_evaluated)
-
     def predict(self, batch: StepBatch) -> torch.Tensor:
         if self.fail:
             raise ArithmeticError("broken")
@@ -52,11 +50,14 @@ class Recorder:
         output: torch.Tensor = self.inner.predict(batch)
         return output
 
+    def padding(self, batch: StepBatch) -> int:
+        return 1  # as if a program for one row more had run
+
 
 @pytest.fixture
 def recorder(engine: StepEngine) -> Recorder:
-    engine._denoiser = Recorder(engine._denoiser)
-    return engine._denoiser
+    engine.denoiser = recorder = Recorder(engine.denoiser)
+    return recorder
 
 
 def add(
@@ -119,6 +120,25 @@ def test_shapes_do_not_mix_and_none_starves(
     assert recorder.rows == [4] * 4 + [2] * 4
 
 
+def test_a_report_tells_rows_and_padding(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    add(engine, encoders, catalog, "guided")
+    add(engine, encoders, catalog, "plain", cfg_scale=1.0)
+    report = engine.tick()
+    assert (report.rows, report.padding) == (3, 1)
+    recorder.fail = True
+    assert engine.tick().padding == 0
+
+
+def test_clearing_drops_every_job(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
+    for name in "ab":
+        add(engine, encoders, catalog, name)
+    engine.clear()
+    assert len(engine) == 0
+    assert engine.tick().rows == 0
+
+
 def test_a_cancelled_job_frees_its_rows_at_the_next_tick(
     engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
 ) -> None:
@@ -173,7 +193,7 @@ def test_running_out_of_memory_halves_the_budget_and_retries_once(
     catalog: Catalog,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine._max_rows = 8
+    engine.max_rows = 8
     for name in "abcd":
         add(engine, encoders, catalog, name, steps=2)
     whole = recorder.predict
@@ -191,7 +211,7 @@ def test_running_out_of_memory_halves_the_budget_and_retries_once(
 def test_little_memory_makes_small_ticks_but_everybody_finishes(
     engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
 ) -> None:
-    engine._max_rows, engine._fits = 16, lambda _: 4
+    engine.max_rows, engine.rows_that_fit = 16, lambda _: 4
     for name in "abc":
         add(engine, encoders, catalog, name, steps=2)
     assert set(finish(engine)) == set("abc")
@@ -240,7 +260,7 @@ class CountingControl:
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
         self.rows.append(len(batch.sample))
-        assert {hint for hint, _, _ in batch.hints} == set(hints)
+        assert {hint.id for hint in batch.hints} == set(hints)
         model = ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")
         nets = ControlNets({"net": model}, Annotators(Catalog.load("tiny"), "cpu"))
         return ColocatedControl(nets).start(batch, hints)
@@ -249,7 +269,7 @@ class CountingControl:
 def test_a_tick_of_controlled_and_plain_rows_makes_one_controlnet_call(
     engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
 ) -> None:
-    engine._max_rows = 16
+    engine.max_rows = 16
     engine.control = counting = CountingControl()
     for index in range(5):
         job = add(engine, encoders, catalog, str(index), cfg_scale=1.0, steps=2)

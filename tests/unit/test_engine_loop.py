@@ -15,12 +15,12 @@ import torch
 from config.catalog import Catalog
 from deployments.replicas.engine_loop import EngineLoop, Update, Work
 from deployments.replicas.worker import Worker
+from pipelines.assembly import load_engine, load_text_encoders
 from pipelines.engine.engine import StepEngine, TickReport
 from pipelines.errors import DenoiseError, OverloadedError
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
-from pipelines.weights.loading import load_engine, load_text_encoders
 
 UNET = "unet-sd15"
 LONG = 1000

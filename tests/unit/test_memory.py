@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from config.catalog import ROOT
 from pipelines.engine import memory
 from pipelines.engine.batching import BatchKey
-from pipelines.engine.memory import USABLE, PeakBytes, RowBudget, free_bytes, row_bytes
+from pipelines.engine.memory import USABLE, RowBudget, free_bytes, row_bytes
+from pipelines.torch_compat import PeakBytes
 
 TINY = ROOT / "models" / "tiny"
 SHAPES = {"sd15": BatchKey((4, 32, 32), (77, 32)), "sdxl": BatchKey((4, 32, 32), (77, 96))}

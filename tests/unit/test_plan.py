@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from config.catalog import Catalog
+from deployments.api.schemas import RANDOM_SEED, GenerationRequest
+from pipelines import plan
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.plan import ControlUse, GenerationParams, GenerationPlan, LoraUse, ScheduleSlice
 from pipelines.planning import REFINER_SHARE, PlanLimits, make_plan
@@ -116,3 +119,26 @@ def test_loras_are_resolved_checked_and_kept_from_the_refiner() -> None:
             make_plan(replace(BASE, loras={name: 1.0}), HUB)
     with pytest.raises(InvalidValueError, match="given twice"):
         make_plan(replace(BASE, loras={"Pixel_Art": 1.0, "pixel_art": 1.0}), HUB)
+
+
+@pytest.mark.parametrize(
+    ("field", "low", "high"),
+    [
+        ("steps", plan.MIN_STEPS, plan.MAX_STEPS),
+        ("cfg_scale", plan.MIN_CFG_SCALE, plan.MAX_CFG_SCALE),
+        ("strength", plan.MIN_STRENGTH, plan.MAX_STRENGTH),
+        ("seed", 0, plan.SEED_LIMIT - 1),
+        ("width", plan.MIN_SIDE, plan.MAX_SIDE),
+        ("height", plan.MIN_SIDE, plan.MAX_SIDE),
+    ],
+)
+def test_planning_and_the_api_have_the_same_bounds(field: str, low: int, high: int) -> None:
+    for value in (low - 1, high + 1):
+        with pytest.raises(InvalidValueError, match=f"{field} {value} is out of range: {low} to {high}"):
+            make_plan(replace(BASE, **{field: value}), HUB)
+        if (field, value) == ("seed", RANDOM_SEED):  # the API's word for no seed
+            continue
+        with pytest.raises(ValidationError):
+            GenerationRequest.model_validate({"model_name": "SD1.5", "prompt": "x", field: value})
+    for value in (low, high):
+        assert GenerationRequest.model_validate({"model_name": "SD1.5", "prompt": "x", field: value})

@@ -13,10 +13,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from safetensors.torch import load_file, save_file
 
 from config.catalog import Catalog
+from pipelines.assembly import load_engine, load_text_encoders, load_vae
 from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
-from pipelines.weights.loading import load_engine, load_text_encoders, load_vae, locate
+from pipelines.weights.files import locate
 from tests.support import hub_cache
 
 SMALL = {"prompt": "a red fox", "width": 128, "height": 128, "steps": 4, "seed": 3, "sampler": "Euler"}

@@ -36,7 +36,7 @@ from pipelines.backends.tvm.convert import Converters, import_graph
 from pipelines.backends.tvm.lower import lower
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
-from pipelines.weights.loading import read_config
+from pipelines.weights.files import read_config
 
 
 class PositionalUNet(nn.Module):

@@ -91,7 +91,6 @@ class TvmDenoiser:
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self.rows_evaluated = 0
         self._programs: dict[Shape, dict[int, Program]] = {}
         for program in programs:
             key = program.artifact.key
@@ -111,10 +110,11 @@ class TvmDenoiser:
         """
         if any(batch.loras):
             raise DenoiseError("backend tvm takes no LoRAs")
-        *_, height, width = batch.sample.shape
-        shape = Shape(height, width, batch.controlled is not None)
+        shape = _shape_of(batch)
         if shape not in self._programs:
-            raise DenoiseError(f"nothing is compiled for latents of {width}x{height}, control {shape.control}")
+            raise DenoiseError(
+                f"nothing is compiled for latents of {shape.width}x{shape.height}, control {shape.control}"
+            )
         inputs = [batch.sample, batch.timesteps, batch.prompt_embeds]
         inputs += [batch.added_conditions[name] for name in ("text_embeds", "time_ids") if batch.added_conditions]
         inputs += self._residuals(batch)
@@ -124,6 +124,12 @@ class TvmDenoiser:
                 for first, last in self._runs(shape, len(batch.sample))
             ]
         )
+
+    def padding(self, batch: StepBatch) -> int:
+        """Rows that only fill the compiled batch sizes."""
+        shape = _shape_of(batch)
+        runs = self._runs(shape, len(batch.sample))
+        return sum(self._program(shape, last - first).artifact.key.rows - (last - first) for first, last in runs)
 
     def _residuals(self, batch: StepBatch) -> list[Tensor]:
         """Residuals of every row, zero for those that nothing steers."""
@@ -141,14 +147,24 @@ class TvmDenoiser:
         return [(first, min(first + most, count)) for first in range(0, count, most)]
 
     def _padded(self, shape: Shape, inputs: list[Tensor]) -> Tensor:
-        """Run the smallest program that holds the rows; the last row is repeated to fill it, and its copies dropped."""
-        programs, count = self._programs[shape], len(inputs[0])
-        rows = min(size for size in programs if size >= count)
+        """Run a program that holds the rows; the last row is repeated to fill it, and its copies dropped."""
+        count = len(inputs[0])
+        program = self._program(shape, count)
+        rows = program.artifact.key.rows
         index = torch.arange(rows).clamp(max=count - 1)
         filled = inputs if rows == count else [tensor[index] for tensor in inputs]
-        output = programs[rows].run([tensor.to(self.device, self.dtype) for tensor in filled])
-        self.rows_evaluated += rows
+        output = program.run([tensor.to(self.device, self.dtype) for tensor in filled])
         return output[:count]
+
+    def _program(self, shape: Shape, count: int) -> Program:
+        """The smallest program that holds `count` rows."""
+        programs = self._programs[shape]
+        return programs[min(rows for rows in programs if rows >= count)]
+
+
+def _shape_of(batch: StepBatch) -> Shape:
+    *_, height, width = batch.sample.shape
+    return Shape(height, width, batch.controlled is not None)
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from diffusers import UNet2DConditionModel
+from typing import TYPE_CHECKING
 
 from config.catalog import Catalog, Size
-from pipelines.adapters.rows import LoraStore, RowLora
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
 from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
 from pipelines.backends.tvm.shapes import artifact_key
-from pipelines.engine.engine import StepEngine
-from pipelines.errors import InvalidValueError
 from pipelines.plan import CompiledSize
-from pipelines.weights.loading import engine_over, load_model
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 logger = logging.getLogger("sdgraph.tvm")
 
 
 @dataclass(frozen=True)
-class CompiledUNet:
-    """An engine on compiled programs, and the sizes it can draw."""
+class CompiledDenoiser:
+    """Compiled programs of one UNet, and the sizes they can draw."""
 
-    engine: StepEngine
+    denoiser: TvmDenoiser
     sizes: tuple[CompiledSize, ...]
 
 
-def load_compiled(
-    catalog: Catalog, component_id: str, cache: ArtifactCache, max_rows: int = 16, strict: bool = False
-) -> CompiledUNet | None:
+def load_denoiser(
+    catalog: Catalog, component_id: str, cache: ArtifactCache, load_unet: Callable[[], UNet2DConditionModel]
+) -> CompiledDenoiser | None:
     """Everything that is compiled of a UNet, None if nothing is.
 
-    torch's own copy of the weights serves to pack them and to be measured against; then it goes.
+    Args:
+        catalog: says what the UNet is and which sizes its models want compiled.
+        component_id: the UNet.
+        cache: where programs are kept.
+        load_unet: loads torch's copy, on the CPU; called only if something is compiled. It serves to pack the weights
+            and to be measured against; then it goes.
     """
     try:
         level = best_level()
@@ -48,8 +52,7 @@ def load_compiled(
     }
     if not any((cache.folder / key.id).is_dir() for key in keys):
         return None
-    spec = catalog.component(component_id)
-    unet = load_model(UNet2DConditionModel, spec, "cpu")
+    unet = load_unet()
     weights = PackedWeights(unet.state_dict())
     programs = load_programs(cache, list(keys), weights)
     if not programs:
@@ -76,11 +79,7 @@ def load_compiled(
         {str(size): round(size.speedup, 2) for size in sizes.values()},
     )
 
-    def refuse(name: str, base: str) -> RowLora:
-        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
-
-    engine = engine_over(denoiser, catalog, component_id, LoraStore(refuse), min(max_rows, max(BATCHES)), strict)
-    return CompiledUNet(engine, tuple(sizes.values()))
+    return CompiledDenoiser(denoiser, tuple(sizes.values()))
 
 
 def _table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:

@@ -13,7 +13,7 @@ from config.catalog import Catalog
 from pipelines.backends.tvm.artifacts import ArtifactKey, config_hash, sources_hash
 from pipelines.families import FAMILIES
 from pipelines.sampling.latents import LatentSpace
-from pipelines.weights.loading import locate, read_config
+from pipelines.weights.files import locate, read_config
 
 
 def artifact_key(

@@ -1,0 +1,142 @@
+"""LoRA files of every common layout -> RowLora.
+
+Three layouts are in use. diffusers' own converters bring each to PEFT's names, `<module>.lora_A.weight` (down) and
+`<module>.lora_B.weight` (up); what differs is where the scale alpha / rank of a layer stands:
+
+- PEFT, diffusers' training scripts: in the file's metadata;
+- kohya's scripts: one alpha beside each layer;
+- diffusers before PEFT (attention processors): nowhere, alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from pipelines.adapters.rows import LoraLayer, RowLora
+from pipelines.diffusers_compat import read_lora_file, text_encoder_lora_to_peft, unet_lora_to_peft
+from pipelines.errors import InvalidValueError
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+REFUSED = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "oft_": "OFT",
+    "lora_controlnet": "Control-LoRA",
+}
+"""What occurs in the keys of other kinds of adapters, and their names."""
+
+
+class _Weights(NamedTuple):
+    """The layers of one part of a file, in PEFT's names."""
+
+    tensors: Mapping[str, torch.Tensor]
+    scales: Mapping[str, float]
+    """Module -> alpha / rank; 1 for a module that is not listed."""
+
+
+def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] | None) -> RowLora:
+    """Read the layers of one model from a file.
+
+    Args:
+        path: a `.safetensors` file.
+        name: public name, for messages.
+        part: `unet`, `text_encoder` or `text_encoder_2`.
+        unet_config: config of an SDXL UNet, whose blocks kohya counts differently; None for SD.
+
+    Raises:
+        InvalidValueError: another kind of adapter (DoRA, LoHa, LoKr, ...), or a key that belongs to no LoRA.
+        OSError: the file cannot be read.
+        SafetensorError: it is damaged.
+    """
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    _refuse_other_adapters(keys, name)
+    state, alphas = read_lora_file(path, unet_config)
+    own = _of_part(state, part)
+    if alphas:
+        weights = _from_kohya(own, part, alphas)
+    elif any("lora_A" in key for key in own):
+        weights = _from_peft(own, part, metadata)
+    else:
+        weights = _from_attention_processors(own, part)
+    return RowLora(name, _layers(weights, name))
+
+
+def _refuse_other_adapters(keys: Sequence[str], name: str) -> None:
+    for mark, kind in REFUSED.items():
+        if any(mark in key for key in keys):
+            raise InvalidValueError(f"loras: '{name}' is a {kind} adapter, which is not supported; use a LoRA", "loras")
+
+
+def _of_part(state: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part, without its prefix."""
+    if part == "unet" and not any(key.startswith(PARTS) for key in state):
+        return dict(state)  # the oldest diffusers files name no part
+    prefix = f"{part}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _from_peft(state: Mapping[str, torch.Tensor], part: str, metadata: Mapping[str, Any]) -> _Weights:
+    """PEFT: names as they are; alpha as its LoraConfig in the metadata has it, and the rank without one."""
+    config = {key.removeprefix(f"{part}."): value for key, value in metadata.items() if key.startswith(f"{part}.")}
+    scales = {}
+    for module, rank in _ranks(state).items() if config else ():
+        alpha = config.get("alpha_pattern", {}).get(module, config.get("lora_alpha", rank))
+        scales[module] = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return _Weights(state, scales)
+
+
+def _from_kohya(state: Mapping[str, torch.Tensor], part: str, alphas: Mapping[str, float]) -> _Weights:
+    """kohya: an alpha travels under the name of its down matrix, so that the converters rename both alike."""
+    given = {
+        key: torch.tensor(alphas[alpha])
+        for key in state
+        if key.endswith("down.weight") and (alpha := f"{part}.{key.split('.lora.')[0]}.alpha") in alphas
+    }
+    tensors, renamed = _to_peft_names(state, part), _to_peft_names(given, part)
+    ranks = _ranks(tensors)
+    return _Weights(tensors, {_module(key): float(alpha) / ranks[_module(key)] for key, alpha in renamed.items()})
+
+
+def _from_attention_processors(state: Mapping[str, torch.Tensor], part: str) -> _Weights:
+    """Diffusers before PEFT: `<attention>.processor.to_q_lora.down.weight` and the like, no alpha."""
+    return _Weights(_to_peft_names(state, part), {})
+
+
+def _layers(weights: _Weights, name: str) -> dict[str, LoraLayer]:
+    """Module -> layer; every tensor must belong to one."""
+    leftover = [key for key in weights.tensors if ".lora_A.weight" not in key and ".lora_B.weight" not in key]
+    if leftover:
+        raise InvalidValueError(f"loras: '{name}' has a key that is no LoRA weight: {leftover[0]}", "loras")
+    tensors = weights.tensors
+    return {
+        module: LoraLayer(
+            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], weights.scales.get(module, 1.0)
+        )
+        for module in _ranks(tensors)
+    }
+
+
+def _ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Module -> rank of its down matrix."""
+    return {_module(key): tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key}
+
+
+def _module(key: str) -> str:
+    return key.partition(".lora_A.")[0]
+
+
+def _to_peft_names(state: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    if not state:
+        return {}
+    return unet_lora_to_peft(state) if part == "unet" else text_encoder_lora_to_peft(state)

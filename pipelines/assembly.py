@@ -1,0 +1,180 @@
+"""Catalog components -> what a process runs: engines, text encoders, ControlNets, VAEs.
+
+The only place that knows of which parts each is made; `weights/` only reads files, and the parts only compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from safetensors import SafetensorError
+
+from config.catalog import Catalog
+from pipelines.adapters.formats import read_lora
+from pipelines.adapters.rows import RowLora
+from pipelines.adapters.store import LoraStore
+from pipelines.backends.base import Denoiser
+from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.control.annotators import Annotators
+from pipelines.control.nets import ControlNets
+from pipelines.control.types import ControlSource
+from pipelines.engine.engine import StepEngine
+from pipelines.engine.memory import RowBudget
+from pipelines.errors import InvalidValueError, WeightsError
+from pipelines.families import FAMILIES
+from pipelines.pictures.vae import VAE
+from pipelines.plan import CompiledSize
+from pipelines.sampling.latents import LatentSpace
+from pipelines.text.encoders import TextEncoder, TextEncoderStack
+from pipelines.weights.files import lora_files, read_config
+from pipelines.weights.loading import Device, load_model, load_text_models
+
+if TYPE_CHECKING:
+    from pipelines.backends.tvm.artifacts import ArtifactCache
+
+
+@dataclass(frozen=True)
+class CompiledUNet:
+    """An engine on compiled programs, and the sizes it can draw."""
+
+    engine: StepEngine
+    sizes: tuple[CompiledSize, ...]
+
+
+def load_engine(
+    catalog: Catalog,
+    component_id: str,
+    device: Device,
+    max_rows: int = 16,
+    strict: bool = False,
+    control: ControlSource | None = None,
+) -> StepEngine:
+    """A UNet component on the torch backend, in an engine ready for jobs; `control` is what steers it, if anything.
+
+    Raises:
+        WeightsError: the weights are missing, or the UNet does not fit its VAE.
+    """
+    denoiser = TorchDenoiser(load_model(UNet2DConditionModel, catalog.component(component_id), device))
+
+    def fit(name: str, base: str) -> RowLora:
+        return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
+
+    return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
+
+
+def load_compiled(
+    catalog: Catalog,
+    component_id: str,
+    cache: ArtifactCache,
+    max_rows: int = 16,
+    strict: bool = False,
+    control: ControlSource | None = None,
+) -> CompiledUNet | None:
+    """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is."""
+    # tvm takes a second to import, and only replicas that run it need to have it.
+    from pipelines.backends.tvm.artifacts import BATCHES
+    from pipelines.backends.tvm.loading import load_denoiser
+
+    load_unet = functools.partial(load_model, UNet2DConditionModel, catalog.component(component_id), "cpu")
+    compiled = load_denoiser(catalog, component_id, cache, load_unet)
+    if compiled is None:
+        return None
+
+    def refuse(name: str, base: str) -> RowLora:
+        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
+
+    rows = min(max_rows, max(BATCHES))
+    engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict, control)
+    return CompiledUNet(engine, compiled.sizes)
+
+
+def engine_over(
+    denoiser: Denoiser,
+    catalog: Catalog,
+    component_id: str,
+    loras: LoraStore,
+    max_rows: int,
+    strict: bool,
+    control: ControlSource | None,
+) -> StepEngine:
+    """An engine for a UNet component on whatever backend.
+
+    Raises:
+        WeightsError: the UNet works on latents that its VAE does not have.
+    """
+    spec = catalog.component(component_id)
+    family = FAMILIES[spec.family]
+    vae_config = read_config(catalog.component(catalog.vae_of(component_id)))
+    space = LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
+    if denoiser.config["in_channels"] != space.channels:
+        raise WeightsError(
+            f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
+            f"its VAE has {space.channels}"
+        )
+    return StepEngine(
+        denoiser,
+        family,
+        read_config(spec, "scheduler"),
+        space,
+        loras,
+        control=control,
+        max_rows=max_rows,
+        strict=strict,
+        rows_that_fit=RowBudget(denoiser.config, denoiser.dtype, denoiser.device),
+    )
+
+
+def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:
+    """ControlNets of one UNet, with the annotators of the catalog."""
+    models = {}
+    for component_id in component_ids:
+        spec = catalog.component(component_id)
+        models[component_id] = load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
+    return ControlNets(models, Annotators(catalog, device))
+
+
+def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> TextEncoderStack:
+    """A family's text encoders with their tokenizers."""
+    spec = catalog.component(component_id)
+    encoders = [
+        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part))
+        for part, tokenizer, model in load_text_models(spec, device)
+    ]
+    return TextEncoderStack(encoders, FAMILIES[spec.family].embed)
+
+
+def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
+    """A VAE with its latent space.
+
+    Raises:
+        WeightsError: the catalog promises sizes that this VAE cannot make.
+    """
+    spec = catalog.component(component_id)
+    model = load_model(AutoencoderKL, spec, device)
+    vae = VAE(model, LatentSpace.from_vae_config(model.config, FAMILIES[spec.family].applies_latent_statistics))
+    for entry in catalog.models:
+        if entry.vae == component_id and entry.size_multiple % vae.space.downscale:
+            raise WeightsError(
+                f"model {entry.name}: its size_multiple {entry.size_multiple} is no multiple of "
+                f"{vae.space.downscale}, the downscale of {component_id}"
+            )
+    return vae
+
+
+def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
+    """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+        InvalidValueError: it is another kind of adapter.
+    """
+    spec, weights = catalog.component(base), catalog.lora_weights(name, base)
+    folder = lora_files(name, weights).folder()
+    try:
+        return read_lora(folder / weights.file, name, part, read_config(spec) if spec.family == "sdxl" else None)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"lora {name}: cannot read {weights.file}: {error}") from error

@@ -1,0 +1,76 @@
+"""A sampler around any of diffusers' schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from pipelines.diffusers_compat import begin_schedule_at, takes_generator
+from pipelines.sampling.base import part_of_schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.plan import ScheduleSlice
+
+
+class DiffusersSampler:
+    """One diffusers scheduler on its way through one part of its schedule; the scheduler holds the solver's history.
+
+    Members are those of `pipelines.sampling.base.Sampler`.
+    """
+
+    def __init__(
+        self,
+        scheduler: str,
+        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
+        part: ScheduleSlice,
+        seed: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Set up the scheduler as diffusers' pipelines do.
+
+        Args:
+            scheduler: class name in diffusers.
+            settings: what differs from the model's own configuration.
+            config: the model's `scheduler_config.json`.
+            part: number of steps and which part of them to run.
+            seed: for the Brownian tree of the DPM SDE samplers, the only ones that do not draw from the generator.
+            device: where the latents live.
+        """
+        import diffusers  # when a sampler is made, not before: the ingress needs just the names
+
+        own = dict(settings)
+        if scheduler == "DPMSolverSDEScheduler":
+            own["noise_sampler_seed"] = seed
+        self._scheduler = getattr(diffusers, scheduler).from_config(dict(config), **own)
+        self._scheduler.set_timesteps(part.steps, device=device)
+        self.order: int = self._scheduler.order
+        every = cast("torch.Tensor", self._scheduler.timesteps)
+        ticks = part_of_schedule(every, part, self.order, self._scheduler.config.num_train_timesteps)
+        if part.start is not None or part.strength is not None:
+            begin_schedule_at(self._scheduler, ticks.start)
+        self.timesteps = every[ticks]
+        self._takes_generator = takes_generator(self._scheduler)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise a picture from text begins with."""
+        return float(self._scheduler.init_noise_sigma)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noise `latents` up to the first timestep of the part (img2img)."""
+        return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, self.timesteps[:1]))
+
+    def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the UNet sees of `latents` at `timestep`."""
+        return cast("torch.Tensor", self._scheduler.scale_model_input(latents, timestep))
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Advance `latents` `[1, channels, height, width]` by one tick; noise comes from `generator` alone."""
+        extra = {"generator": generator} if self._takes_generator else {}
+        stepped = self._scheduler.step(model_output, timestep, latents, return_dict=False, **extra)
+        return cast("torch.Tensor", stepped[0])

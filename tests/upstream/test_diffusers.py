@@ -1,0 +1,162 @@
+"""What `pipelines/diffusers_compat.py` and the sampler adapter assume of diffusers. A failure here after an upgrade
+names the assumption that no longer holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from config.catalog import ROOT
+from pipelines import diffusers_compat as compat
+from pipelines.sampling.samplers import SAMPLERS
+
+TINY = ROOT / "models" / "tiny"
+CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CONFIG |= {"skip_prk_steps": True}  # as every model's configuration says of PNDM
+OF_DIFFUSERS = sorted(name for name, spec in SAMPLERS.items() if spec.make is None)
+DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
+
+
+def saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
+    path = folder / "lora.safetensors"
+    save_file(state, path)
+    return path
+
+
+def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path: Path) -> None:
+    flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
+    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    (alpha,) = alphas or {}
+    down = next(key for key in tensors if key.endswith("down.weight"))
+    assert alphas == {alpha: 3.0}
+    assert alpha == f"{down.split('.lora.')[0]}.alpha"
+    assert down.startswith("unet.mid_block.")
+
+
+def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas(tmp_path: Path) -> None:
+    state = {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP}
+    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    assert set(tensors) == set(state)
+    assert not alphas
+
+
+def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config(tmp_path: Path) -> None:
+    flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP}
+    tensors, _ = compat.read_lora_file(saved(tmp_path, state), {"layers_per_block": 2})
+    assert all(key.startswith("unet.down_blocks.1.attentions.0.") for key in tensors)
+
+
+def test_a_unets_old_lora_names_become_pefts() -> None:
+    old = {"mid.attn1.processor.to_q_lora.down.weight": DOWN, "mid.attn1.processor.to_q_lora.up.weight": UP}
+    assert set(compat.unet_lora_to_peft(old)) == {"mid.attn1.to_q.lora_A.weight", "mid.attn1.to_q.lora_B.weight"}
+
+
+@pytest.mark.parametrize("leaves", [("to_q",), ("to_q", "to_out")])
+def test_a_text_encoders_old_lora_names_become_pefts(leaves: tuple[str, ...]) -> None:
+    old = {f"layers.0.self_attn.{leaf}_lora.down.weight": DOWN for leaf in leaves}
+    new = {"to_q": "q_proj", "to_out": "out_proj"}
+    assert set(compat.text_encoder_lora_to_peft(old)) == {
+        f"layers.0.self_attn.{new[leaf]}.lora_A.weight" for leaf in leaves
+    }
+
+
+def test_a_clip_model_is_read_from_an_original_checkpoint(tiny_models: Path) -> None:
+    expected = load_file(tiny_models / "sd15" / "text_encoder" / "model.safetensors")
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in expected.items()}
+    state = {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in bare.items()}
+    model = compat.clip_from_checkpoint(CLIPTextModel, state, "text_encoder", tiny_models / "sd15", torch.float32)
+    read = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(read[name], tensor) for name, tensor in bare.items())
+
+
+@pytest.mark.parametrize("folder", ["sd15", "sdxl"])
+def test_up_blocks_are_called_with_the_keywords_that_late_binding_changes(tiny_models: Path, folder: str) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_models / folder, subfolder="unet")
+    seen: list[dict[str, Any]] = []
+    for block in unet.up_blocks:
+        block.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    context = torch.zeros(1, 77, unet.config.cross_attention_dim)
+    added = {"text_embeds": torch.zeros(1, 48), "time_ids": torch.zeros(1, 6)} if folder == "sdxl" else None
+    with torch.inference_mode():
+        unet(torch.zeros(1, 4, 16, 16), 1, context, added_cond_kwargs=added)
+    assert len(seen) == len(unet.up_blocks)
+    for kwargs in seen:
+        assert isinstance(kwargs[compat.UP_BLOCK_INPUT], torch.Tensor)
+        assert all(isinstance(skip, torch.Tensor) for skip in kwargs[compat.UP_BLOCK_SKIPS])
+
+
+def test_a_controlnet_takes_embedded_maps_once_its_embedder_is_taken(tiny_models: Path) -> None:
+    net = ControlNetModel.from_pretrained(tiny_models / "controlnet-sd15-canny").eval()
+    arguments = {"encoder_hidden_states": torch.zeros(1, 77, 32), "return_dict": False}
+    photo, sample = torch.rand(1, 3, 128, 128), torch.zeros(1, 4, 16, 16)
+    with torch.inference_mode():
+        *_, expected = net(sample, 1, controlnet_cond=photo, **arguments)
+        embedder = compat.take_map_embedder(net)
+        *_, mid = net(sample, 1, controlnet_cond=embedder(photo), **arguments)
+    assert torch.equal(mid, expected)
+
+
+def test_a_controlnet_names_the_channel_order_of_its_maps(tiny_models: Path) -> None:
+    net = ControlNetModel.from_pretrained(tiny_models / "controlnet-sd15-canny")
+    assert net.config.controlnet_conditioning_channel_order == "rgb"
+
+
+@pytest.mark.parametrize("name", OF_DIFFUSERS)
+def test_a_scheduler_walks_its_schedule_from_any_tick(name: str) -> None:
+    """`order`, the length of `timesteps`, the begin index, and a `step` that answers a tuple."""
+    spec = SAMPLERS[name]
+    scheduler = getattr(diffusers, spec.scheduler).from_config(CONFIG, **spec.settings)
+    scheduler.set_timesteps(4)
+    assert scheduler.order in (1, 2)
+    compat.begin_schedule_at(scheduler, scheduler.order)
+    extra = {"generator": torch.Generator().manual_seed(0)} if compat.takes_generator(scheduler) else {}
+    latents = torch.ones(1, 4, 8, 8)
+    for timestep in scheduler.timesteps[scheduler.order :]:
+        output = scheduler.scale_model_input(latents, timestep) * 0.1
+        (latents, *_) = scheduler.step(output, timestep, latents, return_dict=False, **extra)
+    assert latents.isfinite().all()
+    assert float(scheduler.init_noise_sigma) > 0
+
+
+@pytest.mark.parametrize("name", OF_DIFFUSERS)
+def test_a_scheduler_draws_noise_from_its_generator_alone(name: str) -> None:
+    """Twice from one seed, with torch's global generator elsewhere, is the same bytes."""
+    spec = SAMPLERS[name]
+    settings = dict(spec.settings)
+    if spec.scheduler == "DPMSolverSDEScheduler":
+        settings["noise_sampler_seed"] = 3
+    drawn = []
+    for elsewhere in (1, 2):
+        torch.manual_seed(elsewhere)
+        scheduler = getattr(diffusers, spec.scheduler).from_config(CONFIG, **settings)
+        scheduler.set_timesteps(3)
+        extra = {"generator": torch.Generator().manual_seed(0)} if compat.takes_generator(scheduler) else {}
+        latents = torch.ones(1, 4, 8, 8)
+        for timestep in scheduler.timesteps:
+            output = scheduler.scale_model_input(latents, timestep) * 0.1
+            (latents, *_) = scheduler.step(output, timestep, latents, return_dict=False, **extra)
+        drawn.append(latents)
+    assert torch.equal(*drawn)
+
+
+def test_a_vae_says_whether_half_precision_overflows(tiny_models: Path) -> None:
+    assert AutoencoderKL.load_config(tiny_models / "sdxl" / "vae")["force_upcast"] is True
+    assert AutoencoderKL().config.force_upcast is True
+
+
+def test_the_noise_of_a_seed_is_torchs_own_on_the_cpu() -> None:
+    """Pipelines draw with `randn_tensor`; latents.draw_noise says the same without it."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        theirs = randn_tensor((1, 4, 8, 8), torch.Generator().manual_seed(5), torch.device("cpu"), dtype)
+        assert torch.equal(theirs, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype))
