@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One image for head and workers, so that Ray and Python match everywhere. No weights inside: they lie on the model cache.
 ARG BASE=python:3.11-slim-bookworm@sha256:0000000000000000000000000000000000000000000000000000000000000000
-# Zeros stand for the digest of the image you mirror. A build that was not given one ends at the second line.
+# Zeros stand for the digest of the image you mirror: a build that was not given one ends at IMAGE, saying so.
 ARG GIVEN=${BASE%%*@sha256:00000000*}
 ARG IMAGE="${GIVEN:?the digest of zeros is a placeholder, build with --build-arg BASE=python:3.11-slim-bookworm@sha256:<digest>}"
 FROM ${IMAGE} AS build

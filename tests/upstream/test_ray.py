@@ -20,6 +20,7 @@ import importlib
 import os
 import re
 import runpy
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,9 +194,9 @@ def test_retries_of_a_replicas_start_are_bounded_by_the_environment_variable_too
     assert bound == deployment_state.MAX_PER_REPLICA_RETRY_COUNT
 
 
-def test_every_other_environment_variable_is_one_of_rays() -> None:
+def test_every_other_environment_variable_has_a_test_of_its_own() -> None:
     others = {name for name in ENVIRONMENT if not name.startswith("RAY_SERVE_")}
-    assert others == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}
+    assert others == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "SERVE_SOCKET_REUSE_PORT_ENABLED"}
 
 
 def test_ray_address_local_starts_an_instance_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -402,6 +403,7 @@ def test_rays_agent_forgets_a_gauge_that_is_not_set_again(monkeypatch: pytest.Mo
 # --- on one real Ray instance ---
 
 APP = "upstream"
+PORT = 8124
 
 
 @dataclass(frozen=True)
@@ -461,7 +463,7 @@ def started(context: Any) -> Instance:
         "downscale_delay_s": 3600,
         "policy": {"policy_function": "tests.upstream.replicas:as_many_as_reported"},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": 8124})
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     steady = serve.deployment(Worker, name="worker", **options).bind()
     sleeper = serve.deployment(Worker, name="sleeper", autoscaling_config=scaling, **options).bind()
     front = serve.deployment(as_ingress(Front), name="front", **options).bind(worker=steady, sleeper=sleeper)
@@ -476,7 +478,7 @@ def started(context: Any) -> Instance:
     )
     (node,) = ray.nodes()
     metrics = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    return Instance("http://127.0.0.1:8124", Path(context.address_info["session_dir"]), metrics)
+    return Instance(f"http://127.0.0.1:{PORT}", Path(context.address_info["session_dir"]), metrics)
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +513,14 @@ def test_a_replica_can_ask_for_the_states_of_its_own_application(client: httpx.C
     """A deployment that starts with no replica (`min_replicas: 0`) is healthy."""
     states = client.get("/states").json()
     assert states == {"healthy": True, "states": dict.fromkeys(("worker", "sleeper", "front"), "HEALTHY")}
+
+
+def test_serve_socket_reuse_port_enabled_0_keeps_others_off_serves_port(instance: Instance) -> None:
+    """A second graph would take half of the requests otherwise."""
+    with socket.socket() as second:
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="Address already in use"):
+            second.bind(("127.0.0.1", PORT))
 
 
 def test_a_replicas_process_is_titled_with_its_deployment(steady: DeploymentHandle) -> None:
