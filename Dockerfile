@@ -1,13 +1,16 @@
 # syntax=docker/dockerfile:1
 # One image for head and workers, so that Ray and Python match everywhere. No weights inside: they lie on the model cache.
 ARG BASE=python:3.11-slim-bookworm@sha256:0000000000000000000000000000000000000000000000000000000000000000
-FROM ${BASE} AS build
+# Zeros stand for the digest of the image you mirror: a build that was not given one ends at IMAGE, saying so.
+ARG GIVEN=${BASE%%*@sha256:00000000*}
+ARG IMAGE="${GIVEN:?the digest of zeros is a placeholder, build with --build-arg BASE=python:3.11-slim-bookworm@sha256:<digest>}"
+FROM ${IMAGE} AS build
 WORKDIR /opt/sdgraph
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[otlp]'
 
-FROM ${BASE} AS runtime
+FROM ${IMAGE} AS runtime
 # KubeRay's probes and start commands run bash and wget inside the container.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -44,7 +44,7 @@ def as_ingress(ingress: C) -> C:
     """Let Serve ask the class for its ASGI application inside the replica (`__serve_build_asgi_app__`).
 
     `serve.ingress` without an application is meant for builders such as Ray's own LLM server. The usual way pickles
-    the FastAPI application, which ours, holding locks and loggers, does not survive.
+    the application where the graph is built; ours is made for its ingress, which exists in the replica alone.
     """
     decorated: C = serve.ingress()(ingress)
     return decorated

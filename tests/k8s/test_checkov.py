@@ -66,7 +66,7 @@ def exploded(overlay: str, folder: Path, weaken: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("overlay", ["prod", "staging", "dev-cpu"])
-def test_pods(overlay: str, tmp_path: Path) -> None:
+def test_checkov_refuses_nothing_in_the_pods(overlay: str, tmp_path: Path) -> None:
     assert run("kubernetes", exploded(overlay, tmp_path), ACCEPTED | ACCEPTED_IN.get(overlay, {})) == []
 
 

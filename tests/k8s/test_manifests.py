@@ -199,7 +199,9 @@ DOORS = [
 
 
 @pytest.mark.parametrize(("namespace", "own", "port", "allowed"), DOORS)
-def test_who_reaches_a_ray_pod(namespace: dict[str, str], own: dict[str, str] | None, port: int, allowed: bool) -> None:
+def test_network_policies_let_only_named_pods_reach_a_ray_pod(
+    namespace: dict[str, str], own: dict[str, str] | None, port: int, allowed: bool
+) -> None:
     pod = {"app.kubernetes.io/name": "sdgraph", "ray.io/node-type": "worker"}
     policies = [d["spec"] for d in documents("prod") if d["kind"] == "NetworkPolicy"]
     chosen = [p for p in policies if "Ingress" in p["policyTypes"] and _selects(p["podSelector"], pod)]
@@ -245,3 +247,24 @@ def test_the_dockerfile() -> None:
     assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     assert re.search(r"apt-get install .*\bbash wget\b", text), "KubeRay's probes run them"
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == "1000"
+
+
+def base_image(*given: str) -> subprocess.CompletedProcess[str]:
+    """What the Dockerfile's first FROM names; BuildKit expands the arguments before it as bash does."""
+    text = (ROOT / "Dockerfile").read_text()
+    arguments = re.findall(r"^ARG (\w+=.*)$", text[: text.index("\nFROM ")], re.MULTILINE)
+    image = re.search(r"^FROM (\S+) AS build$", text, re.MULTILINE)
+    assert image is not None
+    script = "\n".join([arguments[0], *given, *arguments[1:], f"echo {image[1]}"])
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_a_build_with_the_digest_of_zeros_says_that_it_is_a_placeholder() -> None:
+    refused = base_image()
+    assert refused.returncode != 0
+    assert "the digest of zeros is a placeholder, build with --build-arg BASE=" in refused.stderr
+
+
+def test_a_build_with_a_real_digest_begins_with_it() -> None:
+    image = f"mirror.example/python:3.11-slim-bookworm@sha256:{'0123456789abcdef' * 4}"
+    assert base_image(f"BASE={image}").stdout.strip() == image

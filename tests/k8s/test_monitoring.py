@@ -33,7 +33,7 @@ def test_every_query_reads_metrics_that_exist(title: str) -> None:
     assert all(name.startswith("ray_") for name in names)
 
 
-def test_labels_exist() -> None:
+def test_queries_group_by_labels_that_exist() -> None:
     """Those that a query groups by or compares."""
     known = set().union(*exported().values()) | {"le", "deployment"}
     for title, expression in expressions().items():

@@ -128,7 +128,9 @@ def test_long_prompts_are_cut_where_clip_ends(text2image: Text2Image) -> None:
 @pytest.mark.parametrize(
     ("model", "width", "height"), [("SD1.5", 136, 200), ("SD2", 272, 144), ("SDXL1.0-base", 416, 160)]
 )
-def test_sizes(text2image: Text2Image, photo: bytes, model: str, width: int, height: int) -> None:
+def test_pictures_with_unequal_sides_equal_the_oracles(
+    text2image: Text2Image, photo: bytes, model: str, width: int, height: int
+) -> None:
     check(text2image, **request(model, width=width, height=height))
     check(text2image, **request(model, width=width, height=height, image=photo, strength=0.5))
 

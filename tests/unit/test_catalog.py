@@ -85,7 +85,9 @@ def spoil(folder: Path, file: str, index: int, **changes: Any) -> None:
         ("components", {"id": "vae-sd15"}, "share an id"),
     ],
 )
-def test_contradictions(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
+def test_a_catalog_that_contradicts_itself_is_refused_with_the_reason(
+    folder: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
     spoil(folder, file, 0, **changes)
     with pytest.raises(CatalogError, match=message):
         Catalog.load(folder)

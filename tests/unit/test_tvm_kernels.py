@@ -72,7 +72,7 @@ def test_winograd(m: int) -> None:
     assert torch.allclose(y.permute(0, 3, 1, 2), functional.conv2d(x, w, bias, padding=1), atol=1e-3)
 
 
-def test_norms() -> None:
+def test_group_norm_and_layer_norm_equal_torchs() -> None:
     x, weight, bias = draw(2, 30, 48) * 3 + 1, draw(48), draw(48)
     factors, y = torch.empty(2, 2, 48), torch.empty(60, 48)
     run(norms.group_norm("main", 2, 30, 48, 8, 1e-5), x, weight, bias, factors)
