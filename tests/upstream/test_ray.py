@@ -369,7 +369,7 @@ def test_raw_metrics_are_lists_of_values_the_newest_last() -> None:
     store = InMemoryMetricsStore()
     for at, value in ((2.0, 20.0), (3.0, 30.0), (1.0, 10.0)):
         store.add_metrics_point({"work": value}, at)
-    report = ReplicaMetricReport(replica_id="r1", metrics=dict(store.data), timestamp=3.0)  # type: ignore[arg-type]
+    report = ReplicaMetricReport(replica_id="r1", metrics=dict(store.data), timestamp=3.0)
     state = SimpleNamespace(_running_replicas=["r1", "r2"], _replica_metrics={"r1": report})
     raw = DeploymentAutoscalingState._get_raw_custom_metrics(state)
     assert raw.keys() == {"work"}
