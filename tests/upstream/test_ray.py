@@ -403,7 +403,6 @@ def test_rays_agent_forgets_a_gauge_that_is_not_set_again(monkeypatch: pytest.Mo
 # --- on one real Ray instance ---
 
 APP = "upstream"
-PORT = 8124
 
 
 @dataclass(frozen=True)
@@ -463,7 +462,10 @@ def started(context: Any) -> Instance:
         "downscale_delay_s": 3600,
         "policy": {"policy_function": "tests.upstream.replicas:as_many_as_reported"},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     steady = serve.deployment(Worker, name="worker", **options).bind()
     sleeper = serve.deployment(Worker, name="sleeper", autoscaling_config=scaling, **options).bind()
     front = serve.deployment(as_ingress(Front), name="front", **options).bind(worker=steady, sleeper=sleeper)
@@ -478,7 +480,7 @@ def started(context: Any) -> Instance:
     )
     (node,) = ray.nodes()
     metrics = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    return Instance(f"http://127.0.0.1:{PORT}", Path(context.address_info["session_dir"]), metrics)
+    return Instance(f"http://127.0.0.1:{port}", Path(context.address_info["session_dir"]), metrics)
 
 
 @pytest.fixture(scope="module")
@@ -520,7 +522,7 @@ def test_serve_socket_reuse_port_enabled_0_keeps_others_off_serves_port(instance
     with socket.socket() as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         with pytest.raises(OSError, match="Address already in use"):
-            second.bind(("127.0.0.1", PORT))
+            second.bind(("127.0.0.1", int(instance.url.rpartition(":")[2])))
 
 
 def test_a_replicas_process_is_titled_with_its_deployment(steady: DeploymentHandle) -> None:
