@@ -33,7 +33,7 @@ from pipelines.plan import (
 )
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 
-logger = logging.getLogger("sdgraph.planning")
+logger = logging.getLogger(__name__)
 
 WORTHWHILE = 1.1
 """Times that tvm must have been faster than torch for `auto` to take it."""

@@ -29,7 +29,7 @@ from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_ge
 from pipelines.sampling.samplers import make_sampler
 from pipelines.text.conditioning import Conditioning
 
-logger = logging.getLogger("sdgraph.engine")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

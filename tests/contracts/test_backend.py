@@ -125,7 +125,7 @@ async def test_auto_leaves_tvm_where_it_did_not_pay(
     with_compiled: Connect, compiled: Graph, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with with_compiled(claiming(compiled, 1.05)) as client:
-        with caplog.at_level("INFO", "sdgraph"):
+        with caplog.at_level("INFO", "pipelines"):
             assert await backend(client) == "torch"
         assert "unet-sd15 at 128x128 runs on torch: tvm was only 1.05 times as fast" in caplog.text
         assert await backend(client, backend="tvm") == "tvm", "asked for by name"

@@ -72,7 +72,7 @@ async def test_a_key_put_into_the_file_counts_at_once(
         assert (await client.get("/v1/models", headers=new)).status_code == 200
         assert (await client.get("/v1/models", headers=ALICE)).status_code == 401
         keys_file.write_text("alice new-key-in-the-clear\n")
-        with caplog.at_level(logging.ERROR, "sdgraph"):
+        with caplog.at_level(logging.ERROR, "deployments"):
             assert (await client.get("/v1/models", headers=new)).status_code == 200
     assert "line 1" in caplog.text
     assert "in-the-clear" not in caplog.text

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pipelines.backends.tvm import norms, products, winograd
 from pipelines.backends.tvm.artifacts import best_level
 from pipelines.backends.tvm.convert import Converters, import_graph
+from pipelines.backends.tvm.feature_maps import UnsupportedOperationError
 from pipelines.backends.tvm.lower import CompileError, lower
 from pipelines.backends.tvm.packing import Layout, aligned
-from pipelines.backends.tvm.pictures import UnsupportedOperationError
 from pipelines.backends.tvm.products import Tile
 
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": best_level()})

@@ -19,12 +19,12 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-logger = logging.getLogger("sdgraph.tvm")
+logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 COMPILER_SOURCES = (
     *("compile.py", "convert.py", "lower.py", "norms.py", "packing.py"),
-    *("pictures.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
+    *("feature_maps.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
 )
 BATCHES = (1, 2, 4, 8)
 """Rows that are compiled; others are padded to the next."""

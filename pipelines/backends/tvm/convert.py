@@ -18,8 +18,14 @@ from torch.utils.dlpack import from_dlpack
 from tvm import relax
 
 from pipelines.backends.tvm import norms, products, winograd
+from pipelines.backends.tvm.feature_maps import (
+    FeatureMapConverters,
+    UnsupportedOperationError,
+    argument,
+    filled,
+    shape_of,
+)
 from pipelines.backends.tvm.packing import Layout
-from pipelines.backends.tvm.pictures import PictureConverters, UnsupportedOperationError, argument, filled, shape_of
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.tir import FLOAT
 
@@ -40,7 +46,7 @@ def _attention(query: Any, key: Any, value: Any, result: Any) -> None:
 tvm_ffi.register_global_func(SDPA, _attention, override=True)
 
 
-class Converters(PictureConverters):
+class Converters(FeatureMapConverters):
     """One model's conversion; `weights` fills up on the way."""
 
     def __init__(self, exported: torch.export.ExportedProgram, tile: Tile) -> None:

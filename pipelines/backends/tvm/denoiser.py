@@ -23,7 +23,7 @@ from pipelines.backends.tvm.packing import Layout, aligned
 from pipelines.backends.tvm.shapes import example_inputs, residual_shapes
 from pipelines.errors import DenoiseError
 
-logger = logging.getLogger("sdgraph.tvm")
+logger = logging.getLogger(__name__)
 
 MEASURED_STEPS = 3
 

@@ -17,7 +17,7 @@ from pipelines.plan import CompiledSize
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-logger = logging.getLogger("sdgraph.tvm")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class UnsupportedOperationError(ValueError):
     """The model uses an operation in a form that no converter knows."""
 
 
-class PictureConverters:
+class FeatureMapConverters:
     """Converters without weights, and the NHWC twins of what they made."""
 
     def __init__(self) -> None:
