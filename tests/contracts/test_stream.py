@@ -14,8 +14,8 @@ from starlette.types import Message
 
 from config.catalog import Catalog
 from deployments.graph import Graph, Progress, Sealed
-from tests.support.graph import FakeGraph, never
-from tests.support.http import PATH, SMALL, check, decoded, events, picture, pixels, post
+from tests.support.graph import FakeGraph, never, unending
+from tests.support.http import PATH, SMALL, check, decoded, encoded, events, photo, picture, pixels, post
 from tests.support.ingress import ClientFactory, make_app
 
 
@@ -91,6 +91,17 @@ async def test_leaving_a_stream_ends_its_work_before_the_response_returns(catalo
     await make_app(graph=graph, catalog=catalog)(scope, receive, send)
     assert ended.is_set()
     assert [response.cancelled for response in graph.responses] == [True], "the text was asked for and never came"
+
+
+async def test_text_and_control_map_are_asked_for_together(connect: ClientFactory) -> None:
+    """Neither waits for the other, watched or not."""
+    for stream in (False, True):
+        graph = FakeGraph(encode_text=never, prepare=never, denoise=never, decode=never, denoise_watched=unending)
+        control = {"model_name": "SD1.5-ControlNet", "controlnet_name": "canny", "controlnet_image": encoded(photo())}
+        async with connect(graph=graph, deadline_s=0.05) as client:
+            await post(client, stream=stream, **control)
+        assert graph.named("encode_text")
+        assert graph.named("prepare")
 
 
 async def test_an_ingress_that_serves_streams_has_no_torch(connect: ClientFactory, graph: Graph) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -142,14 +141,20 @@ def test_nothing_is_found_while_it_is_being_written(tmp_path: Path) -> None:
 
 def test_of_several_who_ask_at_once_one_compiles(tmp_path: Path) -> None:
     made: list[bool] = []
+    asking = threading.Barrier(4)
+    others_ask = threading.Semaphore(0)
 
     def slow(path: Path) -> Artifact:
-        time.sleep(0.2)
+        for _ in range(4):
+            others_ask.acquire()
         return build(path)
 
-    threads = [
-        threading.Thread(target=lambda: made.append(ArtifactCache(tmp_path).make(KEY, slow)[1])) for _ in range(4)
-    ]
+    def ask() -> None:
+        asking.wait()
+        others_ask.release()
+        made.append(ArtifactCache(tmp_path).make(KEY, slow)[1])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
