@@ -3,6 +3,7 @@
 SdgraphError
 ├── RequestError            the caller's fault; `param` names the request field
 │   ├── InvalidValueError       out of range, or not allowed for this model
+│   ├── NonFiniteError          the numbers overflowed; no picture comes of it
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
 ├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
@@ -34,6 +35,13 @@ class RequestError(SdgraphError):
 
 class InvalidValueError(RequestError):
     """A value out of range or not allowed for this model."""
+
+
+class NonFiniteError(RequestError):
+    """Values that are not finite numbers, where a picture should be: a sampler, a LoRA or a scale too strong.
+
+    A black picture would hide it. The message names what the request can change.
+    """
 
 
 class UnavailableModelError(RequestError):

@@ -177,7 +177,8 @@ def test_a_failing_sampler_reaches_its_own_job(
 
 def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
     """A refiner can be left with nothing to do: one step, all of it above its share."""
-    (stage,) = make_plan(GenerationParams(model_name="SD1.5", prompt="x", steps=1, sampler="Euler"), catalog).stages
+    fields = {"model_name": "SD1.5", "prompt": "x", "steps": 1, "sampler": "Euler", "width": 128, "height": 128}
+    (stage,) = make_plan(GenerationParams(**fields), catalog).stages
     stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"start": 0.9999})})
     latents = Latents(torch.ones(1, 4, 16, 16))
     engine.add("idle", stage, encoders.encode(stage), latents, ())
