@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from config.catalog import ROOT
@@ -24,16 +24,10 @@ OF_DIFFUSERS = sorted(name for name, spec in SAMPLERS.items() if spec.make is No
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
 
 
-def saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
-    path = folder / "lora.safetensors"
-    save_file(state, path)
-    return path
-
-
-def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path: Path) -> None:
+def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas() -> None:
     flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
-    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    tensors, alphas = compat.rename_lora(state, None)
     (alpha,) = alphas or {}
     down = next(key for key in tensors if key.endswith("down.weight"))
     assert alphas == {alpha: 3.0}
@@ -41,18 +35,26 @@ def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path
     assert down.startswith("unet.mid_block.")
 
 
-def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas(tmp_path: Path) -> None:
+def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas() -> None:
     state = {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP}
-    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    tensors, alphas = compat.rename_lora(state, None)
     assert set(tensors) == set(state)
-    assert not alphas
+    assert alphas is None
 
 
-def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config(tmp_path: Path) -> None:
+def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config() -> None:
     flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP}
-    tensors, _ = compat.read_lora_file(saved(tmp_path, state), {"layers_per_block": 2})
+    tensors, _ = compat.rename_lora(state, {"layers_per_block": 2})
     assert all(key.startswith("unet.down_blocks.1.attentions.0.") for key in tensors)
+
+
+def test_the_lora_reader_would_drop_layers_of_two_ways_to_count_blocks() -> None:
+    tail = "transformer_blocks_0_attn1_to_q"
+    flat = (f"lora_unet_input_blocks_4_1_{tail}", f"lora_unet_down_blocks_1_attentions_0_{tail}")
+    state = {f"{name}.lora_{end}.weight": DOWN if end == "down" else UP for name in flat for end in ("down", "up")}
+    with pytest.raises(ValueError, match="some as the original does"):
+        compat.rename_lora(state, {"layers_per_block": 2})
 
 
 def test_a_unets_old_lora_names_become_pefts() -> None:
