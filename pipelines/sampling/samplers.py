@@ -41,7 +41,7 @@ class SamplerSpec:
 
 
 _LOOKED_UP = 999
-"""Most steps of schedulers that look timesteps up among the 1000 trained ones: from an offset of 1, 1000 is too many."""
+"""Most steps of schedulers that look timesteps up among 1000 trained ones: from an offset of 1, 1000 are too many."""
 _DISTINCT = 768
 """Most steps of solvers that divide by the difference of two noise levels: with more, whole timesteps repeat somewhere.
 
