@@ -15,7 +15,9 @@ from transformers import CLIPTextModel
 
 from config.catalog import ROOT
 from pipelines import diffusers_compat as compat
+from pipelines.errors import WeightsError
 from pipelines.sampling.samplers import SAMPLERS
+from tests.unit.test_weights import original_layout
 
 TINY = ROOT / "models" / "tiny"
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -78,6 +80,14 @@ def test_a_clip_model_is_read_from_an_original_checkpoint(tiny_models: Path) -> 
     model = compat.clip_from_checkpoint(CLIPTextModel, state, "text_encoder", tiny_models / "sd15", torch.float32)
     read = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(read[name], tensor) for name, tensor in bare.items())
+
+
+def test_a_tensor_that_a_checkpoint_lacks_is_never_filled(tiny_models: Path) -> None:
+    """torch's NotImplementedError says so, and the table of converters which tensor it is."""
+    state = original_layout(tiny_models / "sd15")
+    del state["model.diffusion_model.out.2.bias"]
+    with pytest.raises(WeightsError, match=r"x: tensor conv_out\.bias is missing"):
+        compat.model_from_checkpoint(UNet2DConditionModel, state, "unet", tiny_models / "sd15", torch.float32, "x")
 
 
 @pytest.mark.parametrize("folder", ["sd15", "sdxl"])
