@@ -5,6 +5,8 @@ BACKEND ?= auto
 CONFIG := config/serve.$(if $(filter tvm,$(BACKEND)),tvm,local).yaml
 # The README's request, alone and with a second one beside it.
 TVM_DEMO := --catalog embedded --model SDXL1.0-base --size 1024x1024 --rows 2 4
+# The folder that the graph reads compiled UNets from.
+TVM_CACHE := $(if $(SDGRAPH_TVM_CACHE),--cache "$(SDGRAPH_TVM_CACHE)")
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local
@@ -49,10 +51,10 @@ serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph runn
 	$(BIN)/serve run $(CONFIG)
 
 compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM="--catalog hub --model SD1.5" for others
-	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM)
+	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM)
 
 compile-demo: setup
-	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_DEMO)
+	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM_DEMO)
 
 format: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
