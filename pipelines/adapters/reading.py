@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from pipelines.errors import InvalidValueError
 
-logger = logging.getLogger("sdgraph.loras")
+logger = logging.getLogger(__name__)
 
 OTHER_ADAPTERS = {
     "dora_scale": "DoRA",
@@ -173,7 +173,7 @@ def _check_halves(state: Mapping[str, torch.Tensor], name: str) -> dict[str, lis
                 layers[down].append(key.partition(down)[0])
     owners = {f"{layer}.alpha" for found in layers.values() for layer in found}
     if strays := [key for key in state if key not in known | owners]:
-        raise refuse(name, f"has a key that is no LoRA weight: {strays[0]}")
+        raise refuse(name, f"has a key that is not a LoRA weight: {strays[0]}")
     if not known:
         raise refuse(name, "has no layers at all")
     return layers

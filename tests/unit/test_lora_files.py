@@ -200,7 +200,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "norm": (SOUND | {"lora_unet_conv_norm_out.w_norm": torch.zeros(8)}, "LyCORIS norm adapter"),
     "IA3": ({flat(".weight"): torch.ones(64), flat(".on_input"): torch.tensor(0)}, "IA3 adapter"),
     "GLoRA": ({flat(f".{n}.weight"): torch.ones(2, 2) for n in ("a1", "a2", "b1", "b2")}, "GLoRA adapter"),
-    "alphas alone": ({flat(".alpha"): torch.tensor(4.0)}, "no LoRA weight"),
+    "alphas alone": ({flat(".alpha"): torch.tensor(4.0)}, "not a LoRA weight"),
     "no up": ({flat(".lora_down.weight"): torch.ones(2, 64)}, "half of a layer"),
     "no down": ({flat(".lora_up.weight"): torch.ones(64, 2)}, "half of a layer"),
     "no lora_B": ({f"unet.{ATTENTION}.lora_A.weight": torch.ones(2, 64)}, "half of a layer"),
