@@ -77,6 +77,11 @@ def replica_died(error: BaseException) -> bool:
     return isinstance(cause_of(error), RayActorError)
 
 
+def raised_elsewhere(error: BaseException) -> bool:
+    """Whether another process raised it. Ray gives such an error the class of its cause too (`as_instanceof_cause`)."""
+    return isinstance(error, RayTaskError)
+
+
 async def deployment_states() -> tuple[bool, Mapping[str, str]]:
     """Whether every deployment of this application can serve, and the state of each in Serve's own words."""
     application = serve.get_replica_context().app_name

@@ -9,6 +9,7 @@ SdgraphError
 ├── UnstartableError        a deployment the request needs keeps failing to start
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
+├── LostDeviceError         a replica's GPU failed it for good; Serve replaces the replica
 ├── BackendError            backend tvm was asked for by name and failed
 └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
 """
@@ -62,6 +63,10 @@ class DeadlineError(SdgraphError):
 
 class WeightsError(SdgraphError):
     """Weights that are missing, pickled, or contradict the catalog."""
+
+
+class LostDeviceError(SdgraphError):
+    """The driver gives this process nothing but errors any more; a new process may do better."""
 
 
 class BackendError(SdgraphError):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Literal
 
+from deployments.ray_compat import raised_elsewhere
 from deployments.replicas.worker import Worker
 from deployments.telemetry.logs import LogFormat, show_logs
+from pipelines.errors import LostDeviceError
+
+logger = logging.getLogger(__name__)
 
 # Replicas import torch, and what needs it, inside their constructors: building the graph, which imports their
 # classes, goes without torch.
@@ -39,7 +44,31 @@ class Replica:
 
     def __init__(self, runtime: Runtime) -> None:
         self._device = runtime.apply()
-        self._worker = Worker()
+        self._worker = Worker(on_error=self._notice)
+        self._lost: BaseException | None = None
+
+    def _notice(self, error: BaseException) -> None:
+        """Remember an error after which this process can compute nothing more on its GPU; on any thread.
+
+        What another replica raised says nothing about this process.
+        """
+        from pipelines.torch_compat import lost_device
+
+        cause: BaseException | None = error
+        while cause is not None and not raised_elsewhere(cause):
+            if lost_device(cause) and self._lost is None:
+                self._lost = cause
+                logger.error("this process lost its GPU: %s", cause)
+            cause = cause.__cause__
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces a replica that raises here.
+
+        Raises:
+            LostDeviceError: the GPU failed this process for good.
+        """
+        if self._lost is not None:
+            raise LostDeviceError(f"this process lost its GPU: {self._lost}")
 
     async def ping(self) -> None:
         """Nothing: a call starts the first replica of a deployment that scaled to zero."""
