@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from deployments.ray_compat import raised_elsewhere
+from deployments.ray_compat import gpu_share, raised_elsewhere
 from deployments.replicas.worker import Worker
 from deployments.telemetry.logs import LogFormat, show_logs
 from pipelines.errors import LostDeviceError
@@ -29,14 +29,22 @@ class Runtime:
     log_format: LogFormat = "text"
 
     def apply(self) -> Literal["cpu", "cuda"]:
-        """Set this process up; returns the device."""
-        import torch
+        """Set this process up; returns the device.
 
-        from pipelines.weights.loading import choose_device
+        Ray's fraction of a GPU is bookkeeping. It is made true here: more memory than that is an out-of-memory error,
+        which an engine and a VAE know how to meet, instead of one for the neighbours.
+        """
+        import torch
 
         show_logs(self.log_format)
         torch.set_num_threads(self.torch_threads or os.cpu_count() or 1)
-        return choose_device(self.device)
+        share = gpu_share()
+        device = self.device
+        if device == "auto":
+            device = "cuda" if share > 0 and torch.cuda.is_available() else "cpu"
+        if device == "cuda" and 0 < share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+        return device
 
 
 class Replica:
