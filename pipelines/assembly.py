@@ -154,8 +154,10 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
         WeightsError: the catalog promises sizes that this VAE cannot make.
     """
     spec = catalog.component(component_id)
+    family = FAMILIES[spec.family]
     model = load_model(AutoencoderKL, spec, device)
-    vae = VAE(model, LatentSpace.from_vae_config(model.config, FAMILIES[spec.family].applies_latent_statistics))
+    space = LatentSpace.from_vae_config(model.config, family.applies_latent_statistics)
+    vae = VAE(model, space, family.upcasts_vae)
     for entry in catalog.models:
         if entry.vae == component_id and entry.size_multiple % vae.space.downscale:
             raise WeightsError(
