@@ -22,6 +22,7 @@ from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
+from pipelines.diffusers_compat import with_defaults
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
@@ -176,7 +177,8 @@ def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
     """
     spec, weights = catalog.component(base), catalog.lora_weights(name, base)
     folder = lora_files(name, weights).folder()
+    unet_config = with_defaults(UNet2DConditionModel, read_config(spec)) if spec.family == "sdxl" else None
     try:
-        return read_lora(folder / weights.file, name, part, read_config(spec) if spec.family == "sdxl" else None)
+        return read_lora(folder / weights.file, name, part, unet_config)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"lora {name}: cannot read {weights.file}: {error}") from error

@@ -19,6 +19,19 @@ UP_BLOCK_INPUT, UP_BLOCK_SKIPS = "hidden_states", "res_hidden_states_tuple"
 """Keyword arguments with which a UNet calls its up blocks: `[rows, channels, height, width]`, and a tuple of such."""
 
 
+def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json`, with diffusers' default for every key it lacks, as the loaded model has it.
+
+    Configs hold the keys of the diffusers that wrote them: the VAEs of SD1.5 and SD2 are older than `scaling_factor`.
+
+    Args:
+        model_class: diffusers' class, such as `AutoencoderKL`; its constructor's arguments are the keys.
+        config: as it is published.
+    """
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
+
+
 def read_lora_file(
     path: Path, unet_config: Mapping[str, Any] | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:

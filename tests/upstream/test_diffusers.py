@@ -30,6 +30,24 @@ def saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "model_class", [AutoencoderKL, UNet2DConditionModel, ControlNetModel], ids=lambda given: given.__name__
+)
+def test_a_models_config_is_its_constructors_arguments_with_their_defaults(model_class: Any) -> None:
+    if model_class is AutoencoderKL:
+        small: dict[str, Any] = {"block_out_channels": (32,)}
+    else:
+        small = {
+            "block_out_channels": (32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "cross_attention_dim": 8,
+        }
+    if model_class is UNet2DConditionModel:
+        small["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    loaded = {key: value for key, value in model_class(**small).config.items() if not key.startswith("_")}
+    assert compat.with_defaults(model_class, small) == loaded
+
+
 def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path: Path) -> None:
     flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
