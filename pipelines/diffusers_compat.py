@@ -112,3 +112,21 @@ def begin_schedule_at(scheduler: Any, tick: int) -> None:
 def takes_generator(scheduler: Any) -> bool:
     """Whether a scheduler's `step` draws noise from a generator that it is given."""
     return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def draw_brownian_tree_on_cpu(scheduler: Any, latents: torch.Tensor) -> None:
+    """Let a DPMSolverSDEScheduler draw its noise on the CPU, where its `step` would draw on the device of the latents.
+
+    Generators of different devices draw different numbers from one seed. Made as `step` makes it, before the first
+    step after `set_timesteps`; at other times, and for other schedulers, this does nothing.
+    """
+    if getattr(scheduler, "noise_sampler", scheduler) is not None:
+        return
+    import torch
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    device, sigmas = latents.device, scheduler.sigmas
+    like = torch.zeros(latents.shape, dtype=latents.dtype)
+    lowest, highest = sigmas[sigmas > 0].min().item(), sigmas.max().item()
+    tree = BrownianTreeNoiseSampler(like, lowest, highest, scheduler.noise_sampler_seed)
+    scheduler.noise_sampler = lambda sigma, sigma_next: tree(sigma, sigma_next).to(device)

@@ -178,3 +178,22 @@ def test_the_noise_of_a_seed_is_torchs_own_on_the_cpu() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         theirs = randn_tensor((1, 4, 8, 8), torch.Generator().manual_seed(5), torch.device("cpu"), dtype)
         assert torch.equal(theirs, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_brownian_tree_made_before_the_first_step_is_the_one_that_step_makes(dtype: torch.dtype) -> None:
+    drawn = []
+    for ours in (False, True):
+        scheduler = diffusers.DPMSolverSDEScheduler.from_config(CONFIG, noise_sampler_seed=3)
+        scheduler.set_timesteps(3)
+        assert scheduler.noise_sampler is None
+        latents = torch.ones(1, 4, 8, 8, dtype=dtype)
+        for timestep in scheduler.timesteps:
+            if ours:
+                compat.draw_brownian_tree_on_cpu(scheduler, latents)
+            (latents, *_) = scheduler.step(latents * 0.1, timestep, latents, return_dict=False)
+        drawn.append(latents)
+    assert torch.equal(*drawn)
+    others = diffusers.EulerDiscreteScheduler.from_config(CONFIG)
+    compat.draw_brownian_tree_on_cpu(others, latents)
+    assert not hasattr(others, "noise_sampler")
