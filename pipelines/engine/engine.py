@@ -216,9 +216,11 @@ class StepEngine:
         return _Evaluation(jobs, outputs, padding)
 
     def _with_fewer_rows(self, evaluation: _Evaluation) -> list[DenoiseJob]:
-        """Halve the row budget and free what can be freed; the jobs that fit now."""
-        budget = self._retreat.halve(sum(job.rows for job in evaluation.jobs))
-        logger.warning("out of memory: the row budget is %d for a while", budget)
+        """Halve the row budget and free what can be freed; the jobs that fit now. A job alone teaches no budget."""
+        budget = sum(job.rows for job in evaluation.jobs)
+        if len(evaluation.jobs) > 1:
+            budget = self._retreat.halve(budget)
+            logger.warning("out of memory: the row budget is %d for a while", budget)
         assert evaluation.error is not None
         traceback.clear_frames(evaluation.error.__traceback__)  # they hold the activations of the pass that failed
         if self.denoiser.device.type == "cuda":

@@ -285,6 +285,10 @@ def test_a_job_that_never_fits_fails_alone(
     monkeypatch.setattr(recorder, "predict", lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     assert "no room" in str(engine.tick().failed[0][1])
     assert len(engine) == 0
+    monkeypatch.undo()
+    for name in "ab":
+        add(engine, encoders, catalog, name, steps=1)
+    assert engine.tick().rows == 4, "the others still share their ticks"
 
 
 @pytest.mark.slow
