@@ -5,6 +5,8 @@ BACKEND ?= auto
 CONFIG := config/serve.$(if $(filter tvm,$(BACKEND)),tvm,local).yaml
 # The README's request, alone and with a second one beside it.
 TVM_DEMO := --catalog embedded --model SDXL1.0-base --size 1024x1024 --rows 2 4
+# The folder that the graph reads compiled UNets from.
+TVM_CACHE := $(if $(SDGRAPH_TVM_CACHE),--cache "$(SDGRAPH_TVM_CACHE)")
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local
@@ -16,13 +18,16 @@ export RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT := 1000000
 export RAY_USAGE_STATS_ENABLED := 0
 export SERVE_SOCKET_REUSE_PORT_ENABLED := 0
 export TQDM_DISABLE := 1
+# Of image processors that make do without torchvision.
+export TRANSFORMERS_VERBOSITY ?= error
 # Several processes with as many threads as cores destroy each other (benchmarks/RESULTS.md).
 export SDGRAPH_TORCH_THREADS ?= 1
 
 PYTEST := $(BIN)/pytest --durations=20 -m "not slow"
 # Two processes with a torch thread each; a file's tests stay together, so that what they share is made once.
 PARALLEL := --numprocesses=2 --dist=loadfile
-FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py
+RAY_TESTS := tests/upstream/test_ray.py
+FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py --ignore=$(RAY_TESTS)
 
 .PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s clean
 
@@ -46,10 +51,10 @@ serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph runn
 	$(BIN)/serve run $(CONFIG)
 
 compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM="--catalog hub --model SD1.5" for others
-	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM)
+	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM)
 
 compile-demo: setup
-	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_DEMO)
+	$(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM_DEMO)
 
 format: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
@@ -66,7 +71,7 @@ fast: check  ## check and the tests that need neither Ray nor whole pictures: un
 
 # What is cheap fails first.
 test: fast  ## every test but the slow ones
-	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/gpu
+	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/gpu $(RAY_TESTS)
 	$(PYTEST) tests/serve
 
 # Its dependencies contradict ours.

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from PIL import Image
 
-from deployments.launcher import LOCAL_CONFIG, running_graph
+from deployments.launcher import laptop_config, running_graph
 from deployments.ray_compat import ray_processes
 
 PORT = 8125
@@ -135,12 +134,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=180)
     parser.add_argument("--clients", type=int, default=4)
     options = parser.parse_args()
-    graph = yaml.safe_load(LOCAL_CONFIG.read_text())
-    graph["http_options"]["port"] = PORT
-    graph["applications"][0]["args"] = {"auth": "none", "catalog": "tiny", "grouping": "role"}
     with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "graph.yaml"
-        config.write_text(yaml.safe_dump(graph))
+        config = laptop_config(Path(scratch), PORT, catalog="tiny")
         with running_graph(config, PORT, log=Path(scratch) / "log") as url:
             until = time.monotonic() + options.seconds
             samples: dict[str, list[tuple[float, float]]] = {}

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import ROOT, Catalog
-from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
+from deployments.launcher import laptop_config, request_picture, running_graph
 from deployments.ray_compat import ray_processes
 from pipelines.pictures.images import write_image
 from pipelines.plan import GenerationParams
@@ -103,12 +102,8 @@ def measure(
     """One size: the three ways, with the graph's start and memory."""
     fields = {"model_name": model, "seed": 1, "steps": steps, "width": side, "height": side}
     fields |= {"sampler": "Euler", "cfg_scale": 5.0}
-    config = yaml.safe_load(LOCAL_CONFIG.read_text())
-    config["http_options"]["port"] = PORT
-    config["applications"][0]["args"]["catalog"] = catalog
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "graph.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path = laptop_config(Path(scratch), PORT, catalog=catalog)
         begin = time.perf_counter()
         threads = {"SDGRAPH_TORCH_THREADS": str(torch.get_num_threads())}
         with running_graph(path, PORT, threads, log=Path(scratch) / "log") as url:

@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
-from deployments.launcher import LOCAL_CONFIG, request_picture, running_graph
+from deployments.launcher import laptop_config, request_picture, running_graph
 from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
 from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
 from pipelines.control.nets import ColocatedControl
@@ -200,13 +199,9 @@ def placements(repeats: int) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for placement in ("deployment", "colocated"):
-        graph = yaml.safe_load(LOCAL_CONFIG.read_text())
-        graph["http_options"]["port"] = PORT
-        args = {"auth": "none", "catalog": "tiny", "grouping": "role", "models": ["SD1.5-ControlNet"]}
-        graph["applications"][0]["args"] = args | {"controlnet_placement": placement}
+        args = {"catalog": "tiny", "models": ["SD1.5-ControlNet"], "controlnet_placement": placement}
         with tempfile.TemporaryDirectory() as scratch:
-            config = Path(scratch) / "graph.yaml"
-            config.write_text(yaml.safe_dump(graph))
+            config = laptop_config(Path(scratch), PORT, **args)
             with running_graph(config, PORT, log=Path(scratch) / "log") as url:
                 step_ms(url, 4)  # warm
                 taken = {f"{n}_at_once": [step_ms(url, n) for _ in range(repeats)] for n in (1, 4)}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from config.choices import Choices
-from config.sources import FolderSource, HubSource, Source, Spec
+from config.sources import PlainSource, Source, Spec
 
 T = TypeVar("T")
 
@@ -122,8 +122,8 @@ class AnnotatorSpec(Spec):
     """Weights that turn a photo into the control map of one ControlNet name."""
 
     name: Literal["depth", "openpose", "softedge"]
-    source: HubSource | FolderSource = Field(union_mode="left_to_right")
-    detector: HubSource | FolderSource | None = None
+    source: PlainSource
+    detector: PlainSource | None = None
     """openpose only: the model that finds people; `source` is the one that finds their joints."""
     file: str | None = Field(default=None, pattern=r"^[^/]+\.onnx$")
     """softedge only: the ONNX file in `source`."""
@@ -141,7 +141,7 @@ class LoraWeights(Spec):
 
     bases: tuple[str, ...] = Field(min_length=1)
     """Component ids of UNets."""
-    source: HubSource | FolderSource = Field(union_mode="left_to_right")
+    source: PlainSource
     file: str = Field(pattern=r"^[^/]+\.safetensors$")
 
 
@@ -173,6 +173,13 @@ class StylePreset(Spec):
         if self.prompt.count("{prompt}") != 1:
             raise ValueError(f"style {self.name!r}: the template needs {{prompt}} exactly once")
         return self
+
+
+def _in_a_line(error: ValidationError) -> str:
+    """What is wrong and where, without pydantic's own address for each."""
+    told = error.errors(include_url=False)
+    parts = (".".join(str(part) for part in e["loc"]) + ": " * bool(e["loc"]) + e["msg"] for e in told)
+    return "; ".join(part.replace("Value error, ", "") for part in parts)
 
 
 def _named(kind: str, entries: Mapping[str, T], name: str) -> T:
@@ -208,8 +215,8 @@ class Catalog(Spec):
         parts["styles"] = yaml.safe_load((HERE / "styles.yaml").read_text())
         try:
             return cls.model_validate(parts)
-        except ValueError as error:
-            raise CatalogError(f"catalog '{name}': {error}") from error
+        except ValidationError as error:
+            raise CatalogError(f"catalog '{name}': {_in_a_line(error)}") from error
 
     @model_validator(mode="after")
     def _cross_check(self) -> Catalog:

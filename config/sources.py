@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 TVM_CACHE = Path(__file__).resolve().parents[1] / "build" / "tvm"
 """Where compiled UNets are kept unless somebody says otherwise."""
@@ -32,6 +32,24 @@ class FolderSource(Spec):
     folder: Path
 
 
+def _kind(source: Any) -> str | None:
+    """Which source an entry is: the one key that only this kind has decides, so that one kind's errors are told."""
+    given = source if isinstance(source, dict) else getattr(source, "__dict__", {})
+    return next((kind for kind in ("repo", "folder", "checkpoint") if kind in given), None)
+
+
+_BY_KIND = Discriminator(
+    _kind,
+    custom_error_type="source",
+    custom_error_message="say where the weights lie: repo and revision, folder, or checkpoint and configuration",
+)
+PlainSource = Annotated[
+    Annotated[HubSource, Tag("repo")] | Annotated[FolderSource, Tag("folder")],
+    _BY_KIND,
+]
+"""A repository or a folder in diffusers' layout."""
+
+
 class CheckpointSource(Spec):
     """A single `.safetensors` checkpoint in the original layout, and the diffusers folder of its configuration.
 
@@ -39,7 +57,7 @@ class CheckpointSource(Spec):
     """
 
     checkpoint: Path
-    configuration: HubSource | FolderSource
+    configuration: PlainSource
 
     @model_validator(mode="after")
     def _safetensors_only(self) -> CheckpointSource:
@@ -48,4 +66,9 @@ class CheckpointSource(Spec):
         return self
 
 
-Source = Annotated[HubSource | FolderSource | CheckpointSource, Field(union_mode="left_to_right")]
+Source = Annotated[
+    Annotated[HubSource, Tag("repo")]
+    | Annotated[FolderSource, Tag("folder")]
+    | Annotated[CheckpointSource, Tag("checkpoint")],
+    _BY_KIND,
+]

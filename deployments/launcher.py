@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import yaml
 
 from deployments import ray_compat
 
@@ -90,6 +91,16 @@ def running_graph(
         _stop(child)
         if output:
             output.close()
+
+
+def laptop_config(folder: Path, port: int, **args: object) -> Path:
+    """A copy of the laptop graph's config in `folder`, on a port of its own, with these `args` instead of its own."""
+    config = yaml.safe_load(LOCAL_CONFIG.read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"] = {"auth": "none", "grouping": "role"} | args
+    path = folder / "graph.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def _check_port_is_free(port: int) -> None:

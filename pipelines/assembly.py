@@ -31,6 +31,7 @@ from pipelines.pictures.vae import VAE
 from pipelines.plan import CompiledSize
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
+from pipelines.weights.checks import damage
 from pipelines.weights.files import lora_files, read_config
 from pipelines.weights.loading import Device, load_model, load_text_models
 
@@ -181,4 +182,5 @@ def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
     try:
         return read_lora(folder / weights.file, name, part, unet_config)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"lora {name}: cannot read {weights.file}: {error}") from error
+        reason = damage(folder / weights.file) or str(error)
+        raise WeightsError(f"lora {name}, file {weights.file}: {reason}") from error

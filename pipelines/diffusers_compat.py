@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import WeightsError
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,24 +34,27 @@ def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]
     return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
 
 
-def read_lora_file(
-    path: Path, unet_config: Mapping[str, Any] | None
+def rename_lora(
+    state: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any] | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:
-    """Tensors of a LoRA file under `<part>.<module>`, and kohya's alphas under the same names.
+    """Tensors of a LoRA file under `<part>.<module>`, and kohya's alphas under the same names, None in other layouts.
 
     SDXL's loader reads the files of SD too.
 
     Args:
-        path: a `.safetensors` file in PEFT's, kohya's or diffusers' old layout.
+        state: a file's tensors, in PEFT's, kohya's or diffusers' old layout.
         unet_config: config of an SDXL UNet, whose blocks kohya counts differently; None for SD.
+
+    Raises:
+        ValueError: keys of two layouts, or of none.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
     blocks = None if unet_config is None else SimpleNamespace(**unet_config)  # it reads attributes of a config object
-    state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-        str(path.parent), weight_name=path.name, unet_config=blocks, use_safetensors=True, local_files_only=True
-    )
-    return state, alphas
+    renamed, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(state), unet_config=blocks)
+    if alphas is not None and len(renamed) != sum(key.endswith(".weight") for key in state):
+        raise ValueError("some keys name blocks as diffusers does and some as the original does")  # it drops some
+    return renamed, alphas
 
 
 def unet_lora_to_peft(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,6 +97,51 @@ def clip_from_checkpoint(
     return create_diffusers_clip_model_from_ldm(
         model_class, state, subfolder, str(configuration), dtype, local_files_only=True
     )
+
+
+def model_from_checkpoint(
+    model_class: Any,
+    state: Mapping[str, torch.Tensor],
+    subfolder: str,
+    configuration: Path,
+    dtype: torch.dtype,
+    where: str,
+) -> Any:
+    """A model of diffusers' out of a single checkpoint in the original layout.
+
+    What else the checkpoint holds (other models, a trainer's averages) is left aside, as diffusers does.
+
+    Args:
+        model_class: such as `UNet2DConditionModel`.
+        state: the whole checkpoint.
+        subfolder: folder of the model's `config.json` in `configuration`.
+        configuration: a diffusers folder; its weights are not read.
+        dtype: of the model.
+        where: names the checkpoint in messages.
+
+    Raises:
+        WeightsError: a tensor is missing; one of another shape is a ValueError.
+    """
+    try:
+        return model_class.from_single_file(
+            dict(state), config=str(configuration), subfolder=subfolder, dtype=dtype, local_files_only=True
+        )
+    except NotImplementedError as error:  # torch's, about a tensor that was never filled; it does not say which
+        missing = _missing_from_checkpoint(model_class, state, configuration / subfolder)
+        raise WeightsError(f"{where}: tensor {missing} is missing") from error
+
+
+def _missing_from_checkpoint(model_class: Any, state: Mapping[str, torch.Tensor], config_folder: Path) -> str:
+    """Name of the first tensor that a checkpoint lacks, as diffusers calls it."""
+    import torch
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    config = model_class.load_config(config_folder)
+    convert = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
+    converted = convert(config=config, checkpoint=dict(state))
+    with torch.device("meta"):
+        wanted = model_class.from_config(config).state_dict()
+    return next((name for name in wanted if name not in converted), "(unknown)")
 
 
 def take_map_embedder(controlnet: Any) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 SdgraphError
 ├── RequestError            the caller's fault; `param` names the request field
 │   ├── InvalidValueError       out of range, or not allowed for this model
+│   ├── NonFiniteError          values that are not finite numbers, where a picture should be
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
 ├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
@@ -37,6 +38,13 @@ class InvalidValueError(RequestError):
     """A value out of range or not allowed for this model."""
 
 
+class NonFiniteError(RequestError):
+    """Values that are not finite numbers, where a picture should be: a sampler, a LoRA or a scale too strong.
+
+    A black picture would hide it. The message names what the request can change.
+    """
+
+
 class UnavailableModelError(RequestError):
     """An unknown model, or one this server does not serve."""
 
@@ -62,7 +70,10 @@ class DeadlineError(SdgraphError):
 
 
 class WeightsError(SdgraphError):
-    """Weights that are missing, pickled, or contradict the catalog."""
+    """Weights that are missing, damaged, pickled, or contradict the catalog.
+
+    The message begins `<what>, file <name>: `, which is all of it that a client is shown.
+    """
 
 
 class LostDeviceError(SdgraphError):

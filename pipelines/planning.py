@@ -219,14 +219,19 @@ def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tupl
 
 
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:
-    """Strength of an img2img request, None without a picture."""
+    """Strength of an img2img request, None without a picture.
+
+    It must leave a step of the whole schedule. With a refiner that is enough too: what falls below `REFINER_SHARE`, so
+    that the base does not run it, is the refiner's, which runs its share whatever the strength (as in diffusers).
+    """
     strength = params.strength if params.strength is not None else model.defaults.strength
     _check_range("strength", strength, MIN_STRENGTH, MAX_STRENGTH)
     if params.image is None:
         return None
     if int(steps * strength) < 1:
+        least = math.ceil(10_000 / steps) / 10_000  # rounded up: the value that is named must work
         raise InvalidValueError(
-            f"strength {strength} with {steps} steps leaves no denoising step; use at least {1 / steps:.4f}", "strength"
+            f"strength {strength} with {steps} steps leaves no denoising step; use at least {least}", "strength"
         )
     return strength
 

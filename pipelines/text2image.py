@@ -119,23 +119,30 @@ class Text2Image:
         """Run the stage at `position` of every request that has one; jobs on the same engine share its ticks."""
         engines: set[StepEngine] = set()
         by_job: dict[str, _Work] = {}
-        for work in works:
-            if position < len(work.plan.stages):
-                stage = work.plan.stages[position]
-                engine = self.engine(stage)
-                conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
-                loras = engine.loras.mixture(stage)
-                hint = work.hint if stage.control else None
-                job = engine.add(str(next(self._ids)), stage, conditioning, work.latents, loras, hint)
-                engines.add(engine)
-                by_job[job.id] = work
-        for engine in engines:
-            while len(engine):
-                report = engine.tick()
-                if report.failed:
-                    raise report.failed[0][1]
-                for job in report.finished:
-                    by_job[job.id].latents = job.result()
+        try:
+            for work in works:
+                if position < len(work.plan.stages):
+                    engine, job_id = self._add(work, work.plan.stages[position])
+                    engines.add(engine)
+                    by_job[job_id] = work
+            for engine in engines:
+                while len(engine):
+                    report = engine.tick()
+                    if report.failed:
+                        raise report.failed[0][1]
+                    for job in report.finished:
+                        by_job[job.id].latents = job.result()
+        finally:  # a request that failed must not leave the others' jobs to the next call
+            for engine in engines:
+                engine.clear()
+
+    def _add(self, work: _Work, stage: StagePlan) -> tuple[StepEngine, str]:
+        """A job for one stage, in its engine."""
+        engine = self.engine(stage)
+        conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
+        loras = engine.loras.mixture(stage)
+        hint = work.hint if stage.control else None
+        return engine, engine.add(str(next(self._ids)), stage, conditioning, work.latents, loras, hint).id
 
     def _decode(self, work: _Work) -> Picture:
         assert work.latents is not None, "every plan has a stage, and every stage ends with latents"

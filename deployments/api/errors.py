@@ -28,6 +28,7 @@ from pipelines.errors import (
     TooLargeError,
     UnavailableModelError,
     UnstartableError,
+    WeightsError,
 )
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def answer(error: BaseException, request_id: str) -> JSONResponse:
     """The contract's answer to whatever went wrong; what is the server's fault is logged."""
     cause = cause_of(error)
     failure = failure_of(cause, request_id)
-    if failure.code == ErrorCode.INTERNAL or isinstance(cause, RayActorError):
+    if failure.code == ErrorCode.INTERNAL or isinstance(cause, RayActorError | WeightsError):
         logger.error("request %s failed", request_id, exc_info=cause, extra={"request_id": request_id})
     return failure.response()
 
@@ -136,6 +137,10 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             return Failure.restarting(request_id)
         case UnstartableError():
             message = f"'{error}', which this request needs, cannot start now; /readyz says why"
+            return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)
+        case WeightsError():  # of a LoRA: any other weights are read when a replica starts
+            what, _, _ = str(error).partition(":")
+            message = f"{what} cannot be read on this server; its log knows why as request {request_id}"
             return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)
         case DeploymentUnavailableError():
             message = "a part of the graph that this request needs cannot start now; /readyz says why"

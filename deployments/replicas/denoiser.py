@@ -20,7 +20,7 @@ from deployments.replicas.remote_control import RemoteControl
 from deployments.replicas.sealing import seal, unseal
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
-from pipelines.errors import DenoiseError
+from pipelines.errors import SdgraphError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class DenoiserDeployment(Replica):
             self._engines = {c: load_engine(catalog, c, self._device, max_rows, strict, control[c]) for c in components}
         else:
             self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
+        for engine in self._engines.values():
+            engine.control_lost = replica_died
         self._loop = EngineLoop(self._engines, self._worker, on_tick=self._count, unwrap=_death_or_error)
 
     def _load_compiled(
@@ -189,7 +191,7 @@ def _work(
     )
 
 
-def _death_or_error(error: DenoiseError) -> BaseException:
+def _death_or_error(error: SdgraphError) -> BaseException:
     """A ControlNet replica that died twice under a tick is known to the ingress as what it is."""
     cause = error.__cause__
     return cause if cause is not None and replica_died(cause) else error

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from deployments.graph import Progress
 from deployments.replicas.throughput import Throughput
 from deployments.replicas.worker import Worker
-from pipelines.errors import DenoiseError, OverloadedError
+from pipelines.errors import OverloadedError, SdgraphError
 from pipelines.plan import StagePlan
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _ignore(component: str, report: TickReport) -> None:
     pass
 
 
-def _itself(error: DenoiseError) -> BaseException:
+def _itself(error: SdgraphError) -> BaseException:
     return error
 
 
@@ -106,7 +106,7 @@ class EngineLoop:
         worker: Worker,
         *,
         on_tick: Callable[[str, TickReport], None] = _ignore,
-        unwrap: Callable[[DenoiseError], BaseException] = _itself,
+        unwrap: Callable[[SdgraphError], BaseException] = _itself,
     ) -> None:
         """Run `engines`, by component id.
 
@@ -140,7 +140,8 @@ class EngineLoop:
 
         Raises:
             OverloadedError: the work that is here already leaves too little time.
-            DenoiseError: a tick failed.
+            DenoiseError: its tick failed, alone too.
+            RequestError: the stage cannot be run as it was asked for.
         """
         async with self._inside(work, started) as request:
             return await request.result

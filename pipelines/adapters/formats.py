@@ -10,29 +10,18 @@ Three layouts are in use. diffusers' own converters bring each to PEFT's names, 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
+from pipelines.adapters.reading import LoraFile, read_file, refuse
 from pipelines.adapters.rows import LoraLayer, RowLora
-from pipelines.diffusers_compat import read_lora_file, text_encoder_lora_to_peft, unet_lora_to_peft
-from pipelines.errors import InvalidValueError
+from pipelines.diffusers_compat import rename_lora, text_encoder_lora_to_peft, unet_lora_to_peft
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-REFUSED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "oft_": "OFT",
-    "lora_controlnet": "Control-LoRA",
-}
-"""What occurs in the keys of other kinds of adapters, and their names."""
 
 
 class _Weights(NamedTuple):
@@ -53,45 +42,51 @@ def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] |
         unet_config: config of an SDXL UNet, whose blocks kohya counts differently; None for SD.
 
     Raises:
-        InvalidValueError: another kind of adapter (DoRA, LoHa, LoKr, ...), or a key that belongs to no LoRA.
+        InvalidValueError: another kind of adapter (DoRA, LoHa, LoKr, ...), a key that belongs to no LoRA, or nothing in
+            it for a model of this family.
         OSError: the file cannot be read.
         SafetensorError: it is damaged.
     """
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    _refuse_other_adapters(keys, name)
-    state, alphas = read_lora_file(path, unet_config)
-    own = _of_part(state, part)
-    if alphas:
-        weights = _from_kohya(own, part, alphas)
-    elif any("lora_A" in key for key in own):
-        weights = _from_peft(own, part, metadata)
-    else:
-        weights = _from_attention_processors(own, part)
-    return RowLora(name, _layers(weights, name))
+    file = read_file(path, name)
+    try:
+        state, alphas = rename_lora(file.tensors, unet_config)
+        own = _of_part(state, part, file.name, PARTS if unet_config is not None else PARTS[:2])
+        if alphas is not None:
+            weights = _from_kohya(own, part, alphas)
+        elif any("lora_A" in key for key in own):
+            weights = _from_peft(own, part, file)
+        else:
+            weights = _from_attention_processors(own, part)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise refuse(file.name, f"has keys that cannot be understood: {str(error).strip()[:200]}") from error
+    return RowLora(file.name, _layers(weights, file.name))
 
 
-def _refuse_other_adapters(keys: Sequence[str], name: str) -> None:
-    for mark, kind in REFUSED.items():
-        if any(mark in key for key in keys):
-            raise InvalidValueError(f"loras: '{name}' is a {kind} adapter, which is not supported; use a LoRA", "loras")
-
-
-def _of_part(state: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+def _of_part(
+    state: Mapping[str, torch.Tensor], part: str, name: str, family_parts: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     """The tensors of one part, without its prefix."""
-    if part == "unet" and not any(key.startswith(PARTS) for key in state):
-        return dict(state)  # the oldest diffusers files name no part
+    if not any(key.startswith(PARTS) for key in state):
+        return dict(state) if part == "unet" else {}  # the oldest diffusers files name no part
+    if strays := [key for key in state if key.partition(".")[0] not in PARTS]:
+        raise refuse(name, f"has a key that belongs to no part of Stable Diffusion: {strays[0]}")
+    if not any(key.partition(".")[0] in family_parts for key in state):
+        raise refuse(name, f"has nothing for this model: its first key is {next(iter(state))}")
     prefix = f"{part}."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _from_peft(state: Mapping[str, torch.Tensor], part: str, metadata: Mapping[str, Any]) -> _Weights:
-    """PEFT: names as they are; alpha as its LoraConfig in the metadata has it, and the rank without one."""
-    config = {key.removeprefix(f"{part}."): value for key, value in metadata.items() if key.startswith(f"{part}.")}
+def _from_peft(state: Mapping[str, torch.Tensor], part: str, file: LoraFile) -> _Weights:
+    """PEFT: names as they are; alpha beside the layer, else in the metadata's LoraConfig, else it is the rank."""
+    config = {key.removeprefix(f"{part}."): value for key, value in file.config.items() if key.startswith(f"{part}.")}
     scales = {}
-    for module, rank in _ranks(state).items() if config else ():
-        alpha = config.get("alpha_pattern", {}).get(module, config.get("lora_alpha", rank))
+    for module, rank in _ranks(state).items():
+        beside = file.alphas.get(f"{part}.{module}", file.alphas.get(module) if part == "unet" else None)
+        alpha = (
+            beside
+            if beside is not None
+            else config.get("alpha_pattern", {}).get(module, config.get("lora_alpha", rank))
+        )
         scales[module] = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return _Weights(state, scales)
 
@@ -115,10 +110,10 @@ def _from_attention_processors(state: Mapping[str, torch.Tensor], part: str) -> 
 
 def _layers(weights: _Weights, name: str) -> dict[str, LoraLayer]:
     """Module -> layer; every tensor must belong to one."""
-    leftover = [key for key in weights.tensors if ".lora_A.weight" not in key and ".lora_B.weight" not in key]
-    if leftover:
-        raise InvalidValueError(f"loras: '{name}' has a key that is not a LoRA weight: {leftover[0]}", "loras")
     tensors = weights.tensors
+    leftover = [key for key in tensors if ".lora_A.weight" not in key and ".lora_B.weight" not in key]
+    if leftover:
+        raise refuse(name, f"has a key that is not a LoRA weight: {leftover[0]}")
     return {
         module: LoraLayer(
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], weights.scales.get(module, 1.0)

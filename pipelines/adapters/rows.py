@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipelines.adapters.fitting import fit_down, fit_up
 from pipelines.errors import InvalidValueError
 
 
@@ -41,6 +42,7 @@ class RowLora:
     """One adapter on one model: module name -> layer."""
 
     name: str
+    """Public name and file, for messages."""
     layers: Mapping[str, LoraLayer]
 
     @property
@@ -72,14 +74,16 @@ class RowLoraHooks:
             # CLIPTextModel lost its `text_model.` level in transformers 5, CLIPTextModelWithProjection kept it.
             names = (name, name.removeprefix("text_model."), f"text_model.{name}")
             found = next((n for n in names if n in self._modules), None)
-            shape = _shape_of(self._modules[found]) if found else None
-            if found is None or shape != (layer.up.shape[0], layer.down.shape[1]):
-                raise InvalidValueError(
-                    f"loras: '{lora.name}' does not fit this model: its layer {name} "
-                    f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)} meets {shape or 'no module'}",
-                    "loras",
-                )
-            layers[found] = LoraLayer(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scale)
+            module = self._modules[found] if found is not None else None
+            if found is None or not isinstance(module, nn.Linear | nn.Conv2d):
+                raise _misfit(lora, name, layer, "no module that takes a LoRA" if found else "no module")
+            down = fit_down(layer.down, module)
+            up = fit_up(layer.up, layer.down.shape[0], module)
+            if down is None or up is None:
+                out, *inner = module.weight.shape
+                wanted = f"up [{out}, rank] and down {['rank', *inner]}".replace("'", "")
+                raise _misfit(lora, name, layer, f"{type(module).__name__} {[out, *inner]}, which takes {wanted}")
+            layers[found] = LoraLayer(down.to(device, dtype), up.to(device, dtype), layer.scale)
         return RowLora(lora.name, layers)
 
     @contextmanager
@@ -115,9 +119,8 @@ class RowLoraHooks:
         return add
 
 
-def _shape_of(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.in_channels
-    return None
+def _misfit(lora: RowLora, name: str, layer: LoraLayer, met: str) -> InvalidValueError:
+    shapes = f"up {list(layer.up.shape)} x down {list(layer.down.shape)}"
+    return InvalidValueError(
+        f"loras: {lora.name} does not fit this model: its layer {name}, {shapes}, meets {met}", "loras"
+    )

@@ -21,9 +21,10 @@ from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser, StepBatch
 from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows
+from pipelines.engine.checks import check_job
 from pipelines.engine.job import DenoiseJob
 from pipelines.engine.memory import Retreat
-from pipelines.errors import DenoiseError
+from pipelines.errors import DenoiseError, SdgraphError
 from pipelines.families import Family
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
@@ -48,7 +49,7 @@ class TickReport:
     """Jobs that took part, those that left included."""
     finished: tuple[DenoiseJob, ...] = ()
     """Jobs that left with a result."""
-    failed: tuple[tuple[DenoiseJob, DenoiseError], ...] = ()
+    failed: tuple[tuple[DenoiseJob, SdgraphError], ...] = ()
     """Jobs that left with an exception."""
 
 
@@ -61,6 +62,10 @@ class _Evaluation:
     """Each job with its rows of the model output; none where the evaluation failed."""
     padding: int = 0
     error: Exception | None = None
+
+
+def _nobodys(error: Exception) -> bool:
+    return False
 
 
 class StepEngine:
@@ -103,6 +108,8 @@ class StepEngine:
         self._strict = strict
         self.rows_that_fit = rows_that_fit
         self._retreat = Retreat()
+        self.control_lost: Callable[[Exception], bool] = _nobodys
+        """Whether an error says that `control` itself is gone: no job's own fault, and no use in trying each alone."""
         self._jobs: dict[str, DenoiseJob] = {}
 
     def __len__(self) -> int:
@@ -129,14 +136,19 @@ class StepEngine:
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
             loras: what `self.loras.mixture(plan)` gave, on whatever thread it was loaded.
             hint: the control map, where the plan has a ControlNet.
+
+        Raises:
+            DenoiseError: something of this job alone would break the batch it joins; see `checks.py`.
+            NonFiniteError: its latents or embeddings have values that are not finite numbers.
+            InvalidValueError: no sampler can be made of the plan.
         """
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is already here")
         device, dtype = self.denoiser.device, self.denoiser.dtype
         sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
+        shape = self._space.shape(plan.width, plan.height)
         if latents is None:
-            shape = self._space.shape(plan.width, plan.height)
             values = draw_noise(shape, generator, device, dtype) * sampler.init_noise_sigma
         else:
             values = latents.values.to(device, dtype)
@@ -144,6 +156,7 @@ class StepEngine:
                 values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
         conditioning = conditioning.to(device, dtype)
         added = self._family.added_conditions(plan, conditioning, self.denoiser.config)
+        check_job(plan, values, conditioning, added, hint, shape, self.denoiser.config)
         job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras, hint)
         self._jobs[job_id] = job
         return job
@@ -160,35 +173,40 @@ class StepEngine:
     def tick(self) -> TickReport:
         """Evaluate the UNet once and advance the jobs that were in it.
 
-        An exception of the evaluation fails every job of this tick; one of a job's own sampler fails that job alone.
-        When memory runs out, the row budget is halved for a while and the tick tried once more with fewer jobs.
+        When memory runs out, the row budget is halved for a while and the tick tried once more with fewer jobs. When
+        the evaluation fails otherwise, each of its jobs is evaluated alone once, so that only the guilty one fails;
+        when the source of residuals is gone, the jobs it steers fail at once and the others stay for the next tick. An
+        exception of a job's own sampler fails that job.
         """
         begin = time.perf_counter()
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
-        evaluation = self._attempt(self._select([job for job in self._jobs.values() if not job.done]))
-        if ran_out_of_memory(evaluation.error):
-            evaluation = self._attempt(self._with_fewer_rows(evaluation))
-        elif evaluation.outputs:
+        together = self._attempt(self._select([job for job in self._jobs.values() if not job.done]))
+        if ran_out_of_memory(together.error):
+            together = self._attempt(self._with_fewer_rows(together))
+        elif together.outputs:
             self._retreat.had_enough(self.max_rows)
-        failed: list[tuple[DenoiseJob, DenoiseError]] = []
-        if evaluation.error is not None:  # whatever it is, it belongs to the jobs in the batch
-            failed = [(job, _denoise_error(evaluation.error)) for job in evaluation.jobs]
-        for job, output in evaluation.outputs:
-            try:
-                job.advance(output)
-            except Exception as error:  # the job's own
-                failed.append((job, _denoise_error(error)))
-            else:
-                if job.done:
-                    ready.append(job)
+        evaluations = [together] if together.error is None else self._apart(together, together.error)
+        failed: list[tuple[DenoiseJob, SdgraphError]] = []
+        for evaluation in evaluations:
+            if evaluation.error is not None:
+                failed += [(job, _ours(evaluation.error)) for job in evaluation.jobs]
+            for job, output in evaluation.outputs:
+                try:
+                    job.advance(output)
+                except Exception as error:  # the job's own
+                    failed.append((job, _ours(error)))
+                else:
+                    if job.done:
+                        ready.append(job)
         # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
         left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
         broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
+        advanced = tuple(job for evaluation in evaluations for job in evaluation.jobs)
         return TickReport(
-            rows=sum(job.rows for job in evaluation.jobs),
-            padding=evaluation.padding,
+            rows=sum(job.rows for job in advanced),
+            padding=sum(evaluation.padding for evaluation in evaluations),
             seconds=time.perf_counter() - begin,
-            advanced=tuple(evaluation.jobs),
+            advanced=advanced,
             finished=tuple(left),
             failed=tuple(broken),
         )
@@ -214,6 +232,17 @@ class StepEngine:
         except Exception as error:
             return _Evaluation(jobs, error=error)
         return _Evaluation(jobs, outputs, padding)
+
+    def _apart(self, together: _Evaluation, error: Exception) -> list[_Evaluation]:
+        """What becomes of the jobs of an evaluation that failed: each alone, once."""
+        steered = [job for job in together.jobs if job.hint is not None]
+        if steered and self.control_lost(error):
+            return [_Evaluation(steered, error=error)]
+        if len(together.jobs) == 1:
+            return [together]
+        logger.warning("a tick of %d jobs failed, trying each alone: %s", len(together.jobs), error)
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the pass that failed
+        return [self._attempt([job]) for job in together.jobs]
 
     def _with_fewer_rows(self, evaluation: _Evaluation) -> list[DenoiseJob]:
         """Halve the row budget and free what can be freed; the jobs that fit now. A job alone teaches no budget."""
@@ -260,7 +289,10 @@ class StepEngine:
         return ControlledRows(rows, self.control.start(request, {hint.id: hint for hint in own}))
 
 
-def _denoise_error(error: Exception) -> DenoiseError:
+def _ours(error: Exception) -> SdgraphError:
+    """An error as its job is told of it: one raised on purpose as it is, any other inside a DenoiseError."""
+    if isinstance(error, SdgraphError):
+        return error
     wrapped = DenoiseError(f"{type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped

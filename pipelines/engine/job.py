@@ -11,6 +11,7 @@ import torch
 from pipelines.adapters.rows import Mixture
 from pipelines.control.types import ControlHint
 from pipelines.engine.batching import BatchKey
+from pipelines.engine.checks import check_finite
 from pipelines.engine.guidance import guide
 from pipelines.plan import StagePlan
 from pipelines.sampling.base import Sampler
@@ -86,10 +87,16 @@ class DenoiseJob:
         return self.sampler.scale_input(self.latents, self.timestep)
 
     def advance(self, model_output: torch.Tensor) -> None:
-        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step."""
+        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step.
+
+        Raises:
+            NonFiniteError: the stage ends with latents that are no picture.
+        """
         guided = guide(model_output, self.plan.guidance_scale)
         self.latents = self.sampler.step(guided, self.timestep, self.latents, self.generator)
         self.tick += 1
+        if self.done:  # once a stage: what is not finite stays so, and on a GPU the question waits for the device
+            check_finite(self.latents, self.plan, "the latents have")
 
     def result(self) -> Latents:
         """Latents and generator, for the next stage."""

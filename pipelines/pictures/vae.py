@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from pipelines.errors import NonFiniteError
 from pipelines.sampling.latents import Latents, LatentSpace, make_generator
 from pipelines.torch_compat import ran_out_of_memory
 
@@ -61,10 +62,20 @@ class VAE:
 
     @torch.inference_mode()
     def decode(self, latents: Latents) -> Image.Image:
-        """The picture of `latents`, RGB 8 bit."""
+        """The picture of `latents`, RGB 8 bit.
+
+        Raises:
+            NonFiniteError: pixels that are not finite numbers, which would be drawn black.
+        """
         values = self.space.denormalise(latents.values.to(self._model.device, self._model.dtype))
         size = values.shape[-1] * values.shape[-2] * self.space.downscale**2
         pixels = self._in_tiles_if_it_must(size, lambda: self._model.decode(values, return_dict=False)[0])
+        if not bool(pixels.isfinite().all()):
+            raise NonFiniteError(
+                "the VAE made pixels that are not finite numbers of these latents. Try another sampler, other steps, "
+                "a lower cfg_scale or smaller weights of LoRAs",
+                "sampler",
+            )
         return cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
 
     @torch.inference_mode()

@@ -29,7 +29,11 @@ class Sampler(Protocol):
         ...
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise `latents` up to the first of `timesteps` (img2img)."""
+        """Noise `latents` up to where the part begins (img2img).
+
+        That is the first of `timesteps`, unless `end` leaves none of them: diffusers' img2img pipeline noises the
+        picture to the timestep its strength begins at, and the refiner goes on from there.
+        """
         ...
 
     def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

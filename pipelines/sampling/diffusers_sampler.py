@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pipelines.plan import ScheduleSlice
 
 
+RUNGE_KUTTA_STEPS = 4
+"""PNDM begins with so many Runge-Kutta steps; with fewer in all, diffusers draws by its linear multistep alone."""
+
+
 class DiffusersSampler:
     """One diffusers scheduler on its way through one part of its schedule; the scheduler holds the solver's history.
 
@@ -44,14 +48,21 @@ class DiffusersSampler:
         own = dict(settings)
         if scheduler == "DPMSolverSDEScheduler":
             own["noise_sampler_seed"] = seed
+        if scheduler == "PNDMScheduler" and part.steps < RUNGE_KUTTA_STEPS:
+            own["skip_prk_steps"] = True
         self._scheduler = getattr(diffusers, scheduler).from_config(dict(config), **own)
         self._scheduler.set_timesteps(part.steps, device=device)
         self.order: int = self._scheduler.order
         every = cast("torch.Tensor", self._scheduler.timesteps)
+        if not hasattr(self._scheduler, "sigmas"):
+            # For 62 numbers of steps (61, 103, ...) the rounding of "trailing" spacing adds a timestep -1, which these
+            # schedulers take for the noisiest of all: the picture would be grey. Those with sigmas do not look it up.
+            every = every[every >= 0]
         ticks = part_of_schedule(every, part, self.order, self._scheduler.config.num_train_timesteps)
-        if part.start is not None or part.strength is not None:
-            begin_schedule_at(self._scheduler, ticks.start)
+        # Always: two timesteps can be equal, and a scheduler that looks its first one up finds the second.
+        begin_schedule_at(self._scheduler, ticks.start)
         self.timesteps = every[ticks]
+        self._first = every[ticks.start : ticks.start + 1]
         self._takes_generator = takes_generator(self._scheduler)
 
     @property
@@ -60,8 +71,8 @@ class DiffusersSampler:
         return float(self._scheduler.init_noise_sigma)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise `latents` up to the first timestep of the part (img2img)."""
-        return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, self.timesteps[:1]))
+        """Noise `latents` up to where the part begins (img2img), also where its end leaves it no timestep."""
+        return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, self._first))
 
     def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What the UNet sees of `latents` at `timestep`."""

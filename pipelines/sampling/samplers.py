@@ -40,21 +40,32 @@ class SamplerSpec:
     """Makes a job's sampler; None takes the diffusers scheduler. `tests/unit/test_samplers.py` has a small example."""
 
 
-def _plain(scheduler: str, **settings: Any) -> SamplerSpec:
-    return SamplerSpec(scheduler, settings)
+_LOOKED_UP = 999
+"""Most steps of schedulers that look timesteps up among 1000 trained ones: from an offset of 1, 1000 are too many."""
+_DISTINCT = 768
+"""Most steps of solvers that divide by the difference of two noise levels: with more, whole timesteps repeat somewhere.
+
+The first number of steps that gives values that are not finite is 769 with "trailing" spacing, 999 with "leading" and
+1000 with "linspace" (diffusers 0.42); `tests/unit/test_schedules.py` tries every sampler at its limit.
+"""
 
 
-def _karras(scheduler: str, karras: bool) -> SamplerSpec:
-    return SamplerSpec(scheduler, {"use_karras_sigmas": karras})
+def _plain(scheduler: str, max_steps: int = _LOOKED_UP, **settings: Any) -> SamplerSpec:
+    return SamplerSpec(scheduler, settings, max_steps=max_steps)
 
 
-def _solver(scheduler: str, karras: bool = False, **settings: Any) -> SamplerSpec:
-    return SamplerSpec(scheduler, {"solver_order": 2, "use_karras_sigmas": karras} | settings)
+def _karras(scheduler: str, karras: bool, max_steps: int = MAX_STEPS) -> SamplerSpec:
+    return SamplerSpec(scheduler, {"use_karras_sigmas": karras}, max_steps=max_steps)
+
+
+def _solver(scheduler: str, karras: bool = False, max_steps: int = _DISTINCT, **settings: Any) -> SamplerSpec:
+    return SamplerSpec(scheduler, {"solver_order": 2, "use_karras_sigmas": karras} | settings, max_steps=max_steps)
 
 
 def _dpmpp(algorithm: str, solver_type: str, karras: bool) -> SamplerSpec:
     settings = {"algorithm_type": algorithm, "solver_type": solver_type, "final_sigmas_type": "zero"}
-    return _solver("DPMSolverMultistepScheduler", karras, **settings)
+    most = MAX_STEPS if karras else _DISTINCT  # Karras' noise levels do not come from whole timesteps
+    return _solver("DPMSolverMultistepScheduler", karras, most, **settings)
 
 
 # The first DPM-Solver divides by the last sigma; diffusers refuses final_sigmas_type "zero" with it.
@@ -65,8 +76,8 @@ SAMPLERS: Mapping[str, SamplerSpec] = {
     "DDPM": _plain("DDPMScheduler"),
     "DEIS 2M": _solver("DEISMultistepScheduler", algorithm_type="deis", solver_type="logrho"),
     "DPM 2M": _solver("DPMSolverMultistepScheduler", **_DPM),
-    "DPM 2S": _solver("DPMSolverSinglestepScheduler", **_DPM),
-    "DPM SDE": _karras("DPMSolverSDEScheduler", False),
+    "DPM 2S": _solver("DPMSolverSinglestepScheduler", max_steps=MAX_STEPS, **_DPM),
+    "DPM SDE": _karras("DPMSolverSDEScheduler", False, _DISTINCT),
     "DPM SDE Karras": _karras("DPMSolverSDEScheduler", True),
     "DPM++ 2M": _dpmpp("dpmsolver++", "midpoint", False),
     "DPM++ 2M Karras": _dpmpp("dpmsolver++", "midpoint", True),
@@ -76,6 +87,7 @@ SAMPLERS: Mapping[str, SamplerSpec] = {
     "DPM++ 2M SDE Karras": _dpmpp("sde-dpmsolver++", "midpoint", True),
     "DPM++ 2S": _solver(
         "DPMSolverSinglestepScheduler",
+        max_steps=MAX_STEPS,
         algorithm_type="dpmsolver++",
         solver_type="midpoint",
         final_sigmas_type="zero",
@@ -86,11 +98,11 @@ SAMPLERS: Mapping[str, SamplerSpec] = {
     "DPM2 a Karras": _karras("KDPM2AncestralDiscreteScheduler", True),
     "EDM_Euler": SamplerSpec("EDMEulerScheduler", edm=True),
     "Euler": _karras("EulerDiscreteScheduler", False),
-    "Euler a": _plain("EulerAncestralDiscreteScheduler"),
+    "Euler a": _plain("EulerAncestralDiscreteScheduler", MAX_STEPS),
     "Heun": _karras("HeunDiscreteScheduler", False),
     # The LCM schedule is a subset of its 50 distillation steps.
     "LCM": SamplerSpec("LCMScheduler", {"original_inference_steps": 50}, max_steps=50),
-    "LMS": _karras("LMSDiscreteScheduler", False),
+    "LMS": _karras("LMSDiscreteScheduler", False, _DISTINCT),
     "LMS Karras": _karras("LMSDiscreteScheduler", True),
     "PNDM": _plain("PNDMScheduler"),
     "UniPC 2M": _solver("UniPCMultistepScheduler", solver_type="bh2", predict_x0=True, final_sigmas_type="zero"),

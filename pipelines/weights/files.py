@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from config.catalog import ROOT, AnnotatorSpec, ComponentSpec, LoraWeights
 from config.sources import CheckpointSource, FolderSource, HubSource
 from pipelines.errors import WeightsError
+from pipelines.weights import checks
 from pipelines.weights.sources import fetch
 
 _STEMS = {
@@ -44,7 +47,7 @@ class ComponentFiles:
         self.spec = spec
         hub = spec.source if isinstance(spec.source, HubSource) else None
         self.variant = None if hub is None else hub.variant
-        """Variant in the weights' file names, such as `fp16`."""
+        """Variant in the weights' file names on the hub, such as `fp16`."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ class ComponentFiles:
         else:
             names = ["*.json", "merges.txt", f"{stem}.safetensors", f"{stem}-*.safetensors"]
         patterns = tuple(f"{folder}/{name}".lstrip("/") for folder in self.folders for name in names)
-        return Files(f"component {self.spec.id}", source, patterns)
+        return Files(self.what, source, patterns)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -79,15 +82,41 @@ class ComponentFiles:
         path = self.spec.source.checkpoint
         return path if path.is_absolute() else ROOT / path
 
+    def variant_in(self, subfolder: str) -> str | None:
+        """Variant of the weights in one folder of the source: the hub's, or fp16 where nothing else lies there."""
+        if not isinstance(self.spec.source, FolderSource):
+            return self.variant
+        folder, stem = self.files.folder() / subfolder, _STEMS[self.spec.kind]
+        plain = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"]
+        half = [folder / f"{stem}.fp16.safetensors", folder / f"{stem}.safetensors.index.fp16.json"]
+        return "fp16" if any(p.exists() for p in half) and not any(p.exists() for p in plain) else None
+
+    def check_weights(self, subfolder: str) -> str:
+        """Component and file, for messages, of weights whose files are there and sound; raises WeightsError."""
+        root = self.files.folder()
+        path = checks.check_weights(self.what, root, subfolder, _STEMS[self.spec.kind], self.variant_in(subfolder))
+        return f"{self.what}, file {path.relative_to(root)}"
+
+    def check_checkpoint(self, path: Path) -> str:
+        """The same of a single checkpoint."""
+        if reason := checks.damage(path):
+            raise WeightsError(f"{self.what}, file {path.name}: {reason}")
+        return f"{self.what}, file {path.name}"
+
+    @property
+    def what(self) -> str:
+        """Names the component in messages."""
+        return f"component {self.spec.id}"
+
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn what loaders raise into a WeightsError that names the component."""
+    def explained(self, where: str) -> Iterator[None]:
+        """Turn what loaders raise into a WeightsError that begins with `where`, the component and file."""
         try:
             yield
         except WeightsError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"component {self.spec.id}: cannot load {self.spec.source}: {error}") from error
+        except Exception as error:  # the libraries raise whatever they run into
+            raise WeightsError(f"{where}: cannot be loaded: {error}") from error
 
 
 def locate(spec: ComponentSpec) -> Path:
@@ -108,9 +137,23 @@ def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any
     files = ComponentFiles(spec)
     name = "scheduler_config.json" if folder == "scheduler" else "config.json"
     path = locate(spec) / (files.folders[0] if folder is None else folder) / name
-    with files.explained():
-        config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    checks.check_file(files.what, locate(spec), path)
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config | _marks(files) if folder == "scheduler" else config
+
+
+def _marks(files: ComponentFiles) -> dict[str, Any]:
+    """What a single checkpoint says of its schedule by tensors whose names alone mean something.
+
+    `v_pred` and `ztsnr` (zero terminal signal-to-noise ratio), as trainers write them for A1111 and ComfyUI.
+    """
+    if files.checkpoint is None:
+        return {}
+    files.check_checkpoint(files.checkpoint)
+    with safe_open(files.checkpoint, "pt") as tensors:
+        names = set(tensors.keys())
+    marked = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
+    return marked | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
 
 
 def lora_files(name: str, weights: LoraWeights) -> Files:

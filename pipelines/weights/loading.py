@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.catalog import ComponentSpec
-from pipelines.diffusers_compat import clip_from_checkpoint
+from pipelines.diffusers_compat import clip_from_checkpoint, model_from_checkpoint
+from pipelines.errors import WeightsError
+from pipelines.weights.checks import check_loaded, check_tokenizer
 from pipelines.weights.files import ComponentFiles
 
 Device = Literal["cpu", "cuda"]
@@ -25,18 +28,21 @@ def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
         device: a CPU computes in float32 whatever the spec says.
 
     Raises:
-        WeightsError: the weights are missing, pickled or do not fit the class.
+        WeightsError: the weights are missing, pickled or damaged, or a tensor of them is missing, of another shape or
+            no part of the class.
     """
     files = ComponentFiles(spec)
     folder, subfolder = files.files.folder(), files.folders[0]
-    with files.explained():
-        if files.checkpoint:
+    if files.checkpoint:
+        where = files.check_checkpoint(files.checkpoint)
+        with files.explained(where):
             state = load_file(files.checkpoint)
-            model = model_class.from_single_file(
-                state, config=str(folder), subfolder=subfolder, dtype=_dtype(spec, device), local_files_only=True
-            )
-        else:
-            model = model_class.from_pretrained(folder, subfolder=subfolder, **_options(files, device))
+            model = model_from_checkpoint(model_class, state, subfolder, folder, _dtype(spec, device), where)
+    else:
+        where = files.check_weights(subfolder)
+        with files.explained(where):
+            model, info = model_class.from_pretrained(folder, subfolder=subfolder, **_options(files, subfolder, device))
+        check_loaded(where, info)
     return model.to(device)
 
 
@@ -44,22 +50,41 @@ def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str,
     """A text-encoder component's models, in order, each as its folder's name, its tokenizer and the module.
 
     Raises:
-        WeightsError: the weights are missing, pickled or not CLIP's.
+        WeightsError: as `load_model`, or a tokenizer's file is missing or knows words that the model does not.
     """
     files = ComponentFiles(spec)
     folder = files.files.folder()
-    with files.explained():
-        state = load_file(files.checkpoint) if files.checkpoint else None
+    state = None
+    if files.checkpoint:
+        where = files.check_checkpoint(files.checkpoint)
+        with files.explained(where):
+            state = load_file(files.checkpoint)
     for suffix in files.suffixes:
         model_class: Any = CLIPTextModelWithProjection if suffix else CLIPTextModel
         name = f"text_encoder{suffix}"
-        with files.explained():
-            if state is not None:
+        if state is not None:
+            with files.explained(where):
                 model = clip_from_checkpoint(model_class, state, name, folder, _dtype(spec, device))
-            else:
-                model = model_class.from_pretrained(folder, subfolder=name, **_options(files, device))
-            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True)
-        yield name, tokenizer, model.to(device)
+            unset = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+            check_loaded(where, {"missing_keys": unset, "mismatched_keys": (), "unexpected_keys": ()})
+        else:
+            where = files.check_weights(name)
+            with files.explained(where):
+                model, info = model_class.from_pretrained(folder, subfolder=name, **_options(files, name, device))
+            check_loaded(where, info, text=True)
+        yield name, _load_tokenizer(files, folder, f"tokenizer{suffix}", model), model.to(device)
+
+
+def _load_tokenizer(files: ComponentFiles, folder: Path, subfolder: str, model: Any) -> CLIPTokenizer:
+    check_tokenizer(files.what, folder, subfolder)
+    with files.explained(f"{files.what}, file {subfolder}"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+    if len(tokenizer) > model.config.vocab_size:
+        raise WeightsError(
+            f"{files.what}, file {subfolder}: its tokenizer knows {len(tokenizer)} words, "
+            f"the text encoder {model.config.vocab_size}"
+        )
+    return tokenizer
 
 
 def _dtype(spec: ComponentSpec, device: Device) -> torch.dtype:
@@ -68,7 +93,13 @@ def _dtype(spec: ComponentSpec, device: Device) -> torch.dtype:
     return dtype
 
 
-def _options(files: ComponentFiles, device: Device) -> dict[str, Any]:
-    """Keyword arguments that every loader gets: never a pickle, always this variant and format."""
-    dtype = _dtype(files.spec, device)
-    return {"use_safetensors": True, "variant": files.variant, "dtype": dtype, "local_files_only": True}
+def _options(files: ComponentFiles, subfolder: str, device: Device) -> dict[str, Any]:
+    """Keyword arguments that every loader gets: never a pickle, always this variant and format, and a full account."""
+    return {
+        "use_safetensors": True,
+        "variant": files.variant_in(subfolder),
+        "dtype": _dtype(files.spec, device),
+        "local_files_only": True,
+        "ignore_mismatched_sizes": True,  # so that the account names them; none is accepted
+        "output_loading_info": True,
+    }

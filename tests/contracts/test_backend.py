@@ -14,7 +14,7 @@ import pytest
 
 from config.catalog import Catalog, Size
 from deployments.app import AppArgs, bind_compiled, bind_components
-from deployments.graph import Call, Graph
+from deployments.graph import Graph
 from deployments.replicas.base import Runtime
 from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
@@ -80,12 +80,7 @@ def broken(handles: dict[str, Any]) -> FakeGraph:
             async for item in items:
                 yield item
 
-    # A fake response is nothing Serve could hand on, so the edge after it takes the result.
-    async def decode(latents: Any, **arguments: Any) -> Any:
-        return await graph.decode(latents=await latents if isinstance(latents, Call) else latents, **arguments)
-
-    edges = {"compiled_sizes": sizes, "denoise": denoise, "denoise_watched": denoise_watched, "decode": decode}
-    return FakeGraph(graph, **edges)
+    return FakeGraph(graph, compiled_sizes=sizes, denoise=denoise, denoise_watched=denoise_watched)
 
 
 Connect = Callable[..., Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
+from config.catalog import Catalog
 from deployments.graph import Graph
+from pipelines.errors import NonFiniteError, WeightsError
 from tests.support.bad_values import VALUES
 from tests.support.graph import FakeGraph, denoised, never, raising, unending
 from tests.support.http import PATH, SMALL, blank, check, check_outcome, drawn, events, outcome, picture, pixels
@@ -105,6 +108,42 @@ async def test_an_exception_of_a_stage(
         assert "abc-1" in message
     elif not streamed:
         assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+async def test_values_that_are_not_finite(connect: ClientFactory, streamed: bool) -> None:
+    error = NonFiniteError("sampler 'DDIM' with 999 steps: the latents have values that are not finite", "sampler")
+    async with connect(graph=FakeGraph(decode=raising(error), denoise_watched=denoised)) as client:
+        message = check_outcome(await outcome(client, streamed), streamed, 400, 40302, "sampler")
+    assert "'DDIM' with 999 steps" in message
+
+
+async def test_a_lora_file_that_is_missing(connect: ClientFactory, catalog: Catalog, graph: Graph) -> None:
+    """The answer names the LoRA and nothing of the server's disk; requests without it never notice."""
+    data = catalog.model_dump()
+    data["loras"] = [
+        {
+            "name": "Lost",
+            "weights": [{"bases": ["unet-sd15"], "source": {"folder": "/srv/gone"}, "file": "lost.safetensors"}],
+        }
+    ]
+    error = WeightsError("lora Lost, file lost.safetensors: no such file: /srv/gone/lost.safetensors")
+
+    async def denoise(*, stage: Any, **arguments: Any) -> Any:
+        if stage.loras:
+            raise error
+        return await graph.denoise(stage=stage, **arguments)
+
+    failing = FakeGraph(graph, denoise=denoise)
+    async with connect(graph=failing, catalog=Catalog.model_validate(data)) as client:
+        lost, sound = await asyncio.gather(
+            client.post(PATH, json=SMALL | {"loras": {"Lost": 1.0}}), client.post(PATH, json=SMALL)
+        )
+    assert picture(sound).size == (128, 128)
+    message = check(lost, 503, 42903, None)
+    assert message.startswith("lora Lost, file lost.safetensors cannot be read on this server")
+    assert "/srv" not in lost.text
+    assert lost.headers["retry-after"] == "60"
 
 
 def dying(times: int, graph: Graph) -> FakeGraph:

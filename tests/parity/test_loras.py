@@ -209,7 +209,7 @@ def test_a_wrong_base_names_the_first_mismatch(lora_catalog: Catalog, lora_folde
         }
     ]
     text2image = Text2Image(Catalog.model_validate(data))
-    with pytest.raises(InvalidValueError, match=r"'peft' does not fit this model: its layer .* meets"):
+    with pytest.raises(InvalidValueError, match=r"'peft' \(.*\) does not fit this model: its layer .* meets"):
         text2image.generate(GenerationParams(**request("SD1.5"), loras={"peft": 1.0}))
 
 

@@ -93,6 +93,15 @@ def test_refiner_after_image_to_image(text2image: Text2Image, photo: bytes) -> N
     check(text2image, **request("SDXL1.0-base", enable_refiner=True, steps=10, image=photo, strength=0.7))
 
 
+@pytest.mark.parametrize("sampler", ["DPM++ 2M SDE Heun Karras", "Euler", "Heun", "DDIM"])
+@pytest.mark.parametrize("strength", [0.1, 0.2, 0.3])
+def test_refiner_after_a_base_that_has_nothing_left_to_do(
+    text2image: Text2Image, photo: bytes, strength: float, sampler: str
+) -> None:
+    fields = request("SDXL1.0-base", enable_refiner=True, steps=10, image=photo, strength=strength, sampler=sampler)
+    check(text2image, **fields)
+
+
 def test_refiner_reads_the_negative_prompt(text2image: Text2Image) -> None:
     check(text2image, **request("SDXL1.0-base", enable_refiner=True, steps=10, negative_prompt="ugly"))
 

@@ -53,9 +53,16 @@ class FakeGraph(Graph):
         if edge in self._edges:
             self.responses.append(FakeResponse(self._edges[edge], arguments))
             return Call(self.responses[-1])
-        if self._inner is not None and edge != "ping":
-            return getattr(self._inner, edge)(**arguments)
-        return Call(FakeResponse(_nothing, {}))
+        if self._inner is None or edge == "ping":
+            return Call(FakeResponse(_nothing, {}))
+        if any(_is_fake(value) for value in arguments.values()):
+            return Call(FakeResponse(self._after_fakes, {"edge": edge, "arguments": arguments}))
+        return getattr(self._inner, edge)(**arguments)
+
+    async def _after_fakes(self, edge: str, arguments: dict[str, Any]) -> Any:
+        """A call of `inner` that was handed a fake response: Serve could not wait for it, so it is awaited here."""
+        results = {name: await value if _is_fake(value) else value for name, value in arguments.items()}
+        return await getattr(self._inner, edge)(**results)
 
     def encode_text(self, **arguments: Any) -> Call[Any]:
         return self.call("encode_text", **arguments)
@@ -110,6 +117,10 @@ class FakeResponse:
         self.cancelled = True
         if self._task is not None:
             self._task.cancel()
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, Call) and isinstance(value.response, FakeResponse)
 
 
 def raising(error: BaseException) -> Edge:

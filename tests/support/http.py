@@ -87,14 +87,14 @@ async def outcome(client: httpx.AsyncClient, streamed: bool, headers: dict[str, 
     return await client.post(PATH, json=body, headers=headers)
 
 
-def check_outcome(reply: httpx.Response, streamed: bool, status: int, code: int) -> str:
+def check_outcome(reply: httpx.Response, streamed: bool, status: int, code: int, param: str | None = None) -> str:
     """Assert an error, plain or as the last event; returns its message."""
     if not streamed:
-        return check(reply, status, code, None)
+        return check(reply, status, code, param)
     assert reply.status_code == 200
     name, data = events(reply.text)[-1]
     assert name == "error"
-    return check_body(data, code, None)
+    return check_body(data, code, param)
 
 
 def drawn(reply: httpx.Response, streamed: bool) -> np.ndarray:

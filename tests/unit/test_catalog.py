@@ -154,3 +154,30 @@ def test_an_unknown_name_is_a_key_error_that_lists_the_known_ones(
 ) -> None:
     with pytest.raises(KeyError, match=message):
         look_up(Catalog.load("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"repo": "a/b"}, "components.0.source.repo.revision: Field required"),
+        ({"folder": "x", "variant": "fp16"}, "components.0.source.folder.variant: Extra inputs are not permitted"),
+        (
+            {"checkpoint": "x.ckpt", "configuration": {"folder": "y"}},
+            "components.0.source.checkpoint: checkpoint x.ckpt: only .safetensors is loaded, a pickle can run code",
+        ),
+        (
+            {"checkpoint": "x.safetensors", "configuration": {"folder": 3}},
+            "components.0.source.checkpoint.configuration.folder.folder: Input is not a valid path",
+        ),
+        ({}, "components.0.source: say where the weights lie: repo and revision, folder, or checkpoint"),
+        ("x", "components.0.source: say where the weights lie"),
+    ],
+)
+def test_a_wrong_source_is_told_in_one_line(folder: Path, source: object, said: str) -> None:
+    """Of the kind that it is, not of all there are."""
+    spoil(folder, "components", 0, source=source)
+    with pytest.raises(CatalogError) as refused:
+        Catalog.load(folder)
+    assert str(refused.value).startswith(f"catalog '{folder}': {said}")
+    assert "\n" not in str(refused.value)
+    assert ";" not in str(refused.value)

@@ -153,7 +153,7 @@ def test_a_cancelled_job_frees_its_rows_at_the_next_tick(
     assert recorder.rows == [4, 2, 2, 2]
 
 
-def test_a_failing_evaluation_reaches_the_jobs_in_it_and_no_other(
+def test_an_evaluation_that_fails_for_each_alone_reaches_the_jobs_in_it_and_no_other(
     engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
 ) -> None:
     for name in "abc":
@@ -179,7 +179,8 @@ def test_a_failing_sampler_reaches_its_own_job(
 
 def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:
     """A refiner can be left with nothing to do: one step, all of it above its share."""
-    (stage,) = make_plan(GenerationParams(model_name="SD1.5", prompt="x", steps=1, sampler="Euler"), catalog).stages
+    fields = {"model_name": "SD1.5", "prompt": "x", "steps": 1, "sampler": "Euler", "width": 128, "height": 128}
+    (stage,) = make_plan(GenerationParams(**fields), catalog).stages
     stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"start": 0.9999})})
     latents = Latents(torch.ones(1, 4, 16, 16))
     engine.add("idle", stage, encoders.encode(stage), latents, ())
@@ -340,19 +341,31 @@ def test_a_tick_of_controlled_and_plain_rows_makes_one_controlnet_call(
     assert counting.rows == [3, 3]
 
 
-def test_a_failing_controlnet_reaches_the_jobs_of_its_tick(
-    engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog
-) -> None:
-    class Broken:
-        def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
-            raise ConnectionError("the ControlNet is gone")
+class Broken:
+    """A ControlNet that is gone."""
 
-    engine.control = Broken()
-    add(engine, encoders, catalog, "a").hint = ControlHint("hint", "net", None, torch.rand(1, 3, 128, 128))
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
+        self.calls += 1
+        raise ConnectionError("the ControlNet is gone")
+
+
+def test_a_lost_controlnet_fails_the_jobs_it_steers_at_once_and_no_other(
+    engine: StepEngine, recorder: Recorder, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    engine.max_rows, engine.control = 16, (broken := Broken())
+    engine.control_lost = lambda error: isinstance(error, ConnectionError)
+    for name in "abc":
+        job = add(engine, encoders, catalog, name)
+        if name != "c":
+            job.hint = ControlHint(name, "net", None, torch.rand(1, 3, 128, 128))
     report = engine.tick()
+    assert [job.id for job, _ in report.failed] == ["a", "b"]
     assert "the ControlNet is gone" in str(report.failed[0][1])
-    add(engine, encoders, catalog, "b")
-    assert list(finish(engine)) == ["b"]
+    assert broken.calls == 1
+    assert list(finish(engine)) == ["c"]
 
 
 def test_an_id_is_taken_once(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> None:

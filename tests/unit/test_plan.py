@@ -71,8 +71,19 @@ def test_random_seeds_differ() -> None:
 def test_strength_counts_only_with_a_picture() -> None:
     assert make_plan(replace(BASE, strength=0.01), HUB).stages[0].schedule.strength is None
     assert make_plan(replace(BASE, image=b"x"), HUB).stages[0].schedule.strength == 0.8
-    with pytest.raises(InvalidValueError, match=r"use at least 0\.0333"):
+    with pytest.raises(InvalidValueError, match=r"use at least 0\.0334"):
         make_plan(replace(BASE, image=b"x", strength=0.03), HUB)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 49, 333, 999])
+def test_the_smallest_strength_that_is_named_works(steps: int) -> None:
+    wanted = replace(BASE, image=b"x", steps=steps, sampler="Euler", width=512, height=512)
+    with pytest.raises(InvalidValueError) as refused:
+        make_plan(replace(wanted, strength=0.5 / steps), HUB)
+    named = float(str(refused.value).rpartition(" ")[2])
+    schedule = make_plan(replace(wanted, strength=named), HUB).stages[0].schedule
+    assert schedule.strength is not None
+    assert int(schedule.steps * schedule.strength) == 1
 
 
 def test_the_budget_names_the_steps_it_allows() -> None:

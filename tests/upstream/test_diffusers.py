@@ -10,24 +10,20 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from config.catalog import ROOT
 from pipelines import diffusers_compat as compat
+from pipelines.errors import WeightsError
 from pipelines.sampling.samplers import SAMPLERS
+from tests.unit.test_weights import original_layout
 
 TINY = ROOT / "models" / "tiny"
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CONFIG |= {"skip_prk_steps": True}  # as every model's configuration says of PNDM
 OF_DIFFUSERS = sorted(name for name, spec in SAMPLERS.items() if spec.make is None)
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
-
-
-def saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
-    path = folder / "lora.safetensors"
-    save_file(state, path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -48,10 +44,10 @@ def test_a_models_config_is_its_constructors_arguments_with_their_defaults(model
     assert compat.with_defaults(model_class, small) == loaded
 
 
-def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path: Path) -> None:
+def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas() -> None:
     flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
-    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    tensors, alphas = compat.rename_lora(state, None)
     (alpha,) = alphas or {}
     down = next(key for key in tensors if key.endswith("down.weight"))
     assert alphas == {alpha: 3.0}
@@ -59,18 +55,26 @@ def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas(tmp_path
     assert down.startswith("unet.mid_block.")
 
 
-def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas(tmp_path: Path) -> None:
+def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas() -> None:
     state = {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP}
-    tensors, alphas = compat.read_lora_file(saved(tmp_path, state), None)
+    tensors, alphas = compat.rename_lora(state, None)
     assert set(tensors) == set(state)
-    assert not alphas
+    assert alphas is None
 
 
-def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config(tmp_path: Path) -> None:
+def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config() -> None:
     flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP}
-    tensors, _ = compat.read_lora_file(saved(tmp_path, state), {"layers_per_block": 2})
+    tensors, _ = compat.rename_lora(state, {"layers_per_block": 2})
     assert all(key.startswith("unet.down_blocks.1.attentions.0.") for key in tensors)
+
+
+def test_the_lora_reader_would_drop_layers_of_two_ways_to_count_blocks() -> None:
+    tail = "transformer_blocks_0_attn1_to_q"
+    flat = (f"lora_unet_input_blocks_4_1_{tail}", f"lora_unet_down_blocks_1_attentions_0_{tail}")
+    state = {f"{name}.lora_{end}.weight": DOWN if end == "down" else UP for name in flat for end in ("down", "up")}
+    with pytest.raises(ValueError, match="some as the original does"):
+        compat.rename_lora(state, {"layers_per_block": 2})
 
 
 def test_a_unets_old_lora_names_become_pefts() -> None:
@@ -94,6 +98,14 @@ def test_a_clip_model_is_read_from_an_original_checkpoint(tiny_models: Path) -> 
     model = compat.clip_from_checkpoint(CLIPTextModel, state, "text_encoder", tiny_models / "sd15", torch.float32)
     read = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(read[name], tensor) for name, tensor in bare.items())
+
+
+def test_a_tensor_that_a_checkpoint_lacks_is_never_filled(tiny_models: Path) -> None:
+    """torch's NotImplementedError says so, and the table of converters which tensor it is."""
+    state = original_layout(tiny_models / "sd15")
+    del state["model.diffusion_model.out.2.bias"]
+    with pytest.raises(WeightsError, match=r"x: tensor conv_out\.bias is missing"):
+        compat.model_from_checkpoint(UNet2DConditionModel, state, "unet", tiny_models / "sd15", torch.float32, "x")
 
 
 @pytest.mark.parametrize("folder", ["sd15", "sdxl"])

@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--size", nargs="*", default=[], help="such as 1024x1024; the models' tables by default")
     parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiles at a time")
-    parser.add_argument("--cache", type=Path, default=TVM_CACHE)
+    parser.add_argument(
+        "--cache", type=Path, default=TVM_CACHE, help="`make compile` gives SDGRAPH_TVM_CACHE if it is set"
+    )
     options = parser.parse_args()
     catalog, cache = Catalog.load(options.catalog), ArtifactCache(options.cache)
     names = [catalog.model_choices().resolve(name) for name in options.model]

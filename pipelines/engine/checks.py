@@ -1,0 +1,73 @@
+"""What is wrong with one job alone, found before it shares a tick: its neighbours must not fail with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import DenoiseError, NonFiniteError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.control.types import ControlHint
+    from pipelines.plan import StagePlan
+    from pipelines.text.conditioning import Conditioning
+
+
+def check_job(
+    plan: StagePlan,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    added_conditions: Mapping[str, torch.Tensor],
+    hint: ControlHint | None,
+    latent_shape: tuple[int, ...],
+    unet_config: Mapping[str, Any],
+) -> None:
+    """Look at everything a job brings into a batch, adapters excepted: those are fitted when they are loaded.
+
+    Args:
+        plan: the stage.
+        latents: what it begins from.
+        conditioning: one row, or uncond and cond where the stage is guided.
+        added_conditions: what else the UNet is told, one entry a row.
+        hint: its control map, if any.
+        latent_shape: `[1, channels, height, width]` of the latents of a picture of its size.
+        unet_config: the UNet's `config.json`.
+
+    Raises:
+        DenoiseError: a shape that cannot be stacked with others or read by the UNet.
+        NonFiniteError: values that are not finite numbers.
+    """
+    rows = 2 if plan.guided else 1
+    embeds = conditioning.prompt_embeds
+    _check_shape("latents", latents, latent_shape)
+    _check_shape("prompt_embeds", embeds, (rows, None, unet_config["cross_attention_dim"]))
+    for name, tensor in added_conditions.items():
+        _check_shape(name, tensor, (rows, None))
+    if hint is not None:
+        _check_shape("control map", hint.image, (1, 3, plan.height, plan.width))
+        check_finite(hint.image, plan, "the control map has")
+    check_finite(embeds, plan, "the prompt's embeddings have")
+    check_finite(latents, plan, "the latents to begin from have")
+
+
+def check_finite(tensor: torch.Tensor, plan: StagePlan, what: str) -> None:
+    """Raise NonFiniteError when a job's tensor has values that are not finite numbers; `what` begins the message."""
+    if bool(tensor.isfinite().all()):
+        return
+    advice = f"sampler '{plan.sampler}' with {plan.schedule.steps} steps: {what} values that are not finite numbers. "
+    advice += "Try another sampler, other steps or a lower cfg_scale"
+    if plan.loras:
+        raise NonFiniteError(f"{advice}, or smaller weights of the loras {[use.name for use in plan.loras]}", "loras")
+    raise NonFiniteError(advice, "sampler")
+
+
+def _check_shape(what: str, tensor: torch.Tensor, wanted: tuple[int | None, ...]) -> None:
+    """Compare a shape; None fits any size but 0."""
+    fits = tensor.ndim == len(wanted) and all(
+        size == want or (want is None and size) for size, want in zip(tensor.shape, wanted, strict=True)
+    )
+    if not fits:
+        shape = [want or "any" for want in wanted]
+        raise DenoiseError(f"{what} {list(tensor.shape)} cannot join a batch, where {shape} is wanted")
