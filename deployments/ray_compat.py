@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import psutil
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.context import _get_serve_request_context
@@ -75,6 +76,21 @@ def cause_of(error: BaseException) -> BaseException:
 def replica_died(error: BaseException) -> bool:
     """Whether a call failed because the process, or the node, that ran it is gone."""
     return isinstance(cause_of(error), RayActorError)
+
+
+def raised_elsewhere(error: BaseException) -> bool:
+    """Whether another process raised it. Ray gives such an error the class of its cause too (`as_instanceof_cause`)."""
+    return isinstance(error, RayTaskError)
+
+
+def gpu_share() -> float:
+    """GPUs that Ray gave the actor this code runs in, such as 0.25; none outside an actor.
+
+    What torch sees says nothing: since 2.60 Ray leaves every GPU visible to actors that asked for none (ray#54868).
+    """
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return 0.0
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
 
 
 async def deployment_states() -> tuple[bool, Mapping[str, str]]:

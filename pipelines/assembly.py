@@ -22,6 +22,7 @@ from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
+from pipelines.diffusers_compat import with_defaults
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
@@ -155,8 +156,10 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
         WeightsError: the catalog promises sizes that this VAE cannot make.
     """
     spec = catalog.component(component_id)
+    family = FAMILIES[spec.family]
     model = load_model(AutoencoderKL, spec, device)
-    vae = VAE(model, LatentSpace.from_vae_config(model.config, FAMILIES[spec.family].applies_latent_statistics))
+    space = LatentSpace.from_vae_config(model.config, family.applies_latent_statistics)
+    vae = VAE(model, space, family.upcasts_vae)
     for entry in catalog.models:
         if entry.vae == component_id and entry.size_multiple % vae.space.downscale:
             raise WeightsError(
@@ -175,8 +178,9 @@ def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
     """
     spec, weights = catalog.component(base), catalog.lora_weights(name, base)
     folder = lora_files(name, weights).folder()
+    unet_config = with_defaults(UNet2DConditionModel, read_config(spec)) if spec.family == "sdxl" else None
     try:
-        return read_lora(folder / weights.file, name, part, read_config(spec) if spec.family == "sdxl" else None)
+        return read_lora(folder / weights.file, name, part, unet_config)
     except (OSError, SafetensorError) as error:
         reason = damage(folder / weights.file) or str(error)
         raise WeightsError(f"lora {name}, file {weights.file}: {reason}") from error

@@ -21,6 +21,19 @@ UP_BLOCK_INPUT, UP_BLOCK_SKIPS = "hidden_states", "res_hidden_states_tuple"
 """Keyword arguments with which a UNet calls its up blocks: `[rows, channels, height, width]`, and a tuple of such."""
 
 
+def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json`, with diffusers' default for every key it lacks, as the loaded model has it.
+
+    Configs hold the keys of the diffusers that wrote them: the VAEs of SD1.5 and SD2 are older than `scaling_factor`.
+
+    Args:
+        model_class: diffusers' class, such as `AutoencoderKL`; its constructor's arguments are the keys.
+        config: as it is published.
+    """
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
+
+
 def rename_lora(
     state: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any] | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:
@@ -149,3 +162,21 @@ def begin_schedule_at(scheduler: Any, tick: int) -> None:
 def takes_generator(scheduler: Any) -> bool:
     """Whether a scheduler's `step` draws noise from a generator that it is given."""
     return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def draw_brownian_tree_on_cpu(scheduler: Any, latents: torch.Tensor) -> None:
+    """Let a DPMSolverSDEScheduler draw its noise on the CPU, where its `step` would draw on the device of the latents.
+
+    Generators of different devices draw different numbers from one seed. Made as `step` makes it, before the first
+    step after `set_timesteps`; at other times, and for other schedulers, this does nothing.
+    """
+    if getattr(scheduler, "noise_sampler", scheduler) is not None:
+        return
+    import torch
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    device, sigmas = latents.device, scheduler.sigmas
+    like = torch.zeros(latents.shape, dtype=latents.dtype)
+    lowest, highest = sigmas[sigmas > 0].min().item(), sigmas.max().item()
+    tree = BrownianTreeNoiseSampler(like, lowest, highest, scheduler.noise_sampler_seed)
+    scheduler.noise_sampler = lambda sigma, sigma_next: tree(sigma, sigma_next).to(device)

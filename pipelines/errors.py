@@ -10,6 +10,7 @@ SdgraphError
 ├── UnstartableError        a deployment the request needs keeps failing to start
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
+├── LostDeviceError         a replica's GPU failed it for good; Serve replaces the replica
 ├── BackendError            backend tvm was asked for by name and failed
 └── DenoiseError            a tick failed; reaches the jobs that were in it and no other
 """
@@ -73,6 +74,10 @@ class WeightsError(SdgraphError):
 
     The message begins `<what>, file <name>: `, which is all of it that a client is shown.
     """
+
+
+class LostDeviceError(SdgraphError):
+    """The driver gives this process nothing but errors any more; a new process may do better."""
 
 
 class BackendError(SdgraphError):

@@ -9,6 +9,34 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_NO_MEMORY = (
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # an allocation past torch's own allocator, such as a stream's
+    "DefaultCPUAllocator: can't allocate memory",
+)
+"""What stands in the RuntimeErrors of libraries that allocate for themselves, and of the CPU's allocator."""
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an operation failed for want of memory alone, so that less of it may succeed."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def lost_device(error: BaseException | None) -> bool:
+    """Whether this process can use its GPU no more.
+
+    After an illegal access, a failed device assertion or an ECC error the driver answers every later call of the
+    process with the same error (CUDA Runtime API, `cudaErrorIllegalAddress`): only a new process helps.
+    """
+    if ran_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and str(error).startswith("CUDA error:")
+    )
+
 
 class PeakBytes(TorchDispatchMode):
     """While active, counts the bytes of all tensors made under it that are alive together; `peak` is the most.

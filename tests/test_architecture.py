@@ -96,7 +96,14 @@ def test_only_app_wraps_deployments() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config/serve.local.yaml", "config/serve.tvm.yaml", "serve_config.yaml", "tests/serve/graph.yaml"]
+    "name",
+    [
+        "config/serve.local.yaml",
+        "config/serve.tvm.yaml",
+        "config/serve.gpu.yaml",
+        "serve_config.yaml",
+        "tests/serve/graph.yaml",
+    ],
 )
 def test_serve_configs_build(name: str) -> None:
     """Arguments parse, and every deployment a config tunes exists in the graph it builds."""
@@ -109,8 +116,9 @@ def test_serve_configs_build(name: str) -> None:
         deployments = application.get("deployments", [])
         tuned = {deployment["name"] for deployment in deployments}
         for deployment in deployments:  # Serve's schema takes any mapping here
-            assert set(deployment["autoscaling_config"]) <= set(AutoscalingConfig.model_fields)
-            AutoscalingConfig(**deployment["autoscaling_config"])
+            scaling = deployment.get("autoscaling_config", {})
+            assert set(scaling) <= set(AutoscalingConfig.model_fields)
+            AutoscalingConfig(**scaling)
         assert tuned <= names, f"{tuned - names} are no deployments of {name}"
 
 
@@ -146,6 +154,19 @@ def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> 
     assert local["applications"][0]["args"]["auth"] == "none"
     assert compiled["applications"][0]["args"].pop("tvm") is True
     assert compiled == local
+
+
+def test_the_one_card_graph_shares_out_a_whole_card_and_listens_on_loopback_without_keys() -> None:
+    config = yaml.safe_load(LOCAL_CONFIG.with_name("serve.gpu.yaml").read_text())
+    (application,) = config["applications"]
+    args = AppArgs.model_validate(application["args"])
+    assert (args.auth, args.catalog, args.controlnet_placement) == ("none", "hub", "colocated")
+    assert config["http_options"]["host"] == "127.0.0.1"
+    shares = {d["name"]: d["ray_actor_options"]["num_gpus"] for d in application["deployments"]}
+    assert set(shares) == deployment_names(args) - {"ingress"}, "each replica that computes has a share"
+    assert sum(shares.values()) == pytest.approx(1)
+    # A config's actor options replace app.py's, and Serve's default of a CPU a replica does not fit every laptop.
+    assert all(d["ray_actor_options"]["num_cpus"] == 0 for d in application["deployments"])
 
 
 def test_make_and_the_launcher_start_ray_the_same_way() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Literal
 
+from deployments.ray_compat import gpu_share, raised_elsewhere
 from deployments.replicas.worker import Worker
 from deployments.telemetry.logs import LogFormat, show_logs
+from pipelines.errors import LostDeviceError
+
+logger = logging.getLogger(__name__)
 
 # Replicas import torch, and what needs it, inside their constructors: building the graph, which imports their
 # classes, goes without torch.
@@ -24,14 +29,22 @@ class Runtime:
     log_format: LogFormat = "text"
 
     def apply(self) -> Literal["cpu", "cuda"]:
-        """Set this process up; returns the device."""
-        import torch
+        """Set this process up; returns the device.
 
-        from pipelines.weights.loading import choose_device
+        Ray's fraction of a GPU is bookkeeping. It is made true here: more memory than that is an out-of-memory error,
+        which an engine and a VAE know how to meet, instead of one for the neighbours.
+        """
+        import torch
 
         show_logs(self.log_format)
         torch.set_num_threads(self.torch_threads or os.cpu_count() or 1)
-        return choose_device(self.device)
+        share = gpu_share()
+        device = self.device
+        if device == "auto":
+            device = "cuda" if share > 0 and torch.cuda.is_available() else "cpu"
+        if device == "cuda" and 0 < share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+        return device
 
 
 class Replica:
@@ -39,7 +52,31 @@ class Replica:
 
     def __init__(self, runtime: Runtime) -> None:
         self._device = runtime.apply()
-        self._worker = Worker()
+        self._worker = Worker(on_error=self._notice)
+        self._lost: BaseException | None = None
+
+    def _notice(self, error: BaseException) -> None:
+        """Remember an error after which this process can compute nothing more on its GPU; on any thread.
+
+        What another replica raised says nothing about this process.
+        """
+        from pipelines.torch_compat import lost_device
+
+        cause: BaseException | None = error
+        while cause is not None and not raised_elsewhere(cause):
+            if lost_device(cause) and self._lost is None:
+                self._lost = cause
+                logger.error("this process lost its GPU: %s", cause)
+            cause = cause.__cause__
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces a replica that raises here.
+
+        Raises:
+            LostDeviceError: the GPU failed this process for good.
+        """
+        if self._lost is not None:
+            raise LostDeviceError(f"this process lost its GPU: {self._lost}")
 
     async def ping(self) -> None:
         """Nothing: a call starts the first replica of a deployment that scaled to zero."""

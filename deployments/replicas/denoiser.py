@@ -97,7 +97,8 @@ class DenoiserDeployment(Replica):
         return ColocatedControl(self._colocated[component])
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds. Gauges are set here: Ray's agent forgets one that is not set again."""
+        """As every replica's. Gauges are set here too: Ray's agent forgets one that is not set again."""
+        await super().check_health()
         for component in self._engines:
             labels = {"component": component}
             metrics().outstanding.set(self._loop.outstanding(component), labels)
@@ -167,6 +168,8 @@ class DenoiserDeployment(Replica):
         yield seal(watch.timed(result, conditioning, begin, hint))
 
     def _count(self, component: str, report: TickReport) -> None:
+        for _, error in report.failed:
+            self._notice(error)
         metrics().cache("lora", component, self._engines[component].loras.cache)
         if report.rows:
             metrics().tick(component, report.rows, report.padding, report.seconds)

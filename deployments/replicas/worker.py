@@ -11,10 +11,16 @@ from typing import TypeVar
 R = TypeVar("R")
 
 
+def _ignore(error: BaseException) -> None:
+    pass
+
+
 class Worker:
     """Runs functions one after another, so that the replica's event loop stays free to cancel and answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: Callable[[BaseException], None] = _ignore) -> None:
+        """A thread that waits for work; `on_error` is told there of every exception that `run` passes on."""
+        self._on_error = on_error
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     async def run(self, function: Callable[..., R], *args: object, started: Callable[[], None] | None = None) -> R:
@@ -26,7 +32,11 @@ class Worker:
         def turn() -> R:
             if started is not None:
                 started()
-            return function(*args)
+            try:
+                return function(*args)
+            except BaseException as error:
+                self._on_error(error)
+                raise
 
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, turn)

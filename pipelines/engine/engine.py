@@ -23,12 +23,14 @@ from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, C
 from pipelines.engine.batching import BatchKey, select_rows
 from pipelines.engine.checks import check_job
 from pipelines.engine.job import DenoiseJob
+from pipelines.engine.memory import Retreat
 from pipelines.errors import DenoiseError, SdgraphError
 from pipelines.families import Family
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.sampling.samplers import make_sampler
 from pipelines.text.conditioning import Conditioning
+from pipelines.torch_compat import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class StepEngine:
             space: of the VAE that made and will read the latents.
             loras: loads the LoRAs of a stage; on any thread, so that reading a file does not hold up a tick.
             control: where residuals come from, for jobs that bring a hint.
-            max_rows: most rows of a tick; halved when memory runs out.
+            max_rows: most rows of a tick; halved for a while when memory runs out.
             strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
             rows_that_fit: rows of a shape that fit into memory now, asked before every tick; None trusts `max_rows`.
         """
@@ -105,6 +107,7 @@ class StepEngine:
         self.max_rows = max_rows
         self._strict = strict
         self.rows_that_fit = rows_that_fit
+        self._retreat = Retreat()
         self.control_lost: Callable[[Exception], bool] = _nobodys
         """Whether an error says that `control` itself is gone: no job's own fault, and no use in trying each alone."""
         self._jobs: dict[str, DenoiseJob] = {}
@@ -170,16 +173,18 @@ class StepEngine:
     def tick(self) -> TickReport:
         """Evaluate the UNet once and advance the jobs that were in it.
 
-        When memory runs out, the row budget is halved for good and the tick tried once more with fewer jobs. When the
-        evaluation fails otherwise, each of its jobs is evaluated alone once, so that only the guilty one fails; when
-        the source of residuals is gone, the jobs it steers fail at once and the others stay for the next tick. An
+        When memory runs out, the row budget is halved for a while and the tick tried once more with fewer jobs. When
+        the evaluation fails otherwise, each of its jobs is evaluated alone once, so that only the guilty one fails;
+        when the source of residuals is gone, the jobs it steers fail at once and the others stay for the next tick. An
         exception of a job's own sampler fails that job.
         """
         begin = time.perf_counter()
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
         together = self._attempt(self._select([job for job in self._jobs.values() if not job.done]))
-        if isinstance(together.error, (torch.OutOfMemoryError, MemoryError)):
-            together = self._attempt(self._retreat(together))
+        if ran_out_of_memory(together.error):
+            together = self._attempt(self._with_fewer_rows(together))
+        elif together.outputs:
+            self._retreat.had_enough(self.max_rows)
         evaluations = [together] if together.error is None else self._apart(together, together.error)
         failed: list[tuple[DenoiseJob, SdgraphError]] = []
         for evaluation in evaluations:
@@ -208,7 +213,7 @@ class StepEngine:
 
     def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
         """The jobs of the next tick: a row budget from memory, `max_rows` at most."""
-        budget = self.max_rows
+        budget = self._retreat.limit(self.max_rows)
         if self.rows_that_fit is not None and len(jobs) > 1:  # alone, a job runs whatever the budget
             budget = min(budget, self.rows_that_fit(jobs[0].batch_key))
         return select_rows(jobs, budget)
@@ -239,15 +244,17 @@ class StepEngine:
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the pass that failed
         return [self._attempt([job]) for job in together.jobs]
 
-    def _retreat(self, evaluation: _Evaluation) -> list[DenoiseJob]:
-        """Halve the row budget and free what can be freed; the jobs that fit now."""
-        self.max_rows = max(1, sum(job.rows for job in evaluation.jobs) // 2)
-        logger.warning("out of memory: the row budget is %d from now on", self.max_rows)
+    def _with_fewer_rows(self, evaluation: _Evaluation) -> list[DenoiseJob]:
+        """Halve the row budget and free what can be freed; the jobs that fit now. A job alone teaches no budget."""
+        budget = sum(job.rows for job in evaluation.jobs)
+        if len(evaluation.jobs) > 1:
+            budget = self._retreat.halve(budget)
+            logger.warning("out of memory: the row budget is %d for a while", budget)
         assert evaluation.error is not None
         traceback.clear_frames(evaluation.error.__traceback__)  # they hold the activations of the pass that failed
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
-        return select_rows(evaluation.jobs, self.max_rows)
+        return select_rows(evaluation.jobs, budget)
 
     def _stack(self, jobs: list[DenoiseJob]) -> StepBatch:
         """The jobs' rows, and their residuals under way."""

@@ -15,6 +15,9 @@ from pipelines.torch_compat import PeakBytes
 
 USABLE = 0.6
 """Share of the free memory that activations may take: the rest is for work spaces, ControlNets and fragmentation."""
+GROW_AFTER_TICKS = 128
+"""Ticks without running out of memory after which a halved row budget doubles: growing too early costs one tick of
+so many, growing late costs throughput after a spike of a neighbour's."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -47,10 +50,12 @@ def row_bytes(config: Mapping[str, Any], dtype: torch.dtype, key: BatchKey) -> i
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors may take: of the GPU with torch's own reserve, of the machine or its container."""
+    """Memory that new tensors may take: of this process's share of a GPU, of the machine or its container."""
     if device.type == "cuda":
-        outside, _ = torch.cuda.mem_get_info(device)
-        return outside + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        outside, whole = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+        return min(outside + torch.cuda.memory_reserved(device), share) - allocated
     free = int(psutil.virtual_memory().available)
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.exists() and (text := limit.read_text().strip()) != "max":
@@ -75,3 +80,32 @@ class RowBudget:
     def __call__(self, key: BatchKey) -> int:
         """Rows of this shape; at least one, which is tried whatever the memory says."""
         return max(1, int(USABLE * self._free(self._device) / self._row_bytes(key)))
+
+
+class Retreat:
+    """A row budget below the usual one after memory ran out, which grows back."""
+
+    def __init__(self, grow_after: int = GROW_AFTER_TICKS) -> None:
+        """Double the budget after so many ticks in a row that had enough memory."""
+        self._grow_after = grow_after
+        self._rows: int | None = None
+        self._calm = 0
+
+    def limit(self, max_rows: int) -> int:
+        """Most rows of the next tick, where `max_rows` is the usual budget."""
+        return max_rows if self._rows is None else min(max_rows, self._rows)
+
+    def halve(self, rows: int) -> int:
+        """Memory ran out in a tick of `rows`: the budget from now on, at least one row."""
+        self._rows, self._calm = max(1, rows // 2), 0
+        return self._rows
+
+    def had_enough(self, max_rows: int) -> None:
+        """A tick went through."""
+        if self._rows is None:
+            return
+        self._calm += 1
+        if self._calm >= self._grow_after:
+            self._rows, self._calm = self._rows * 2, 0
+            if self._rows >= max_rows:
+                self._rows = None

@@ -18,6 +18,9 @@ class Family(Protocol):
     applies_latent_statistics: bool
     """Whether its pipelines use the VAE config's `latents_mean` and `latents_std`."""
 
+    upcasts_vae: bool
+    """Whether its pipelines compute in float32 with a float16 VAE whose config says `force_upcast`."""
+
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Join what the encoders of a stage made of one prompt: `[1, tokens, width]`, pooled `[1, width]`."""
         ...

@@ -16,6 +16,7 @@ class SDFamily:
     """One text encoder, its last hidden state after the final layer norm; nothing added."""
 
     applies_latent_statistics = False
+    upcasts_vae = False
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last hidden state of the only encoder."""

@@ -21,6 +21,7 @@ class SDXLFamily:
     """Penultimate hidden states of one or two encoders side by side, the last one's pooled state, and time ids."""
 
     applies_latent_statistics = True
+    upcasts_vae = True
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Concatenate the penultimate states; pooled is the last encoder's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from pipelines.diffusers_compat import begin_schedule_at, takes_generator
+from pipelines.diffusers_compat import begin_schedule_at, draw_brownian_tree_on_cpu, takes_generator
 from pipelines.sampling.base import part_of_schedule
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class DiffusersSampler:
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Advance `latents` `[1, channels, height, width]` by one tick; noise comes from `generator` alone."""
+        """Advance `latents` `[1, channels, height, width]` by one tick; noise comes from the CPU."""
+        draw_brownian_tree_on_cpu(self._scheduler, latents)
         extra = {"generator": generator} if self._takes_generator else {}
         stepped = self._scheduler.step(model_output, timestep, latents, return_dict=False, **extra)
         return cast("torch.Tensor", stepped[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipelines.diffusers_compat import with_defaults
 from pipelines.tensors import TensorBundle
 
 
@@ -31,9 +32,12 @@ class LatentSpace:
         """Read an AutoencoderKL config.
 
         Args:
-            config: the VAE's `config.json`.
+            config: the VAE's `config.json`; what it lacks is diffusers' default.
             statistics: whether the family's pipelines apply `latents_mean` and `latents_std` (SDXL does, SD does not).
         """
+        from diffusers import AutoencoderKL  # when weights are loaded, not before
+
+        config = with_defaults(AutoencoderKL, config)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         return cls(
             channels=config["latent_channels"],

@@ -19,13 +19,6 @@ from pipelines.weights.files import ComponentFiles
 Device = Literal["cpu", "cuda"]
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-    """`auto` is CUDA where torch sees a GPU."""
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
     """A component's module on its device, in the number format of its spec there.
 

@@ -26,6 +26,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 MODELS = {"SD1.5": ("sd15", StableDiffusionPipeline, 128), "SDXL1.0-base": ("sdxl", StableDiffusionXLPipeline, 256)}
 
 
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN rounds float32 convolutions to TF32 by default, and not the same way for every number of rows."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("model", sorted(MODELS))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_alone_and_in_a_batch(catalog: Catalog, model: str, dtype: str) -> None:

@@ -1,9 +1,10 @@
-"""The production Serve config: strict, the one the RayService carries, and small enough for its worker groups."""
+"""Serve configs are strict; the production one is what the RayService carries, and small enough for its groups."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -67,8 +68,11 @@ def _unknown(model: type[BaseModel], data: Any, path: str) -> Iterator[str]:
                 yield from _unknown(inner, item, f"{path}.{key}")
 
 
-def test_the_config_is_strictly_valid() -> None:
-    assert list(problems(yaml.safe_load(SERVE_CONFIG.read_text()))) == []
+@pytest.mark.parametrize(
+    "path", [SERVE_CONFIG, *sorted((ROOT / "config").glob("serve.*.yaml"))], ids=lambda path: path.name
+)
+def test_the_config_is_strictly_valid(path: Path) -> None:
+    assert list(problems(yaml.safe_load(path.read_text()))) == []
 
 
 MUTANTS: list[tuple[list[Any], Any, str]] = [

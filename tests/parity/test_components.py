@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EDMEulerScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EDMEulerScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from config.catalog import Catalog
@@ -90,11 +90,27 @@ def test_large_pictures_are_tiled_as_diffusers_tiles(tiny_models: Path, family: 
     assert np.abs(np.asarray(whole).astype(int) - np.asarray(tiled)).max() > 1, "it was not tiled"
 
 
-def test_a_half_precision_vae_that_overflows_is_upcast(tiny_models: Path) -> None:
-    model = AutoencoderKL.from_pretrained(tiny_models / "sdxl" / "vae", dtype=torch.float16)
-    assert model.config.force_upcast
-    space = LatentSpace.from_vae_config(model.config, statistics=True)
-    assert VAE(model, space)._model.dtype == torch.float32
-    model = AutoencoderKL.from_pretrained(tiny_models / "sdxl" / "vae", dtype=torch.float16)
-    model.register_to_config(force_upcast=False)
-    assert VAE(model, space)._model.dtype == torch.float16
+@pytest.mark.parametrize(
+    ("family", "force_upcast", "expected"),
+    [("sdxl", True, torch.float32), ("sdxl", False, torch.float16), ("sd", True, torch.float16)],
+)
+def test_a_half_precision_vae_is_upcast_where_the_familys_pipelines_do_it(
+    tiny_models: Path, family: str, force_upcast: bool, expected: torch.dtype
+) -> None:
+    """Only SDXL's pipelines look at `force_upcast`, which is True wherever a config does not say."""
+    folder = tiny_models / ("sd15" if family == "sd" else "sdxl") / "vae"
+    model = AutoencoderKL.from_pretrained(folder, dtype=torch.float16)
+    model.register_to_config(force_upcast=force_upcast)
+    space = LatentSpace.from_vae_config(model.config, statistics=False)
+    assert VAE(model, space, FAMILIES[family].upcasts_vae)._model.dtype == expected
+
+
+def test_a_half_precision_vae_of_sd_decodes_as_diffusers_does(tiny_models: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_models / "sd15", dtype=torch.float16)
+    assert pipe.vae.config.force_upcast
+    space = LatentSpace.from_vae_config(pipe.vae.config, statistics=False)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    with torch.no_grad():
+        pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    expected = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    assert_same(VAE(pipe.vae, space, FAMILIES["sd"].upcasts_vae).decode(Latents(latents)), expected)

@@ -19,6 +19,7 @@ from pipelines.control.nets import ColocatedControl, ControlNets
 from pipelines.control.types import ControlBatch, ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.job import DenoiseJob
+from pipelines.engine.memory import Retreat
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
@@ -188,12 +189,22 @@ def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: Text
     torch.testing.assert_close(report.finished[0].latents, latents.values)
 
 
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["torch", "cuDNN", "cuBLAS", "CPU"])
 def test_running_out_of_memory_halves_the_budget_and_retries_once(
     engine: StepEngine,
     recorder: Recorder,
     encoders: TextEncoderStack,
     catalog: Catalog,
     monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     engine.max_rows = 8
     for name in "abcd":
@@ -202,12 +213,34 @@ def test_running_out_of_memory_halves_the_budget_and_retries_once(
 
     def small_memory(batch: StepBatch) -> torch.Tensor:
         if len(batch.sample) > 4:
-            raise torch.OutOfMemoryError("8 rows do not fit")
+            raise error
         return whole(batch)
 
     monkeypatch.setattr(recorder, "predict", small_memory)
     assert set(finish(engine)) == set("abcd")
     assert recorder.rows == [4, 4, 4, 4]
+
+
+def test_the_budget_grows_back_when_memory_was_enough_for_a_while(
+    engine: StepEngine,
+    recorder: Recorder,
+    encoders: TextEncoderStack,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine.max_rows, engine._retreat = 8, Retreat(grow_after=2)
+    for name in "abcd":
+        add(engine, encoders, catalog, name, steps=4)
+    whole, failures = recorder.predict, [torch.OutOfMemoryError("a neighbour's spike")]
+
+    def fails_once(batch: StepBatch) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return whole(batch)
+
+    monkeypatch.setattr(recorder, "predict", fails_once)
+    rows = [engine.tick().rows for _ in range(5)]
+    assert rows == [4, 4, 4, 8, 4], "the retry, two ticks of half the rows, all, and the two jobs that are left"
 
 
 def test_a_retry_begins_without_the_activations_of_the_pass_that_failed(
@@ -253,6 +286,10 @@ def test_a_job_that_never_fits_fails_alone(
     monkeypatch.setattr(recorder, "predict", lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     assert "no room" in str(engine.tick().failed[0][1])
     assert len(engine) == 0
+    monkeypatch.undo()
+    for name in "ab":
+        add(engine, encoders, catalog, name, steps=1)
+    assert engine.tick().rows == 4, "the others still share their ticks"
 
 
 @pytest.mark.slow

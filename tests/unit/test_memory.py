@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from config.catalog import ROOT
 from pipelines.engine import memory
 from pipelines.engine.batching import BatchKey
-from pipelines.engine.memory import USABLE, RowBudget, free_bytes, row_bytes
+from pipelines.engine.memory import USABLE, Retreat, RowBudget, free_bytes, row_bytes
 from pipelines.torch_compat import PeakBytes
 
 TINY = ROOT / "models" / "tiny"
@@ -71,3 +71,40 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert free_bytes(CPU) == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > 600_000
+
+
+@pytest.mark.parametrize(
+    ("share", "free"), [(1.0, 60 + 10 - 8), (0.25, 20 - 8)], ids=["of the whole card", "of a quarter"]
+)
+def test_a_process_plans_with_its_share_of_a_card(monkeypatch: pytest.MonkeyPatch, share: float, free: int) -> None:
+    """80 bytes of which 60 are free, 10 are reserved by this process, and 8 of those are in use."""
+    for name, answer in {
+        "mem_get_info": (60, 80),
+        "memory_reserved": 10,
+        "memory_allocated": 8,
+        "get_per_process_memory_fraction": share,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert free_bytes(torch.device("cuda")) == free
+
+
+def test_a_halved_budget_doubles_after_calm_ticks_up_to_the_usual_one() -> None:
+    retreat = Retreat(grow_after=3)
+    assert retreat.limit(16) == 16
+    assert retreat.halve(9) == 4
+    limits = []
+    for _ in range(7):
+        retreat.had_enough(16)
+        limits.append(retreat.limit(16))
+    assert limits == [4, 4, 8, 8, 8, 16, 16]
+
+
+def test_another_shortage_begins_the_calm_anew_and_one_row_is_the_least() -> None:
+    retreat = Retreat(grow_after=2)
+    retreat.halve(2)
+    retreat.had_enough(16)
+    assert retreat.halve(1) == 1
+    retreat.had_enough(16)
+    assert retreat.limit(16) == 1
+    retreat.had_enough(16)
+    assert retreat.limit(16) == 2

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ray_compat import current_request_id, deployment_states
+from deployments.ray_compat import current_request_id, deployment_states, gpu_share
 
 REPLICAS = "wanted_replicas"
 """What `Worker` reports to `as_many_as_reported`."""
@@ -25,6 +25,13 @@ REPLICAS = "wanted_replicas"
 
 class OnPurposeError(Exception):
     """What `Worker.fail` raises."""
+
+
+class ShareHolder:
+    """A plain actor that was given some share of a GPU, or none."""
+
+    def gpu_share(self) -> float:
+        return gpu_share()
 
 
 class Worker:

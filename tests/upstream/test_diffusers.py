@@ -26,6 +26,24 @@ OF_DIFFUSERS = sorted(name for name, spec in SAMPLERS.items() if spec.make is No
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
 
 
+@pytest.mark.parametrize(
+    "model_class", [AutoencoderKL, UNet2DConditionModel, ControlNetModel], ids=lambda given: given.__name__
+)
+def test_a_models_config_is_its_constructors_arguments_with_their_defaults(model_class: Any) -> None:
+    if model_class is AutoencoderKL:
+        small: dict[str, Any] = {"block_out_channels": (32,)}
+    else:
+        small = {
+            "block_out_channels": (32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "cross_attention_dim": 8,
+        }
+    if model_class is UNet2DConditionModel:
+        small["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    loaded = {key: value for key, value in model_class(**small).config.items() if not key.startswith("_")}
+    assert compat.with_defaults(model_class, small) == loaded
+
+
 def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas() -> None:
     flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
@@ -172,3 +190,22 @@ def test_the_noise_of_a_seed_is_torchs_own_on_the_cpu() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         theirs = randn_tensor((1, 4, 8, 8), torch.Generator().manual_seed(5), torch.device("cpu"), dtype)
         assert torch.equal(theirs, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_brownian_tree_made_before_the_first_step_is_the_one_that_step_makes(dtype: torch.dtype) -> None:
+    drawn = []
+    for ours in (False, True):
+        scheduler = diffusers.DPMSolverSDEScheduler.from_config(CONFIG, noise_sampler_seed=3)
+        scheduler.set_timesteps(3)
+        assert scheduler.noise_sampler is None
+        latents = torch.ones(1, 4, 8, 8, dtype=dtype)
+        for timestep in scheduler.timesteps:
+            if ours:
+                compat.draw_brownian_tree_on_cpu(scheduler, latents)
+            (latents, *_) = scheduler.step(latents * 0.1, timestep, latents, return_dict=False)
+        drawn.append(latents)
+    assert torch.equal(*drawn)
+    others = diffusers.EulerDiscreteScheduler.from_config(CONFIG)
+    compat.draw_brownian_tree_on_cpu(others, latents)
+    assert not hasattr(others, "noise_sampler")

@@ -71,11 +71,12 @@ from deployments.ray_compat import (
     as_ingress,
     cause_of,
     current_request_id,
+    gpu_share,
     ray_processes,
     replica_died,
 )
 from tests.support.live import wait_for
-from tests.upstream.replicas import Front, OnPurposeError, Worker
+from tests.upstream.replicas import Front, OnPurposeError, ShareHolder, Worker
 
 # --- without a cluster ---
 
@@ -431,6 +432,7 @@ def instance() -> Iterator[Instance]:
         context = ray.init(
             address="local",
             num_cpus=4,
+            num_gpus=1,  # as far as Ray knows
             object_store_memory=100 * 2**20,
             include_dashboard=False,
             log_to_driver=False,
@@ -529,6 +531,14 @@ def test_a_replicas_process_is_titled_with_its_deployment(steady: DeploymentHand
     ((title, process),) = ray_processes(f"ServeReplica:{APP}:worker")
     assert title == f"ServeReplica:{APP}:worker"
     assert process.pid == steady.pid.remote().result()
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_an_actor_knows_the_share_of_a_gpu_it_was_given(instance: Instance, share: float) -> None:
+    actor = ray.remote(ShareHolder).options(num_cpus=0, num_gpus=share).remote()
+    assert ray.get(actor.gpu_share.remote()) == share
+    assert gpu_share() == 0, "this process is no actor"
+    ray.kill(actor)
 
 
 def test_a_response_handed_on_as_a_keyword_argument_arrives_as_its_result(steady: DeploymentHandle) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pipelines.torch_compat import lost_device, ran_out_of_memory
 
 
 class Seen(TorchDispatchMode):
@@ -62,3 +65,36 @@ def test_a_meta_storage_has_a_size_without_memory() -> None:
 def test_leaves_of_nested_results_are_found() -> None:
     one, two = torch.zeros(1), torch.ones(1)
     assert tree_leaves((one, [two, None], {"n": 3})) == [one, two, None, 3]
+
+
+def test_the_cpus_allocator_says_that_memory_ran_out_in_a_runtime_error() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ran_out_of_memory(raised.value)
+
+
+def test_an_accelerators_error_and_a_lack_of_memory_are_runtime_errors_of_different_kinds() -> None:
+    assert issubclass(torch.AcceleratorError, RuntimeError)
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    assert not issubclass(torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "lost"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True, False),
+        (MemoryError(), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False, True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False, True),
+        (RuntimeError("expected scalar type Half but found Float"), False, False),
+        (ValueError("CUDA error: a caller's text"), False, False),
+        (None, False, False),
+    ],
+)
+def test_a_lack_of_memory_and_a_lost_device_are_told_apart(
+    error: BaseException | None, memory: bool, lost: bool
+) -> None:
+    assert (ran_out_of_memory(error), lost_device(error)) == (memory, lost)

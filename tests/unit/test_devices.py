@@ -1,0 +1,279 @@
+"""Every tensor is on the right device, and a tick asks no more of a device than it did.
+
+On a device that is not there (`tests/support/pretended_cuda.py`): no GPU is needed, and none of its numbers is a time.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from config.catalog import Catalog
+from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
+from pipelines.control.nets import ColocatedControl
+from pipelines.plan import GenerationParams
+from pipelines.planning import make_plan
+from pipelines.sampling.samplers import SAMPLERS
+from pipelines.text.conditioning import Conditioning
+from pipelines.text2image import Text2Image
+from tests.support.http import photo
+from tests.support.pretended_cuda import PretendedCuda
+from tests.support.traffic import Traffic
+
+OF_DIFFUSION_MODELS = [name for name, spec in SAMPLERS.items() if not spec.edm]
+SIDE = {"SD1.5": 128, "SD1.5-ControlNet": 128, "SD2": 128}
+
+
+@pytest.fixture
+def cuda() -> Iterator[PretendedCuda]:
+    with PretendedCuda() as device:
+        yield device
+
+
+def request(model_name: str, **fields: Any) -> GenerationParams:
+    side = SIDE.get(model_name, 256)
+    common = {"prompt": "a fox", "width": side, "height": side, "steps": 3, "seed": 1, "sampler": "Euler a"}
+    return GenerationParams(model_name=model_name, **common | fields)
+
+
+IMAGE = {"image": photo(), "strength": 0.6}
+STEERED = {"controlnet_image": photo(), "controlnet_preprocess": False}
+LORAS = {"loras": {"Pixel_Art": 0.7}}
+BOTH_LORAS = {"loras": {"Pixel_Art": 0.7, "Add_Detail": -0.4}}
+WALKS: dict[str, Sequence[GenerationParams]] = {
+    "every sampler in one batch": [
+        request("SD1.5", sampler=name, seed=seed) for seed, name in enumerate(OF_DIFFUSION_MODELS)
+    ],
+    "every sampler, from a picture": [
+        request("SD1.5", sampler=name, seed=seed, **IMAGE) for seed, name in enumerate(OF_DIFFUSION_MODELS)
+    ],
+    "SD2": [request("SD2", cfg_scale=1.0), request("SD2", negative_prompt="fog", seed=2)],
+    "SDXL and its refiner": [
+        request("SDXL1.0-base", enable_refiner=True, steps=6),
+        request("SDXL1.0-base", enable_refiner=True, steps=7, sampler="DPM SDE", seed=2, **IMAGE),
+    ],
+    "SSD": [request("SSD", sampler="Heun")],
+    "turbo": [request("SDXL-turbo", cfg_scale=0.0, steps=2, sampler="LCM")],
+    "LoRAs and ControlNets of SD1.5 in one batch": [
+        request("SD1.5", **BOTH_LORAS),
+        request("SD1.5", cfg_scale=1.0),
+        request("SD1.5-ControlNet", controlnet_name="canny", controlnet_image=photo()),
+        request("SD1.5-ControlNet", controlnet_name="softedge", **STEERED, **LORAS),
+    ],
+    "LoRAs and ControlNets of SDXL in one batch": [
+        request("SDXL-ControlNet", controlnet_name="depth", **STEERED),
+        request("SDXL1.0-base", **LORAS),
+        request("SDXL-ControlNet", controlnet_name="canny", cfg_scale=1.0, **STEERED),
+    ],
+}
+
+
+REFUSED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "operands on two devices": lambda cpu, cuda: cpu + cuda,
+    "a product of two devices": lambda cpu, cuda: cuda @ cpu,
+    "a scalar of the CPU where it is not pointwise": lambda cpu, cuda: torch.stack([cuda[0, 0], cpu[0, 0]]),
+    "parts of two devices": lambda cpu, cuda: torch.cat([cpu, cuda]),
+    "a row index on the CPU": lambda cpu, cuda: cuda.index_add(0, torch.tensor([0]), cuda[:1]),
+    "an index on the GPU into a tensor on the CPU": lambda cpu, cuda: cpu[torch.tensor([0], device="cuda")],
+    "numpy": lambda cpu, cuda: cuda.numpy(),
+    "an array of numpy": lambda cpu, cuda: np.asarray(cuda),
+    "pickling": lambda cpu, cuda: pickle.dumps(cuda),
+    "noise of the device": lambda cpu, cuda: torch.randn(2, device="cuda"),
+    "noise like a tensor of the device": lambda cpu, cuda: torch.randn_like(cuda),
+    "noise into a tensor of the device": lambda cpu, cuda: cuda.normal_(),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_device_refuses(cuda: PretendedCuda, what: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        cpu = torch.ones(2, 2)
+        with pytest.raises((RuntimeError, TypeError)):
+            REFUSED[what](cpu, cpu.to("cuda"))
+
+
+COUNTED: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Any], dict[str, int]]] = {
+    "an operation": (lambda cpu, cuda: cuda + 1, {"kernel": 1}),
+    "one in place": (lambda cpu, cuda: cuda.mul_(2), {"kernel": 1}),
+    "with a scalar of the CPU": (lambda cpu, cuda: cuda * cpu[0, 0], {"kernel": 1}),
+    "views": (lambda cpu, cuda: cuda[:1].reshape(2).view(2, 1).transpose(0, 1).expand(3, 2).chunk(2), {}),
+    "a new tensor": (lambda cpu, cuda: torch.zeros(2, device="cuda"), {"kernel": 1}),
+    "a new tensor from the host": (lambda cpu, cuda: torch.tensor([1, 2], device=cuda.device), {"to device": 1}),
+    "another format": (lambda cpu, cuda: cuda.to(torch.float16), {"kernel": 1}),
+    "the same format": (lambda cpu, cuda: cuda.to("cuda", torch.float32), {}),
+    "to the device": (lambda cpu, cuda: cpu.to(cuda), {"to device": 1}),
+    "to the host": (lambda cpu, cuda: cuda.cpu(), {"to host": 1}),
+    "into a tensor of the device": (lambda cpu, cuda: cuda.copy_(cpu), {"to device": 1}),
+    "into a tensor of the host": (lambda cpu, cuda: cpu.copy_(cuda), {"to host": 1}),
+    "a list as an index": (lambda cpu, cuda: cuda[[1, 0]], {"to device": 1, "kernel": 1}),
+    "a scalar of the device as an index": (lambda cpu, cuda: cpu[torch.zeros((), device="cuda").long()], {"wait": 1}),
+    "a value": (lambda cpu, cuda: float(cuda[0, 0]), {"wait": 1}),
+    "a condition": (lambda cpu, cuda: bool((cuda > 0).all()), {"wait": 1, "kernel": 2}),
+    "positions": (lambda cpu, cuda: cuda.nonzero(), {"wait": 1}),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
+@pytest.mark.parametrize("what", COUNTED)
+def test_the_device_counts(cuda: PretendedCuda, what: str, inference: bool) -> None:
+    work, expected = COUNTED[what]
+    with torch.inference_mode(inference):
+        cpu = torch.ones(2, 2)
+        on_device = cpu.to("cuda")
+        with cuda.counting() as traffic:
+            work(cpu, on_device)
+    counts = dict(traffic.counts())
+    if what == "a scalar of the device as an index":
+        counts.pop("kernel")  # making the scalar
+    assert counts == expected
+    assert all(event.site.startswith("tests/unit/test_devices.py:") for event in traffic.events)
+
+
+def test_what_is_on_the_device_is_another_memory(cuda: PretendedCuda) -> None:
+    cpu = torch.zeros(2)
+    there = cpu.to("cuda")
+    view, back = there[:1], there.cpu()
+    there.add_(1)
+    assert (cpu.tolist(), back.tolist(), view.tolist()) == ([0, 0], [0, 0], [1])
+    module = torch.nn.Linear(2, 2).to("cuda")
+    with torch.inference_mode():
+        assert module.weight.device == module(there).device == torch.device("cuda:0")
+
+
+def test_a_bundle_of_the_device_travels_as_numpy(cuda: PretendedCuda) -> None:
+    travelled = pickle.loads(pickle.dumps(Conditioning(torch.ones(1, 2, 2, device="cuda"))))
+    assert travelled.prompt_embeds.device.type == "cpu"
+    assert torch.equal(travelled.prompt_embeds, torch.ones(1, 2, 2))
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_pictures_are_the_cpus(catalog: Catalog, walk: str) -> None:
+    expected = [np.asarray(p.image) for p in Text2Image(catalog).generate_many(WALKS[walk])]
+    with PretendedCuda():
+        drawn = [np.asarray(p.image) for p in Text2Image(catalog, device="cuda").generate_many(WALKS[walk])]
+    for params, ours, theirs in zip(WALKS[walk], drawn, expected, strict=True):
+        assert theirs.std() > 1, "a flat picture proves nothing"
+        assert np.array_equal(ours, theirs), params
+
+
+class Budget(NamedTuple):
+    """What four ticks may ask of the device outside the networks, from the fourth tick of a job on."""
+
+    kernels: int
+    to_device: int = 0
+    """Copies from pageable memory: the host waits for each."""
+    to_host: int = 0
+    waits: int = 0
+    """Where the host must see a result, after everything that is queued."""
+
+
+# One guided picture. The numbers may only go down.
+OF_A_SAMPLER = {
+    "DDIM": Budget(76, waits=24),
+    "DDPM": Budget(100, to_device=12, waits=36),
+    "DEIS 2M": Budget(84),
+    "DPM 2M": Budget(72),
+    "DPM 2S": Budget(56),
+    "DPM SDE": Budget(72, to_device=4),
+    "DPM SDE Karras": Budget(72, to_device=4),
+    "DPM++ 2M": Budget(84),
+    "DPM++ 2M Karras": Budget(84),
+    "DPM++ 2M SDE": Budget(92, to_device=4),
+    "DPM++ 2M SDE Heun": Budget(92, to_device=4),
+    "DPM++ 2M SDE Heun Karras": Budget(92, to_device=4),
+    "DPM++ 2M SDE Karras": Budget(92, to_device=4),
+    "DPM++ 2S": Budget(68),
+    "DPM2": Budget(68),
+    "DPM2 Karras": Budget(72),
+    "DPM2 a": Budget(74, to_device=2),
+    "DPM2 a Karras": Budget(78, to_device=2),
+    "Euler": Budget(68),
+    "Euler a": Budget(76, to_device=4),
+    "Heun": Budget(64),
+    "LCM": Budget(112, to_device=4, waits=12),
+    "LMS": Budget(88),
+    "LMS Karras": Budget(88),
+    "PNDM": Budget(68, waits=8),
+    "UniPC 2M": Budget(560, to_device=24, waits=4),
+}
+DEFAULT = "DPM++ 2M SDE Heun Karras"
+MIXED = ["Euler a", "Heun", DEFAULT, "DDIM", "UniPC 2M", "DPM SDE", "LMS", "PNDM"]
+CANNY = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": photo()}
+OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
+    "eight pictures": ([{"sampler": DEFAULT}] * 8, Budget(596, to_device=32)),
+    "eight pictures, eight samplers": ([{"sampler": name} for name in MIXED], Budget(956, to_device=36, waits=36)),
+    "a LoRA on 66 layers": ([{"sampler": "Euler"} | LORAS], Budget(1652, to_device=528)),
+    "a ControlNet": ([{"sampler": "Euler"} | CANNY], Budget(208, to_device=60, to_host=4)),
+}
+
+
+class Ticker:
+    """SDXL in half precision on the device, its ControlNet in the same process."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        data = catalog.model_dump()
+        for component in data["components"]:
+            component["dtype"] = "float16"
+        self._catalog = Catalog.model_validate(data)
+        with PretendedCuda():
+            self._nets = load_controlnets(self._catalog, ["controlnet-sdxl-union"], "cuda")
+            control = ColocatedControl(self._nets)
+            self._engine = load_engine(self._catalog, "unet-sdxl-base", "cuda", max_rows=64, control=control)
+            self._texts = load_text_encoders(self._catalog, "text-encoder-sdxl", "cuda")
+
+    def four_ticks(self, jobs: Sequence[dict[str, Any]]) -> Traffic:
+        """What they asked of the device, after three ticks that are not counted."""
+        with PretendedCuda() as cuda:
+            for number, fields in enumerate(jobs):
+                self._add(str(number), request(**{"model_name": "SDXL1.0-base", "steps": 20, "seed": number} | fields))
+            try:
+                for _ in range(3):
+                    self._tick()
+                with cuda.counting() as traffic:
+                    for _ in range(4):
+                        self._tick()
+            finally:
+                self._engine.clear()
+        return traffic
+
+    def _add(self, name: str, params: GenerationParams) -> None:
+        stage = make_plan(params, self._catalog).stages[0]
+        hint = None
+        if stage.control is not None and params.controlnet_image is not None:
+            hint = self._nets.prepare(params.controlnet_image, stage.control, params.width, params.height)
+        loras = self._engine.loras.mixture(stage)
+        self._engine.add(name, stage, self._texts.encode(stage), None, loras, hint)
+
+    def _tick(self) -> None:
+        report = self._engine.tick()
+        if report.failed:
+            raise report.failed[0][1]
+
+
+@pytest.fixture(scope="module")
+def ticker(catalog: Catalog) -> Ticker:
+    return Ticker(catalog)
+
+
+def assert_within(traffic: Traffic, budget: Budget) -> None:
+    counts = traffic.counts()
+    spent = Budget(counts["kernel"], counts["to device"], counts["to host"], counts["wait"])
+    over = [name for name, most in budget._asdict().items() if getattr(spent, name) > most]
+    assert not over, f"{spent} is over {budget}:\n{traffic.told('kernel', 'to device', 'to host', 'wait')}"
+
+
+@pytest.mark.parametrize("sampler", OF_DIFFUSION_MODELS)
+def test_a_sampler_keeps_to_its_budget(ticker: Ticker, sampler: str) -> None:
+    assert_within(ticker.four_ticks([{"sampler": sampler}]), OF_A_SAMPLER[sampler])
+
+
+@pytest.mark.parametrize("case", OF_A_TICK)
+def test_a_shared_or_an_adapted_tick_keeps_to_its_budget(ticker: Ticker, case: str) -> None:
+    jobs, budget = OF_A_TICK[case]
+    assert_within(ticker.four_ticks(jobs), budget)
