@@ -31,11 +31,12 @@ from tqdm import tqdm
 from deployments.local import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
 from pipelines.annotators import canny
 from training import autoencoder, judge
+from training.captions import prompt
 from training.data import load_sprites
-from training.diffusion import numbered
 from training.export import MODELS
 from training.pixels import SQUARE
-from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject, prompt
+from training.pool import numbered
+from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
 GRIDS = MODELS.parent / "build" / "gates"

@@ -18,10 +18,11 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from training import autoencoder, diffusion, export, judge, sdxl, text
-from training.data import BUILD, load_sprites, premultiplied
+from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
-from training.workshop import Workshop, load, soup
+from training.pool import encode_pool
+from training.workshop import Workshop, load
 
 SIZES = {"smoke": 0.005, "cpu": 1.0, "gpu": 8.0}
 
@@ -36,7 +37,7 @@ class Models(Workshop):
 
     def autoencoder(self) -> None:
         """The autoencoder of the SD shape, downscale 32."""
-        everything = premultiplied(load_sprites().pictures)
+        everything = load_sprites().everything()
         vae = autoencoder.build(32, 512).to(self._device, memory_format=torch.channels_last)
         average = train(
             "autoencoder",
@@ -50,51 +51,51 @@ class Models(Workshop):
 
     def text(self) -> None:
         """The tokenizer and the text tower."""
-        tokenizer = text.build_tokenizer(load_sprites().names)
         templates = text.style_templates()
-        namer = text.Namer(CLIPTextModel(text.config(tokenizer))).to(self._device)
+        if (kept := self._build / "text-warm").exists():
+            tokenizer, tower = self._tokenizer(), load(CLIPTextModel, kept)
+        else:
+            tokenizer = text.build_tokenizer(load_sprites().names)
+            tokenizer.save_pretrained(self._build / "tokenizer")
+            tower = CLIPTextModel(text.config(tokenizer))
         average = train(
             "text tower",
-            namer,
-            lambda model: text.loss_of(model, tokenizer, templates, 32),
-            Schedule(self._steps(500), 5e-4, average=0.98),
+            text.Namer(tower).to(self._device),
+            lambda model: text.loss_of(model, tokenizer, templates, 64),
+            Schedule(self._steps(800), 5e-4, average=0.98),
             self._build / "text.checkpoint",
+            lambda model: f"{text.accuracy(model, tokenizer, 400):.1%} of captions understood",
         )
-        tokenizer.save_pretrained(self._build / "tokenizer")
         self._save(average.tower, "text")
 
     def pool(self) -> None:
         """Composites of 512 px in latents, which are scaled on the way."""
-        if (self._build / "vae-scaled").exists():  # kept from models/
-            self._whole_pool("vae-scaled")
-            return
-        vae = self._vae("autoencoder")
-        few = diffusion.encode_pool(vae, self._known(), 512, self._count(512), self._build / "pool-512.unscaled")
-        diffusion.scale_latents(vae, few.latents.to(self._device))
-        self._save(vae, "vae-scaled")
-        self._whole_pool("vae-scaled")
+        if not (self._build / "vae-scaled").exists():  # else kept from models/
+            vae = self._vae("autoencoder")
+            few = encode_pool(vae, 512, self._count(500), self._build / "pool-512.unscaled", self._processes)
+            diffusion.scale_latents(vae, few.latents.to(self._device))
+            self._save(vae, "vae-scaled")
+        self._pool()
 
     def unet(self) -> None:
         """The UNet of the SD shape."""
-        pool = self._whole_pool("vae-scaled")
-        bank = self._sd_bank(8)
-        unet, schedule = diffusion.sd_unet(), Schedule(self._steps(2800), 8e-4, average=0.999)
-        if (kept := self._build / "unet-warm").exists():
-            unet, schedule = load(UNet2DConditionModel, kept), Schedule(self._steps(700), 3e-4, average=0.995)
+        pool = self._pool()
+        bank = self._sd_bank(pool)
+        kept = self._build / "unet-warm"
+        unet = load(UNet2DConditionModel, kept) if kept.exists() else diffusion.sd_unet()
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
-            lambda model: diffusion.loss_of(model, pool, bank, 32),
-            schedule,
+            lambda model: diffusion.loss_of(model, pool, bank, 64),
+            Schedule(self._steps(6000), 6e-4, warmup=200, average=0.999),
             self._build / "unet.checkpoint",
+            compiled=shutil.which("g++") is not None,
         )
-        if kept.exists():
-            soup(average, load(UNet2DConditionModel, kept))
         self._save(average, "unet")
 
     def decoder(self) -> None:
         """More of the decoder alone: the latents, and with them the UNet, stay as they are."""
-        everything = premultiplied(load_sprites().pictures)
+        everything = load_sprites().everything()
         vae = self._vae("vae-scaled")
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True)
@@ -123,7 +124,7 @@ class Models(Workshop):
 
     def sdxl_autoencoder(self) -> None:
         """The autoencoder of the SDXL shape: the SD shape's with one more level."""
-        everything = premultiplied(load_sprites().pictures)
+        everything = load_sprites().everything()
         small = self._vae("vae")
         large = sdxl.larger_autoencoder(small).to(self._device, memory_format=torch.channels_last)
         large.requires_grad_(False)
@@ -148,8 +149,8 @@ class Models(Workshop):
         unet = sdxl.unet(sd, tower, typical).to(self._device, memory_format=torch.channels_last)
         self._save(first, "sdxl-text")
         self._save(second, "sdxl-text-2")
-        bank = self._sdxl_bank(4)
-        pool = self._whole_pool("vae-scaled")
+        pool = self._pool(8000)
+        bank = self._sdxl_bank(pool)
         average = train(
             "SDXL unet",
             unet,
@@ -170,15 +171,14 @@ class Models(Workshop):
         """Take over what models/ has, as if its stages had just been done here; the UNets are trained further."""
         kept = (
             ("sd15/tokenizer", "tokenizer"),
-            ("sd15/text_encoder", "text"),
+            ("sd15/text_encoder", "text-warm"),
             ("sd15/vae", "vae-scaled"),
-            ("sd15/vae", "vae"),
             ("sd15/unet", "unet-warm"),
             ("sdxl/vae", "sdxl-vae"),
         )
         for part, name in kept:
             shutil.copytree(export.MODELS / part, self._build / name)
-        for stage in ("autoencoder", "text", "decoder", "judge", "sdxl_autoencoder"):
+        for stage in ("autoencoder", "sdxl_autoencoder"):
             (self._build / f"{stage}.done").touch()
 
 
