@@ -34,6 +34,7 @@ from training import autoencoder, judge
 from training.captions import prompt
 from training.data import load_sprites
 from training.export import MODELS
+from training.pictures import grid, to_image
 from training.pixels import SQUARE
 from training.pool import numbered
 from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject
@@ -138,20 +139,6 @@ class Gates:
             request_picture(self._url, README_REQUEST)
             taken.append(time.perf_counter() - begin)
         return round(statistics.median(taken[1:]), 2)
-
-
-def grid(pictures: Tensor, path: Path, across: int = 8) -> None:
-    """Write pictures [n, 3, h, w] in -1..1 side by side, `across` in a row, the last row filled with black."""
-    rest = -len(pictures) % across
-    filled = torch.cat([pictures, pictures.new_full((rest, *pictures.shape[1:]), -1)])
-    rows = [torch.cat(list(filled[i : i + across]), 2) for i in range(0, len(filled), across)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_image(torch.cat(rows, 1)).save(path)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture [3, h, w] in -1..1."""
-    return Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
 def edges(image: Image.Image) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from training import autoencoder, diffusion, export, judge, sdxl, text
+from training import autoencoder, decoder, diffusion, export, judge, sdxl, text
 from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
@@ -62,7 +62,7 @@ class Models(Workshop):
             "text tower",
             text.Namer(tower).to(self._device),
             lambda model: text.loss_of(model, tokenizer, templates, 64),
-            Schedule(self._steps(800), 5e-4, average=0.98),
+            Schedule(self._steps(600), 5e-4, average=0.98),
             self._build / "text.checkpoint",
             lambda model: f"{text.accuracy(model, tokenizer, 400):.1%} of captions understood",
         )
@@ -94,16 +94,18 @@ class Models(Workshop):
         self._save(average, "unet")
 
     def decoder(self) -> None:
-        """More of the decoder alone: the latents, and with them the UNet, stay as they are."""
-        everything = load_sprites().everything()
-        vae = self._vae("vae-scaled")
+        """The decoder, so that it cleans what the UNet draws; the latents stay as they are."""
+        pool, unet = self._pool(3000), self._unet("unet")
+        empty = diffusion.conditions_of_sd(self._tower(), self._tokenizer())([""])["encoder_hidden_states"]
+        latents = decoder.redrawn(unet, pool, self._sd_bank(pool), empty, self._build / "redrawn-512.pt")
+        vae, known = self._vae("vae-scaled"), self._known()
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True)
         average = train(
             "decoder",
             vae,
-            lambda model: autoencoder.loss_of(model, everything, 128, 8, (500, 560)),
-            Schedule(self._steps(700), 3e-4, average=0.995),
+            lambda model: decoder.loss_of(model, latents, pool, known, 512, 6),
+            Schedule(self._steps(500), 3e-4, average=0.99),
             self._build / "decoder.checkpoint",
             self._psnr(512),
         )

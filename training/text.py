@@ -94,11 +94,12 @@ def loss_of(namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch:
     pairs = [spoken(draw(rng), rng) for _ in range(batch)]
     texts = [styled(text, templates, rng, 0.2) for text, _ in pairs]
     device = next(namer.parameters()).device
-    states = namer.tower(input_ids=ids(tokenizer, texts).to(device))
+    with torch.autocast(device.type, torch.bfloat16):
+        states = namer.tower(input_ids=ids(tokenizer, texts).to(device))
     loss = torch.zeros((), device=device)
     for part, wanted in classes([said for _, said in pairs]).items():
         for state in (states.pooler_output, states.last_hidden_state[:, -1]):
-            loss = loss + functional.cross_entropy(namer.heads[part](state), wanted.to(device))
+            loss = loss + functional.cross_entropy(namer.heads[part](state.float()), wanted.to(device))
     return loss
 
 
