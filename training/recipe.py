@@ -86,8 +86,8 @@ class Models(Workshop):
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
-            lambda model: diffusion.loss_of(model, pool, bank, 64),
-            Schedule(self._steps(6000), 6e-4, warmup=200, average=0.999),
+            lambda model: diffusion.loss_of(model, pool, bank, 32),
+            Schedule(self._steps(10_000), 6e-4, warmup=200, average=0.999),
             self._build / "unet.checkpoint",
             compiled=shutil.which("g++") is not None,
         )
