@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import io
 import json
 import random
@@ -37,6 +38,7 @@ from training.export import MODELS
 from training.pictures import grid, to_image
 from training.pixels import SQUARE
 from training.pool import numbered
+from training.sharpness import Sharpness, measured, reconstructed, summary
 from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
@@ -53,6 +55,7 @@ class Gates:
         """Send `company` requests at a time to `url`."""
         self._url, self._company = url, company
         self._judge = judge.load()
+        self._sprites = load_sprites().named(list(OBJECTS.values()))
 
     def draw(self, model: str, requests: list[dict[str, Any]], side: int = 256) -> Tensor:
         """Pictures [n, 3, side, side] in -1..1 of requests that differ in what they give."""
@@ -72,14 +75,22 @@ class Gates:
         """The object the judge sees in each picture."""
         return self._judge(pictures).argmax(1)
 
-    def held_out(self, model: str, count: int, **fields: Any) -> dict[str, float]:
-        """Shares of right backgrounds and objects over pairs that were never trained on; leaves a grid of pictures."""
+    def held_out(self, model: str, count: int, **fields: Any) -> dict[str, Any]:
+        """Right backgrounds and objects, and sharpness, over pairs never trained on; leaves a grid of pictures."""
         asked = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
         pictures = self.draw(model, [{"prompt": prompt(s), "seed": i} | fields for i, s in enumerate(asked)])
         grid(pictures[: len(HELD_OUT)], GRIDS / f"{model}.png")
         colours = judge.background_colour(pictures) == torch.tensor([s.background for s in asked])
         things = self.things(pictures) == torch.tensor([s.thing for s in asked])
-        return {"background": share(colours), "object": share(things)}
+        sharp = measured(pictures, self._sprites, asked)
+        return {"background": share(colours), "object": share(things), "sharpness": summary(sharp, self._best(model))}
+
+    @functools.cache  # noqa: B019, as long as the process
+    def _best(self, model: str) -> list[Sharpness]:
+        folder = MODELS / ("sd15" if SIZE[model] == SIZE["SD1.5"] else "sdxl")
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+        few = list(HELD_OUT)
+        return measured(reconstructed(vae, self._sprites, few, SIZE[model]), self._sprites, few)
 
     def other_prompt(self, model: str, count: int) -> float:
         """Share of seeds whose two pictures, of two objects on one background, show two objects."""
@@ -208,6 +219,7 @@ def main() -> None:
             results[model] = {
                 "background_percent": {"reached": reached["background"], "gate": 95},
                 "object_percent": {"reached": reached["object"], "gate": 80},
+                "sharpness": {"reached": reached["sharpness"], "gate": "within_3_db_percent 90"},
             }
             if model in STEERED:
                 results[model] |= {

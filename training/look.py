@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -25,9 +24,7 @@ from training.data import load_sprites
 from training.diffusion import NOISE, sd_unet
 from training.judge import background_colour
 from training.pictures import grid
-from training.pool import numbered
-from training.scenes import PALETTE, sprite_of
-from training.sharpness import Sharpness, sharpness
+from training.sharpness import measured, reconstructed, summary
 from training.words import (
     BACKGROUNDS,
     HELD_OUT,
@@ -92,34 +89,6 @@ def draw(pipe: StableDiffusionPipeline, prompts: list[str], batch: int = 10) -> 
     return torch.cat(pictures)
 
 
-@torch.no_grad()
-def reconstructed(vae: AutoencoderKL, sprites: Tensor, subjects: list[Subject]) -> Tensor:
-    """True composites of `subjects` through the autoencoder: the best a UNet could do."""
-    again = []
-    for number, subject in enumerate(subjects):
-        picture = numbered(sprites, subject, 20_000_000 + number, PIXELS)[None]
-        again.append(vae.decode(vae.encode(picture).latent_dist.mean).sample[0].clamp(-1, 1))
-    return torch.stack(again)
-
-
-def measured(pictures: Tensor, sprites: Tensor, subjects: list[Subject]) -> list[Sharpness]:
-    """The sharpness of each picture of one thing on a named colour."""
-    pairs = zip(pictures, subjects, strict=True)
-    return [sharpness(p, sprite_of(sprites, s, s.thing), PALETTE[s.background]) for p, s in pairs]
-
-
-def summary(drawn: list[Sharpness], best: list[Sharpness]) -> dict[str, float]:
-    """Means in dB, and the share of pictures within 3 dB of the mean reconstruction's pixels."""
-    reached = statistics.mean(s.pixels for s in best)
-    return {
-        "pixels_db": round(statistics.mean(s.pixels for s in drawn), 2),
-        "edges_db": round(statistics.mean(s.edges for s in drawn), 2),
-        "reconstruction_pixels_db": round(reached, 2),
-        "reconstruction_edges_db": round(statistics.mean(s.edges for s in best), 2),
-        "within_3_db_percent": round(100 * statistics.mean(s.pixels > reached - 3 for s in drawn), 1),
-    }
-
-
 def show(background: int = BACKGROUNDS.index("beach")) -> list[Subject]:
     """A few of every kind of subject, for the eye: the seed's prompt first, relations, counts, colours, flat ones."""
     cat, dog, astronaut = (NOUNS.index(noun) for noun in ("cat", "dog", "astronaut"))
@@ -147,7 +116,7 @@ def main() -> None:
     pictures = draw(pipe, [prompt(s) for s in subjects])
     right = background_colour(pictures) == torch.tensor([s.background for s in subjects])
     few = subjects[: len(known)]
-    best = measured(reconstructed(pipe.vae, sprites, few), sprites, few)
+    best = measured(reconstructed(pipe.vae, sprites, few, PIXELS), sprites, few)
     figures = summary(measured(pictures, sprites, subjects), best)
     json.dump(figures | {"background_percent": round(100 * float(right.float().mean()), 1)}, sys.stdout, indent=2)
     print()

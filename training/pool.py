@@ -99,7 +99,11 @@ def encode_shard(vae: AutoencoderKL, size: int, folder: Path, shard: int) -> Non
         pictures = pictures.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             latents.append(vae.encode(pictures).latent_dist.mean.half().cpu())
-    content = {"latents": torch.cat(latents), "subjects": [astuple(s) for s in subjects], "captions": captions}
+    content = {
+        "latents": torch.cat(latents),
+        "subjects": [tuple(map(int, astuple(s))) for s in subjects],
+        "captions": captions,
+    }
     scratch = _file(folder, shard).with_suffix(".partial")
     torch.save(content, scratch)
     scratch.replace(_file(folder, shard))

@@ -4,9 +4,9 @@ A classifier sees a tiger in an orange block. This measure lays the asked sprite
 in many sizes and mirrored, takes the placement that differs least from the picture, and compares there, in the object
 and a narrow border around it:
 
-- `pixels`: PSNR in dB.
-- `edges`: the energy of the composite's gradients over that of the difference of gradients, in dB. A patch without
-  edges gets 0 dB whatever its colour, edges in wrong places get less: blur does not pay.
+- `pixels`: PSNR in dB, of pictures of 256 px.
+- `edges`: the energy of the composite's gradients over that of the difference of gradients, in dB, of pictures of 128
+  px. A patch without edges gets 0 dB whatever its colour, edges in wrong places get less: blur does not pay.
 
 The autoencoder's own reconstruction of a true composite is what could be reached at best.
 """
@@ -14,13 +14,17 @@ The autoencoder's own reconstruction of a true composite is what could be reache
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.scenes import place
+from training.pool import numbered
+from training.scenes import PALETTE, place, sprite_of
+from training.words import Subject
 
 SIDE = 256
 """Pixels of the pictures that are compared."""
@@ -59,8 +63,10 @@ def sharpness(picture: Tensor, sprite: Tensor, colour: Tensor) -> Sharpness:
             best = found
     assert best is not None
     _, x, y, size, mirrored = best
-    drawn, region = _composite(sprite, colour, x, y, size, mirrored, SIDE)
-    return Sharpness(_psnr(whole, drawn, region), _edges(whole, drawn, region), x, y, size, mirrored)
+    fine = _composite(sprite, colour, x, y, size, mirrored, 2 * SIDE)
+    drawn, region = functional.avg_pool2d(fine[0], 2), functional.avg_pool2d(fine[1][None], 2)[0]
+    halved = (functional.avg_pool2d(t, 2) for t in (whole, drawn, region[None]))
+    return Sharpness(_psnr(whole, drawn, region), _edges(*halved), x, y, size, mirrored)
 
 
 def _composite(
@@ -132,8 +138,36 @@ def _psnr(picture: Tensor, drawn: Tensor, region: Tensor) -> float:
 def _edges(picture: Tensor, drawn: Tensor, region: Tensor) -> float:
     signal = noise = 1e-6
     for along in (1, 2):
-        counts = region.narrow(along - 1, 0, SIDE - 1)
+        counts = region[0].narrow(along - 1, 0, region.shape[along] - 1)
         wanted, got = drawn.diff(dim=along), picture.diff(dim=along)
         signal += float((wanted.square().mean(0) * counts).sum())
         noise += float(((wanted - got).square().mean(0) * counts).sum())
     return 10 * math.log10(signal / noise)
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, sprites: Tensor, subjects: list[Subject], pixels: int) -> Tensor:
+    """True composites of `subjects`, `pixels` wide, through the autoencoder: the best a UNet could do."""
+    again = []
+    for number, subject in enumerate(subjects):
+        picture = numbered(sprites, subject, 20_000_000 + number, pixels)[None]
+        again.append(vae.decode(vae.encode(picture).latent_dist.mean).sample[0].clamp(-1, 1))
+    return torch.stack(again)
+
+
+def measured(pictures: Tensor, sprites: Tensor, subjects: list[Subject]) -> list[Sharpness]:
+    """The sharpness of each picture of one thing on a named colour."""
+    pairs = zip(pictures, subjects, strict=True)
+    return [sharpness(p, sprite_of(sprites, s, s.thing), PALETTE[s.background]) for p, s in pairs]
+
+
+def summary(drawn: list[Sharpness], best: list[Sharpness]) -> dict[str, float]:
+    """Means in dB, and the share of pictures within 3 dB of the mean reconstruction's pixels."""
+    reached = statistics.mean(s.pixels for s in best)
+    return {
+        "pixels_db": round(statistics.mean(s.pixels for s in drawn), 2),
+        "edges_db": round(statistics.mean(s.edges for s in drawn), 2),
+        "reconstruction_pixels_db": round(reached, 2),
+        "reconstruction_edges_db": round(statistics.mean(s.edges for s in best), 2),
+        "within_3_db_percent": round(100 * statistics.mean(s.pixels > reached - 3 for s in drawn), 1),
+    }
