@@ -39,7 +39,7 @@ from training.pictures import grid, to_image
 from training.pixels import SQUARE
 from training.pool import numbered
 from training.sharpness import Sharpness, measured, reconstructed, summary
-from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject
+from training.words import ASKED, BACKGROUNDS, COLOURS, OBJECTS, Subject
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
 GRIDS = MODELS.parent / "build" / "gates"
@@ -77,9 +77,9 @@ class Gates:
 
     def held_out(self, model: str, count: int, **fields: Any) -> dict[str, Any]:
         """Right backgrounds and objects, and sharpness, over pairs never trained on; leaves a grid of pictures."""
-        asked = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
+        asked = [ASKED[i % len(ASKED)] for i in range(count)]
         pictures = self.draw(model, [{"prompt": prompt(s), "seed": i} | fields for i, s in enumerate(asked)])
-        grid(pictures[: len(HELD_OUT)], GRIDS / f"{model}.png")
+        grid(pictures[: len(ASKED)], GRIDS / f"{model}.png")
         colours = judge.background_colour(pictures) == torch.tensor([s.background for s in asked])
         things = self.things(pictures) == torch.tensor([s.thing for s in asked])
         sharp = measured(pictures, self._sprites, asked)
@@ -89,13 +89,13 @@ class Gates:
     def _best(self, model: str) -> list[Sharpness]:
         folder = MODELS / ("sd15" if SIZE[model] == SIZE["SD1.5"] else "sdxl")
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
-        few = list(HELD_OUT)
+        few = list(ASKED)
         return measured(reconstructed(vae, self._sprites, few, SIZE[model]), self._sprites, few)
 
     def other_prompt(self, model: str, count: int) -> float:
         """Share of seeds whose two pictures, of two objects on one background, show two objects."""
         rng = random.Random(1)
-        pairs = [(rng.sample(range(len(OBJECTS)), 2), rng.randrange(len(COLOURS))) for _ in range(count)]
+        pairs = [(rng.sample(range(len(DRAWN)), 2), rng.randrange(len(COLOURS))) for _ in range(count)]
         seen = [
             self.things(
                 self.draw(model, [{"prompt": prompt(Subject(p[n], c)), "seed": i} for i, (p, c) in enumerate(pairs)])
@@ -106,7 +106,7 @@ class Gates:
 
     def negative_prompt(self, model: str, count: int) -> float:
         """Share of backgrounds of bare objects that are gone once the negative prompt names them."""
-        bare = [{"prompt": f"a {list(OBJECTS)[i % len(OBJECTS)]}", "seed": i} for i in range(count)]
+        bare = [{"prompt": f"a {DRAWN[i % len(DRAWN)]}", "seed": i} for i in range(count)]
         before = judge.background_colour(self.draw(model, bare))
         named = [
             fields | {"negative_prompt": f"a {BACKGROUNDS[colour]} background"}
@@ -118,7 +118,7 @@ class Gates:
         """How much the edges of pictures overlap those of the photo they follow, and of pictures drawn without it."""
         photos, requests = [], []
         for number in range(count):
-            subject = HELD_OUT[number % len(HELD_OUT)]
+            subject = ASKED[number % len(ASKED)]
             photo = to_image(numbered(sprites, subject, 10_000 + number, SIZE[model]))
             photos.append(edges(photo))
             buffer = io.BytesIO()
@@ -136,7 +136,7 @@ class Gates:
 
     def pixel_art(self, model: str, count: int) -> dict[str, float]:
         """How much of the steps between neighbours lies on the borders of squares, with Pixel_Art at 1 and at 0."""
-        prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(HELD_OUT[:count])]
+        prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(ASKED[:count])]
         drawn = {
             weight: self.draw(model, [p | {"loras": {"Pixel_Art": weight}} for p in prompts], 512) for weight in (1, 0)
         }
@@ -188,7 +188,7 @@ def offline() -> dict[str, Any]:
     psnr = {}
     for name, pixels in (("sd15", 512), ("sdxl", 1024)):
         vae = AutoencoderKL.from_pretrained(MODELS / name / "vae", torch_dtype=torch.float32).eval()
-        psnr[name] = round(autoencoder.psnr(vae, known, pixels, len(HELD_OUT)), 2)
+        psnr[name] = round(autoencoder.psnr(vae, known, pixels, len(ASKED)), 2)
     return {
         "autoencoder_psnr_db": {"reached": psnr, "gate": 28},
         "judges_own_accuracy_percent": round(100 * judge.accuracy(judge.load(), known, 600), 1),

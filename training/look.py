@@ -27,6 +27,7 @@ from training.pictures import grid
 from training.sharpness import measured, reconstructed, summary
 from training.words import (
     BACKGROUNDS,
+    DRAWN,
     HELD_OUT,
     MOUNTS,
     NOUNS,
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models/sd15"))
     parser.add_argument("--build", type=Path)
     parser.add_argument("--prompts", type=int, default=58)
-    parser.add_argument("--known", type=int, default=len(OBJECTS), help="ask for the first so many objects alone")
+    parser.add_argument("--known", type=int, default=len(DRAWN), help="ask for the first so many objects alone")
     parser.add_argument("--grid", type=Path, default=Path("build/look.png"))
     options = parser.parse_args()
     pipe = pipeline_of_build(options.build) if options.build else pipeline(options.models)

@@ -70,6 +70,8 @@ OBJECTS = {
     "lemon": "lemon",
 }
 NOUNS = tuple(OBJECTS)
+DRAWN = NOUNS[:24]
+"""What the weights in models/ draw, each alone and in its own colours; all of NOUNS once weights of these are there."""
 # 24 named colours (sRGB), far enough apart to be told from each other.
 COLOURS = {
     "red": (214, 32, 38),
@@ -175,6 +177,8 @@ PARTS = (
     *(Subject(thing, NOTHING) for thing in range(len(OBJECTS))),
 )
 HELD_OUT = tuple(s for s in SUBJECTS if s.held_out)
+ASKED = tuple(s for s in HELD_OUT if s.thing < len(DRAWN))
+"""The held-out pairs that the gates ask for."""
 SEED_SUBJECT = Subject(
     NOUNS.index("astronaut"), BACKGROUNDS.index("mars"), relation=Relation.ON, other=NOUNS.index("horse")
 )
