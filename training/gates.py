@@ -39,7 +39,7 @@ from training.pictures import grid, to_image
 from training.pixels import SQUARE
 from training.pool import numbered
 from training.sharpness import Sharpness, measured, reconstructed, summary
-from training.words import ASKED, BACKGROUNDS, COLOURS, OBJECTS, Subject
+from training.words import ASKED, BACKGROUNDS, COLOURS, DRAWN, OBJECTS, Subject
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
 GRIDS = MODELS.parent / "build" / "gates"
