@@ -54,14 +54,16 @@ class Models(Workshop):
         templates = text.style_templates()
         if (kept := self._build / "text-warm").exists():
             tokenizer, tower = self._tokenizer(), load(CLIPTextModel, kept)
+            before = load(CLIPTextModel, kept).eval().requires_grad_(False).to(self._device)
         else:
+            before = None
             tokenizer = text.build_tokenizer(load_sprites().names)
             tokenizer.save_pretrained(self._build / "tokenizer")
             tower = CLIPTextModel(text.config(tokenizer))
         average = train(
             "text tower",
             text.Namer(tower).to(self._device),
-            lambda model: text.loss_of(model, tokenizer, templates, 64),
+            lambda model: text.loss_of(model, tokenizer, templates, 48, before),
             Schedule(self._steps(600), 5e-4, average=0.98),
             self._build / "text.checkpoint",
             lambda model: f"{text.accuracy(model, tokenizer, 400):.1%} of captions understood",
@@ -87,7 +89,7 @@ class Models(Workshop):
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
             lambda model: diffusion.loss_of(model, pool, bank, 32),
-            Schedule(self._steps(10_000), 6e-4, warmup=200, average=0.999),
+            Schedule(self._steps(10_000), 5e-4, warmup=200, average=0.999),
             self._build / "unet.checkpoint",
             compiled=shutil.which("g++") is not None,
         )

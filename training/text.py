@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.captions import AFTER, BEFORE, FLAT, caption, spoken
 from training.data import ROOT
-from training.words import BACKGROUNDS, NOUNS, TINTS, Relation, Subject, draw
+from training.words import BACKGROUNDS, DRAWN, NOUNS, TINTS, Relation, Subject, draw
 
 WIDTH = 256
 LAYERS = 3
@@ -67,6 +67,8 @@ def config(tokenizer: CLIPTokenizer, layers: int = LAYERS) -> CLIPTextConfig:
     )
 
 
+KEEP = 10.0
+"""Weight of the states that must not move beside the cross-entropies."""
 PARTS = {
     "thing": len(NOUNS) + 1,
     "background": len(BACKGROUNDS) + 1,
@@ -88,8 +90,13 @@ class Namer(nn.Module):
         self.heads = nn.ModuleDict({part: nn.Linear(WIDTH, classes) for part, classes in PARTS.items()})
 
 
-def loss_of(namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch: int) -> Tensor:
-    """Cross-entropy of every part, read at the pooled position and at the last one."""
+def loss_of(
+    namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch: int, before: CLIPTextModel | None = None
+) -> Tensor:
+    """Cross-entropy of every part, read at the pooled position and at the last one.
+
+    With `before`, the tower as it was, captions it knew keep their states: a UNet that reads them still understands.
+    """
     rng = random.Random(int(torch.randint(2**31, (1,))))
     pairs = [spoken(draw(rng), rng) for _ in range(batch)]
     texts = [styled(text, templates, rng, 0.2) for text, _ in pairs]
@@ -100,7 +107,21 @@ def loss_of(namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch:
     for part, wanted in classes([said for _, said in pairs]).items():
         for state in (states.pooler_output, states.last_hidden_state[:, -1]):
             loss = loss + functional.cross_entropy(namer.heads[part](state.float()), wanted.to(device))
-    return loss
+    return loss if before is None else loss + KEEP * _moved(namer.tower, before, tokenizer, templates, batch // 2)
+
+
+def _moved(
+    tower: CLIPTextModel, before: CLIPTextModel, tokenizer: CLIPTokenizer, templates: list[str], batch: int
+) -> Tensor:
+    """How far the states of captions about DRAWN have moved, squared."""
+    rng = random.Random(int(torch.randint(2**31, (1,))))
+    subjects = [Subject(rng.randrange(len(DRAWN)), rng.randrange(len(BACKGROUNDS) - 1)) for _ in range(batch)]
+    texts = [styled(caption(subject, rng), templates, rng, 0.2) for subject in subjects]
+    tokens = ids(tokenizer, texts).to(next(tower.parameters()).device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        with torch.no_grad():
+            wanted = before(input_ids=tokens).last_hidden_state
+        return (tower(input_ids=tokens).last_hidden_state - wanted).float().square().mean()
 
 
 def styled(text: str, templates: list[str], rng: random.Random, share: float) -> str:
