@@ -126,7 +126,8 @@ def _moved(
 
 def styled(text: str, templates: list[str], rng: random.Random, share: float) -> str:
     """`text`, in a `share` of the cases within a style's template."""
-    return rng.choice(templates).replace("{prompt}", text) if text and rng.random() < share else text
+    wrapped = bool(text and templates) and rng.random() < share
+    return rng.choice(templates).replace("{prompt}", text) if wrapped else text
 
 
 def classes(said: list[Subject]) -> dict[str, Tensor]:

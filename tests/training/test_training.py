@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -193,7 +194,7 @@ def test_sharpness_finds_a_true_composite_wherever_it_is(
     found = sharpness(picture, drawn_sprite, PALETTE[4])
     assert (found.x, found.y, found.size) == pytest.approx((x, y, size), abs=0.005)
     assert found.mirrored == mirrored
-    assert found.pixels > 35
+    assert found.pixels > 32
     assert found.edges > 12
 
 
@@ -307,6 +308,25 @@ def test_a_tower_learns_to_name(tokenizer: text.CLIPTokenizer) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_a_tower_that_learns_more_keeps_what_it_said(tokenizer: text.CLIPTokenizer, tower: CLIPTextModel) -> None:
+    """The same steps with and without the tower as it was: with it, known captions move less."""
+    moved = []
+    for before in (None, tower):
+        torch.manual_seed(0)
+        namer = text.Namer(copy.deepcopy(tower).requires_grad_(True))
+        optimizer = torch.optim.AdamW(namer.parameters(), 1e-3)
+        for _ in range(8):
+            loss = text.loss_of(namer, tokenizer, [], 8, before)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        tokens = text.ids(tokenizer, ["a cat on a red background", "a photo of a dog in the snow"])
+        with torch.no_grad():
+            states = [model(input_ids=tokens).last_hidden_state for model in (namer.tower, tower)]
+        moved.append(float((states[0] - states[1]).square().mean()))
+    assert moved[1] < 0.6 * moved[0]
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
