@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from training import autoencoder, decoder, diffusion, export, judge, sdxl, text
+from training import autoencoder, decoder, diffusion, export, judge, sdxl, text, wider
 from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
@@ -84,7 +84,11 @@ class Models(Workshop):
         pool = self._pool()
         bank = self._sd_bank(pool)
         kept = self._build / "unet-warm"
-        unet = load(UNet2DConditionModel, kept) if kept.exists() else diffusion.sd_unet()
+        unet = diffusion.sd_unet()
+        if kept.exists():
+            narrow = load(UNet2DConditionModel, kept)
+            same = narrow.config.block_out_channels == unet.config.block_out_channels
+            unet = narrow if same else wider.doubled(narrow)
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
