@@ -31,6 +31,7 @@ from training import (
     sdxl,
     smaller,
     text,
+    wider,
 )
 from training.captions import caption, prompt, spoken
 from training.loop import Schedule, train
