@@ -49,16 +49,11 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
 
 def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
     """What a build folder has come to: the UNet and the decoder as far as they are trained."""
-    unet = sd_unet()
-    if (build / "unet").exists():
-        unet = UNet2DConditionModel.from_pretrained(build / "unet")
-    else:
-        unet.load_state_dict(torch.load(build / "unet.checkpoint", map_location="cpu")["average"])
     vae = AutoencoderKL.from_pretrained(build / ("vae" if (build / "vae").exists() else "vae-scaled"))
     pipe = StableDiffusionPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
         text_encoder=CLIPTextModel.from_pretrained(build / "text"),
-        unet=unet,
+        unet=unet_of_build(build),
         vae=vae,
         scheduler=DPMSolverMultistepScheduler(),
         safety_checker=None,
@@ -66,6 +61,15 @@ def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     return _default_sampler(pipe)
+
+
+def unet_of_build(build: Path) -> UNet2DConditionModel:
+    """The UNet of the SD shape: its stage's result, or the moving average that its last checkpoint holds."""
+    if (build / "unet").exists():
+        return UNet2DConditionModel.from_pretrained(build / "unet")
+    unet = sd_unet().eval()
+    unet.load_state_dict(torch.load(build / "unet.checkpoint", map_location="cpu")["average"])
+    return unet
 
 
 def _default_sampler(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:

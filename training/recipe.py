@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from training import autoencoder, decoder, diffusion, export, judge, sdxl, text, wider
+from training import autoencoder, checkpoint, decoder, diffusion, export, judge, sdxl, text, wider
 from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
@@ -176,16 +176,22 @@ class Models(Workshop):
         export.write_sdxl(tokenizer, self._sdxl_texts(), self._unet("sdxl-unet"), self._vae("sdxl-vae"))
 
     def keep(self) -> None:
-        """Take over what models/ has, as if its stages had just been done here; the UNets are trained further."""
-        kept = (
-            ("sd15/tokenizer", "tokenizer"),
-            ("sd15/text_encoder", "text-warm"),
-            ("sd15/vae", "vae-scaled"),
-            ("sd15/unet", "unet-warm"),
-            ("sdxl/vae", "sdxl-vae"),
-        )
-        for part, name in kept:
-            shutil.copytree(export.MODELS / part, self._build / name)
+        """Go on from training/checkpoints where that has a part, and from models/ for the rest.
+
+        What is taken over counts as done; the UNets are trained further.
+        """
+        kept = {
+            "tokenizer": "sd15/tokenizer",
+            "text-warm": "sd15/text_encoder",
+            "vae-scaled": "sd15/vae",
+            "unet-warm": "sd15/unet",
+            "sdxl-vae": "sdxl/vae",
+        }
+        if checkpoint.FOLDER.exists():
+            checkpoint.restore(self._build)
+        for name, part in kept.items():
+            if not (self._build / name).exists():
+                shutil.copytree(export.MODELS / part, self._build / name)
         for stage in ("autoencoder", "sdxl_autoencoder"):
             (self._build / f"{stage}.done").touch()
 
@@ -194,7 +200,9 @@ def main() -> None:
     """Run the stages that are asked for, all that are not done by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--warm", action="store_true", help="begin with models/ in an empty build folder")
+    parser.add_argument(
+        "--warm", action="store_true", help="begin with training/checkpoints and models/"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("stage", nargs="*", help="only these, even if they are done")
     options = parser.parse_args()
