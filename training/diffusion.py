@@ -35,8 +35,7 @@ def sd_unet(context: int = WIDTH, **extra: object) -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(128, 128, 160),
-        time_embedding_dim=256,
+        block_out_channels=(64, 128, 160),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=context,
@@ -128,7 +127,7 @@ def take_over(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(own | {k: v for k, v in state.items() if k in own and v.shape == own[k].shape})
 
 
-CLEAREST = 20.0
+CLEAREST = 4.0
 """Signal-to-noise ratio above which a time's weight falls: there most of the loss is noise nobody can foretell."""
 
 

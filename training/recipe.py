@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from training import autoencoder, checkpoint, decoder, diffusion, export, judge, sdxl, text, wider
+from training import autoencoder, checkpoint, decoder, diffusion, export, judge, sdxl, text
 from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
@@ -84,11 +84,7 @@ class Models(Workshop):
         pool = self._pool()
         bank = self._sd_bank(pool)
         kept = self._build / "unet-warm"
-        unet = diffusion.sd_unet()
-        if kept.exists():
-            narrow = load(UNet2DConditionModel, kept)
-            same = narrow.config.block_out_channels == unet.config.block_out_channels
-            unet = narrow if same else wider.doubled(narrow)
+        unet = load(UNet2DConditionModel, kept) if kept.exists() else diffusion.sd_unet()
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
@@ -200,9 +196,7 @@ def main() -> None:
     """Run the stages that are asked for, all that are not done by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument(
-        "--warm", action="store_true", help="begin with training/checkpoints and models/"
-    )
+    parser.add_argument("--warm", action="store_true", help="begin with training/checkpoints and models/")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("stage", nargs="*", help="only these, even if they are done")
     options = parser.parse_args()

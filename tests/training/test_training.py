@@ -31,7 +31,6 @@ from training import (
     sdxl,
     smaller,
     text,
-    wider,
 )
 from training.captions import caption, prompt, spoken
 from training.loop import Schedule, train
@@ -480,20 +479,6 @@ def test_the_larger_controlnet_reads_a_map_twice_as_large(tower: CLIPTextModel, 
     assert torch.equal(large.state_dict()[deepest], small.state_dict()[deepest])
 
 
-def test_a_wider_unet_begins_as_the_narrow_one() -> None:
-    torch.manual_seed(0)
-    wide_config = {k: v for k, v in diffusion.sd_unet().config.items() if k != "_use_default_values"}
-    narrow = UNet2DConditionModel.from_config(wide_config | {"block_out_channels": (64, 128, 160)}).eval()
-    wide = wider.doubled(narrow).eval()
-    assert wide.config.block_out_channels == (128, 128, 160)
-    sample, context = torch.randn(3, 32, 16, 16), torch.randn(3, 8, text.WIDTH)
-    times = torch.tensor([10, 500, 990])
-    with torch.no_grad():
-        ours, its = (unet(sample, times, context).sample for unet in (wide, narrow))
-    assert (ours - its).norm() < 0.6 * its.norm(), "two norms have other groups: 0.48 at random, 0.15 when trained"
-    diffusion.sd_unet().load_state_dict(wide.state_dict())
-
-
 def test_pixel_art_is_a_lora_that_both_shapes_take(tower: CLIPTextModel, tokenizer: text.CLIPTokenizer) -> None:
     sd = diffusion.sd_unet()
     xl = pixels.adapt(sdxl.unet(sd, tower, text.ids(tokenizer, text.captions(8))))
@@ -552,7 +537,7 @@ class Bank(CaptionBank):
 
 def test_ssd_takes_over_what_fits_and_learns_its_teacher(teacher: UNet2DConditionModel, pool: Pool) -> None:
     student = smaller.ssd(teacher).requires_grad_(True)
-    assert sum(p.numel() for p in student.parameters()) < 0.5 * sum(p.numel() for p in teacher.parameters())
+    assert sum(p.numel() for p in student.parameters()) < 0.4 * sum(p.numel() for p in teacher.parameters())
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
     ours, theirs = (u.state_dict() for u in (student, teacher))
