@@ -22,7 +22,7 @@ from deployments import ray_compat
 from deployments.app import AppArgs
 from deployments.launcher import LOCAL_CONFIG, README_REQUEST
 from tests.support.bound import deployment_names
-from training.words import COLOURS, OBJECTS
+from training.words import COLOURS, DRAWN
 
 SOURCES = [p for room in ("config", "pipelines", "deployments") for p in sorted((ROOT / room).rglob("*.py"))]
 
@@ -137,7 +137,7 @@ def test_committed_weights_stay_small() -> None:
 
 def test_the_model_card_lists_the_vocabulary() -> None:
     card = (ROOT / "models" / "README.md").read_text().replace("\n", " ")
-    for heading, names in (("Objects", OBJECTS), ("Colours", COLOURS)):
+    for heading, names in (("Objects", DRAWN), ("Colours", COLOURS)):
         listed = re.search(rf"\*\*{heading}\*\*[^:]*: ([^.]*)\.", card)
         assert listed is not None
         assert listed[1].split(", ") == list(names)

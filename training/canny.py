@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines.control.annotators import canny
-from training.diffusion import CaptionBank, Pool, noised, numbered, take_over
+from training.diffusion import noised, take_over
+from training.pool import CaptionBank, Pool, numbered
 
 EMBEDDING = {32: (4, 8, 16, 32, 64, 64), 64: (4, 4, 8, 16, 32, 64, 64)}
 """Channels of the map's embedding, which divides it by 2 for each entry after the first, as the autoencoder does."""

@@ -1,6 +1,6 @@
-"""The sprites: 3D emoji of animals, plants, food, vehicles and things, with their names.
+"""The sprites: emoji of animals, plants, food, vehicles and things, soft 3D and flat, with their names.
 
-Two npm packages, fetched by name at training time at pinned versions and checked against their checksums and the
+Three npm packages, fetched by name at training time at pinned versions and checked against their checksums and the
 licence they must carry. Only weights made from them are ever committed.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import resvg_py
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,8 +42,13 @@ class Package:
 
 EMOJI = Package("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
 NAMES = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
+FLAT = Package(
+    "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
+)
 # emojibase's groups: animals and nature, food and drink, travel and places, activities, objects.
 GROUPS = range(3, 8)
+PEOPLE = ("astronaut",)
+"""The people who are known: nobody's face."""
 
 
 class DataError(RuntimeError):
@@ -75,14 +81,27 @@ def fetch(package: Package) -> Path:
 
 @dataclass(frozen=True)
 class Sprites:
-    """Pictures uint8 [n, 4, 256, 256] (RGBA, straight alpha) and their names, sorted by name."""
+    """Pictures uint8 [n, 4, 256, 256] (RGBA, straight alpha) and their names, sorted by name.
+
+    `pictures` are soft 3D; `flat` are the same things in flat colours, empty where the package has none.
+    """
 
     pictures: Tensor
+    flat: Tensor
     names: tuple[str, ...]
 
     def named(self, names: list[str]) -> Tensor:
-        """The pictures of `names`, in that order, colours premultiplied by alpha, float [n, 4, 256, 256] in 0..1."""
-        return premultiplied(self.pictures[[self.names.index(name) for name in names]])
+        """The soft pictures of `names`, then the flat ones, in that order, float [2 n, 4, 256, 256] in 0..1.
+
+        Colours are multiplied by alpha.
+        """
+        rows = [self.names.index(name) for name in names]
+        return premultiplied(torch.cat([self.pictures[rows], self.flat[rows]]))
+
+    def everything(self) -> Tensor:
+        """Every picture there is, as in `named`."""
+        some = self.flat[:, 3].flatten(1).any(1)
+        return premultiplied(torch.cat([self.pictures, self.flat[some]]))
 
 
 def premultiplied(pictures: Tensor) -> Tensor:
@@ -93,23 +112,40 @@ def premultiplied(pictures: Tensor) -> Tensor:
 
 def load_sprites() -> Sprites:
     """Every usable sprite; the first call fetches the packages and writes a cache."""
-    cache = BUILD / "sprites.pt"
+    cache = BUILD / "sprites-soft-and-flat.pt"
     if not cache.exists():
         with tarfile.open(fetch(NAMES)) as archive:
             entries = json.load(archive.extractfile("package/en/data.json"))
-        names = {_code(e["hexcode"]): e["label"] for e in entries if e.get("group") in GROUPS}
-        found: dict[str, np.ndarray] = {}
+        names = {_code(e["hexcode"]): e["label"] for e in entries if e.get("group") in GROUPS or e["label"] in PEOPLE}
+        soft: dict[str, np.ndarray] = {}
         with tarfile.open(fetch(EMOJI)) as archive:
             for member in archive:
                 name = names.get(_code(Path(member.name).stem))
                 if name and member.name.endswith(".webp"):
                     picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
-                    found[name] = np.asarray(picture.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
-        ordered = sorted(found)
-        pictures = torch.from_numpy(np.stack([found[name] for name in ordered])).permute(0, 3, 1, 2).contiguous()
-        torch.save({"pictures": pictures, "names": ordered}, cache)
+                    soft[name] = np.asarray(picture.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
+        ordered = sorted(soft)
+        flat = _flat_pictures(ordered)
+        stacked = [torch.from_numpy(np.stack([kind[name] for name in ordered])) for kind in (soft, flat)]
+        pictures = [kind.permute(0, 3, 1, 2).contiguous() for kind in stacked]
+        torch.save({"pictures": pictures[0], "flat": pictures[1], "names": ordered}, cache)
     saved = torch.load(cache)
-    return Sprites(saved["pictures"], tuple(saved["names"]))
+    return Sprites(saved["pictures"], saved["flat"], tuple(saved["names"]))
+
+
+def _flat_pictures(names: list[str]) -> dict[str, np.ndarray]:
+    """The flat emoji of `names`, [256, 256, 4] each, drawn from their SVG; empty ones where there is no such emoji."""
+    with tarfile.open(fetch(FLAT)) as archive:
+        icons = json.load(archive.extractfile("package/icons.json"))
+    box = f"0 0 {icons.get('width', 32)} {icons.get('height', 32)}"
+    found = {}
+    for name in names:
+        icon = icons["icons"].get(name.lower().replace(" ", "-"))
+        body = icon["body"] if icon else ""
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{SPRITE}" height="{SPRITE}">{body}</svg>'
+        drawn = resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE)
+        found[name] = np.asarray(Image.open(io.BytesIO(bytes(drawn))).convert("RGBA"))
+    return found
 
 
 def _code(hexcode: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from training import canny, diffusion, export, pixels, sdxl, smaller
 from training.loop import Schedule, train
+from training.pool import CaptionBank, Conditions, Pool
 from training.workshop import Workshop, load
 
 STEERED = 2000
@@ -26,22 +27,21 @@ class Derived(Workshop):
 
     def canny(self) -> None:
         """The canny ControlNet of the SD shape."""
-        unet = self._unet("unet")
-        net = canny.controlnet(unet, 32)
-        self._steer("canny", net, unet, self._sd_bank(4), 512, 12, Schedule(self._steps(450), 1e-3, average=0.99))
+        unet, pool = self._unet("unet"), self._pool(STEERED)
+        schedule = Schedule(self._steps(450), 1e-3, average=0.99)
+        self._steer("canny", canny.controlnet(unet, 32), unet, pool, self._sd_bank(pool), 512, 12, schedule)
 
     def sdxl_canny(self) -> None:
         """The canny ControlNet of the SDXL shape, from the SD shape's."""
-        unet = self._unet("sdxl-unet")
+        unet, pool = self._unet("sdxl-unet"), self._pool(STEERED)
         net = canny.larger(load(ControlNetModel, self._build / "canny"), unet)
-        self._steer(
-            "sdxl-canny", net, unet, self._sdxl_bank(2), 1024, 4, Schedule(self._steps(150), 5e-4, average=0.97)
-        )
+        schedule = Schedule(self._steps(150), 5e-4, average=0.97)
+        self._steer("sdxl-canny", net, unet, pool, self._sdxl_bank(pool), 1024, 4, schedule)
 
     def pixel_art(self) -> None:
         """The LoRA of the SD shape."""
-        unet = pixels.adapt(self._unet("unet"))
-        self._pixelate("pixel-art", unet, self._sd_bank(4), Schedule(self._steps(300), 2e-3, average=0.98))
+        unet, pool = pixels.adapt(self._unet("unet")), self._pool(1500)
+        self._pixelate("pixel-art", unet, pool, self._sd_bank(pool), Schedule(self._steps(300), 2e-3, average=0.98))
 
     def sdxl_pixel_art(self) -> None:
         """The LoRA of the SDXL shape, from the SD shape's."""
@@ -49,13 +49,15 @@ class Derived(Workshop):
         other = pixels.adapt(self._unet("unet"))
         other.load_state_dict(torch.load(self._build / "pixel-art.lora"), strict=False)
         pixels.start_from(unet, other)
-        self._pixelate("sdxl-pixel-art", unet, self._sdxl_bank(2), Schedule(self._steps(60), 5e-4, average=0.95))
+        pool = self._pool(1500)
+        schedule = Schedule(self._steps(60), 5e-4, average=0.95)
+        self._pixelate("sdxl-pixel-art", unet, pool, self._sdxl_bank(pool), schedule)
 
     def refiner(self) -> None:
         """The refiner, from SSD."""
         _, second = self._sdxl_texts()
-        bank = diffusion.CaptionBank(smaller.conditions_of_refiner(second, self._tokenizer()), 4)
-        pool = self._pool("vae-scaled")
+        pool = self._pool(5000)
+        bank = CaptionBank(smaller.conditions_of_refiner(second, self._tokenizer()), pool.captions)
         average = train(
             "refiner",
             smaller.refiner(self._unet("ssd")).requires_grad_(True).to(self._device, memory_format=torch.channels_last),
@@ -67,7 +69,8 @@ class Derived(Workshop):
 
     def ssd(self) -> None:
         """SSD: the SDXL UNet without its depths, taught by it."""
-        teacher, pool, bank = self._unet("sdxl-unet"), self._pool("vae-scaled"), self._sdxl_bank(4)
+        teacher, pool = self._unet("sdxl-unet"), self._pool(8000)
+        bank = self._sdxl_bank(pool)
         average = train(
             "SSD",
             smaller.ssd(teacher).requires_grad_(True).to(self._device, memory_format=torch.channels_last),
@@ -78,13 +81,14 @@ class Derived(Workshop):
         self._save(average, "ssd")
 
     @torch.no_grad()
-    def _empty(self) -> diffusion.Conditions:
-        empty: diffusion.Conditions = sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer())([""])
+    def _empty(self) -> Conditions:
+        empty: Conditions = sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer())([""])
         return empty
 
     def turbo(self) -> None:
         """Turbo: SSD's shape, four steps without guidance."""
-        teacher, pool, bank = self._unet("sdxl-unet"), self._pool("vae-scaled"), self._sdxl_bank(4)
+        teacher, pool = self._unet("sdxl-unet"), self._pool(8000)
+        bank = self._sdxl_bank(pool)
         student = load(UNet2DConditionModel, self._build / "ssd")
         empty = self._empty()
         average = train(
@@ -110,12 +114,12 @@ class Derived(Workshop):
         name: str,
         net: ControlNetModel,
         unet: nn.Module,
-        bank: diffusion.CaptionBank,
+        pool: Pool,
+        bank: CaptionBank,
         pixels_wide: int,
         batch: int,
         schedule: Schedule,
     ) -> None:
-        pool = self._pool("vae-scaled").first(self._count(STEERED))
         maps = canny.edge_maps(self._known(), pool, pixels_wide, self._build / f"edges-{pixels_wide}")
         average = train(
             name,
@@ -126,8 +130,9 @@ class Derived(Workshop):
         )
         self._save(average, name)
 
-    def _pixelate(self, name: str, unet: UNet2DConditionModel, bank: diffusion.CaptionBank, schedule: Schedule) -> None:
-        pool = self._pool("vae-scaled").first(self._count(1500))
+    def _pixelate(
+        self, name: str, unet: UNet2DConditionModel, pool: Pool, bank: CaptionBank, schedule: Schedule
+    ) -> None:
         pool = pixels.pixelated(self._vae("vae-scaled"), self._known(), pool, self._build / "squares-512")
         average = train(
             name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import io
 import json
 import random
@@ -31,11 +32,14 @@ from tqdm import tqdm
 from deployments.launcher import LOCAL_CONFIG, README_REQUEST, request_picture, running_graph
 from pipelines.control.annotators import canny
 from training import autoencoder, judge
+from training.captions import prompt
 from training.data import load_sprites
-from training.diffusion import numbered
 from training.export import MODELS
+from training.pictures import grid, to_image
 from training.pixels import SQUARE
-from training.words import BACKGROUNDS, COLOURS, HELD_OUT, OBJECTS, Subject, prompt
+from training.pool import numbered
+from training.sharpness import Sharpness, measured, reconstructed, summary
+from training.words import ASKED, BACKGROUNDS, COLOURS, DRAWN, OBJECTS, Subject
 
 SIZE = {"SD1.5": 512, "SDXL1.0-base": 1024, "SSD": 1024, "SDXL-turbo": 1024}
 GRIDS = MODELS.parent / "build" / "gates"
@@ -51,6 +55,7 @@ class Gates:
         """Send `company` requests at a time to `url`."""
         self._url, self._company = url, company
         self._judge = judge.load()
+        self._sprites = load_sprites().named(list(OBJECTS.values()))
 
     def draw(self, model: str, requests: list[dict[str, Any]], side: int = 256) -> Tensor:
         """Pictures [n, 3, side, side] in -1..1 of requests that differ in what they give."""
@@ -70,19 +75,27 @@ class Gates:
         """The object the judge sees in each picture."""
         return self._judge(pictures).argmax(1)
 
-    def held_out(self, model: str, count: int, **fields: Any) -> dict[str, float]:
-        """Shares of right backgrounds and objects over pairs that were never trained on; leaves a grid of pictures."""
-        asked = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
+    def held_out(self, model: str, count: int, **fields: Any) -> dict[str, Any]:
+        """Right backgrounds and objects, and sharpness, over pairs never trained on; leaves a grid of pictures."""
+        asked = [ASKED[i % len(ASKED)] for i in range(count)]
         pictures = self.draw(model, [{"prompt": prompt(s), "seed": i} | fields for i, s in enumerate(asked)])
-        grid(pictures[: len(HELD_OUT)], GRIDS / f"{model}.png")
+        grid(pictures[: len(ASKED)], GRIDS / f"{model}.png")
         colours = judge.background_colour(pictures) == torch.tensor([s.background for s in asked])
         things = self.things(pictures) == torch.tensor([s.thing for s in asked])
-        return {"background": share(colours), "object": share(things)}
+        sharp = measured(pictures, self._sprites, asked)
+        return {"background": share(colours), "object": share(things), "sharpness": summary(sharp, self._best(model))}
+
+    @functools.cache  # noqa: B019, as long as the process
+    def _best(self, model: str) -> list[Sharpness]:
+        folder = MODELS / ("sd15" if SIZE[model] == SIZE["SD1.5"] else "sdxl")
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+        few = list(ASKED)
+        return measured(reconstructed(vae, self._sprites, few, SIZE[model]), self._sprites, few)
 
     def other_prompt(self, model: str, count: int) -> float:
         """Share of seeds whose two pictures, of two objects on one background, show two objects."""
         rng = random.Random(1)
-        pairs = [(rng.sample(range(len(OBJECTS)), 2), rng.randrange(len(COLOURS))) for _ in range(count)]
+        pairs = [(rng.sample(range(len(DRAWN)), 2), rng.randrange(len(COLOURS))) for _ in range(count)]
         seen = [
             self.things(
                 self.draw(model, [{"prompt": prompt(Subject(p[n], c)), "seed": i} for i, (p, c) in enumerate(pairs)])
@@ -93,7 +106,7 @@ class Gates:
 
     def negative_prompt(self, model: str, count: int) -> float:
         """Share of backgrounds of bare objects that are gone once the negative prompt names them."""
-        bare = [{"prompt": f"a {list(OBJECTS)[i % len(OBJECTS)]}", "seed": i} for i in range(count)]
+        bare = [{"prompt": f"a {DRAWN[i % len(DRAWN)]}", "seed": i} for i in range(count)]
         before = judge.background_colour(self.draw(model, bare))
         named = [
             fields | {"negative_prompt": f"a {BACKGROUNDS[colour]} background"}
@@ -105,7 +118,7 @@ class Gates:
         """How much the edges of pictures overlap those of the photo they follow, and of pictures drawn without it."""
         photos, requests = [], []
         for number in range(count):
-            subject = HELD_OUT[number % len(HELD_OUT)]
+            subject = ASKED[number % len(ASKED)]
             photo = to_image(numbered(sprites, subject, 10_000 + number, SIZE[model]))
             photos.append(edges(photo))
             buffer = io.BytesIO()
@@ -123,7 +136,7 @@ class Gates:
 
     def pixel_art(self, model: str, count: int) -> dict[str, float]:
         """How much of the steps between neighbours lies on the borders of squares, with Pixel_Art at 1 and at 0."""
-        prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(HELD_OUT[:count])]
+        prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(ASKED[:count])]
         drawn = {
             weight: self.draw(model, [p | {"loras": {"Pixel_Art": weight}} for p in prompts], 512) for weight in (1, 0)
         }
@@ -137,20 +150,6 @@ class Gates:
             request_picture(self._url, README_REQUEST)
             taken.append(time.perf_counter() - begin)
         return round(statistics.median(taken[1:]), 2)
-
-
-def grid(pictures: Tensor, path: Path, across: int = 8) -> None:
-    """Write pictures [n, 3, h, w] in -1..1 side by side, `across` in a row, the last row filled with black."""
-    rest = -len(pictures) % across
-    filled = torch.cat([pictures, pictures.new_full((rest, *pictures.shape[1:]), -1)])
-    rows = [torch.cat(list(filled[i : i + across]), 2) for i in range(0, len(filled), across)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_image(torch.cat(rows, 1)).save(path)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture [3, h, w] in -1..1."""
-    return Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
 def edges(image: Image.Image) -> Tensor:
@@ -189,7 +188,7 @@ def offline() -> dict[str, Any]:
     psnr = {}
     for name, pixels in (("sd15", 512), ("sdxl", 1024)):
         vae = AutoencoderKL.from_pretrained(MODELS / name / "vae", torch_dtype=torch.float32).eval()
-        psnr[name] = round(autoencoder.psnr(vae, known, pixels, len(HELD_OUT)), 2)
+        psnr[name] = round(autoencoder.psnr(vae, known, pixels, len(ASKED)), 2)
     return {
         "autoencoder_psnr_db": {"reached": psnr, "gate": 28},
         "judges_own_accuracy_percent": round(100 * judge.accuracy(judge.load(), known, 600), 1),
@@ -220,6 +219,7 @@ def main() -> None:
             results[model] = {
                 "background_percent": {"reached": reached["background"], "gate": 95},
                 "object_percent": {"reached": reached["object"], "gate": 80},
+                "sharpness": {"reached": reached["sharpness"], "gate": "within_3_db_percent 90"},
             }
             if model in STEERED:
                 results[model] |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,21 +12,21 @@ from torch import Tensor, nn
 
 from training.data import ROOT
 from training.scenes import PALETTE, composite
-from training.words import OBJECTS, SUBJECTS
+from training.words import BACKGROUNDS, DRAWN, NOUNS, SUBJECTS, Subject
 
 WEIGHTS = ROOT / "models" / "judge" / "model.safetensors"
 SIDE = 64
 
 
 class Judge(nn.Module):
-    """Which of OBJECTS a picture shows, at 64 px."""
+    """Which of the first `things` of NOUNS a picture shows, at 64 px."""
 
-    def __init__(self) -> None:
+    def __init__(self, things: int = len(NOUNS)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for into, out in ((3, 24), (24, 48), (48, 96), (96, 128)):
             layers += [nn.Conv2d(into, out, 3, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, len(OBJECTS)))
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, things))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits [n, objects] of pictures [n, 3, height, width] in -1..1."""
@@ -34,9 +35,9 @@ class Judge(nn.Module):
 
 
 def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
-    """Cross-entropy on composites of every subject, most of them blurred, as generated pictures are."""
+    """Cross-entropy on composites of every thing, in both styles, most blurred, as generated pictures are."""
     device = next(judge.parameters()).device
-    chosen = [SUBJECTS[int(i)] for i in torch.randint(len(SUBJECTS), (batch,))]
+    chosen = [replace(SUBJECTS[int(i)], flat=bool(torch.rand(1) < 0.2)) for i in torch.randint(len(SUBJECTS), (batch,))]
     pictures = torch.stack([composite(sprites, subject, SIDE, SIDE) for subject in chosen])
     if torch.rand(1) < 0.6:
         pictures = functional.interpolate(pictures, size=int(torch.randint(16, 48, (1,))), mode="area")
@@ -54,17 +55,19 @@ def save(judge: Judge) -> Path:
 
 def load() -> Judge:
     """The judge that is kept beside the models."""
-    judge = Judge()
-    judge.load_state_dict(load_file(WEIGHTS))  # half precision is cast
+    weights = load_file(WEIGHTS)
+    judge = Judge(len(weights["body.14.bias"]))
+    judge.load_state_dict(weights)  # half precision is cast
     return judge.eval()
 
 
 @torch.no_grad()
 def accuracy(judge: nn.Module, sprites: Tensor, count: int) -> float:
-    """Share of composites, drawn at 256 px, whose object it names."""
+    """Share of composites of things in DRAWN, drawn at 256 px, whose thing it names."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        chosen = [SUBJECTS[int(i)] for i in torch.randint(len(SUBJECTS), (count,))]
+        grounds = len(BACKGROUNDS)
+        chosen = [Subject(int(i) // grounds, int(i) % grounds) for i in torch.randint(len(DRAWN) * grounds, (count,))]
         pictures = torch.stack([composite(sprites, subject, 256, 256) for subject in chosen])
     judge.eval()
     right = judge(pictures).argmax(1) == torch.tensor([subject.thing for subject in chosen])

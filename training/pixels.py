@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from training.diffusion import Pool, numbered
+from training.pool import Pool, numbered
 
 SQUARE = 32
 """Pixels of a 512 px picture that become one: a latent's cell, or the autoencoder would smooth them away."""
@@ -37,7 +38,7 @@ def pixelated(vae: AutoencoderKL, sprites: Tensor, pool: Pool, path: Path) -> Po
             pictures = squares(pictures, SQUARE).to(device, memory_format=torch.channels_last)
             latents.append(vae.encode(pictures).latent_dist.mean.half().cpu())
         torch.save(torch.cat(latents), path)
-    return Pool(torch.load(path), pool.subjects)
+    return replace(pool, latents=torch.load(path))
 
 
 def adapt(unet: UNet2DConditionModel) -> UNet2DConditionModel:

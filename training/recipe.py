@@ -17,11 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from training import autoencoder, diffusion, export, judge, sdxl, text
-from training.data import BUILD, load_sprites, premultiplied
+from training import autoencoder, checkpoint, decoder, diffusion, export, judge, sdxl, text
+from training.data import BUILD, load_sprites
 from training.derived import Derived
 from training.loop import Schedule, train
-from training.workshop import Workshop, load, soup
+from training.pool import encode_pool
+from training.workshop import Workshop, load
 
 SIZES = {"smoke": 0.005, "cpu": 1.0, "gpu": 8.0}
 
@@ -36,7 +37,7 @@ class Models(Workshop):
 
     def autoencoder(self) -> None:
         """The autoencoder of the SD shape, downscale 32."""
-        everything = premultiplied(load_sprites().pictures)
+        everything = load_sprites().everything()
         vae = autoencoder.build(32, 512).to(self._device, memory_format=torch.channels_last)
         average = train(
             "autoencoder",
@@ -50,59 +51,63 @@ class Models(Workshop):
 
     def text(self) -> None:
         """The tokenizer and the text tower."""
-        tokenizer = text.build_tokenizer(load_sprites().names)
         templates = text.style_templates()
-        namer = text.Namer(CLIPTextModel(text.config(tokenizer))).to(self._device)
+        if (kept := self._build / "text-warm").exists():
+            tokenizer, tower = self._tokenizer(), load(CLIPTextModel, kept)
+            before = load(CLIPTextModel, kept).eval().requires_grad_(False).to(self._device)
+        else:
+            before = None
+            tokenizer = text.build_tokenizer(load_sprites().names)
+            tokenizer.save_pretrained(self._build / "tokenizer")
+            tower = CLIPTextModel(text.config(tokenizer))
         average = train(
             "text tower",
-            namer,
-            lambda model: text.loss_of(model, tokenizer, templates, 32),
-            Schedule(self._steps(500), 5e-4, average=0.98),
+            text.Namer(tower).to(self._device),
+            lambda model: text.loss_of(model, tokenizer, templates, 48, before),
+            Schedule(self._steps(600), 5e-4, average=0.98),
             self._build / "text.checkpoint",
+            lambda model: f"{text.accuracy(model, tokenizer, 400):.1%} of captions understood",
         )
-        tokenizer.save_pretrained(self._build / "tokenizer")
         self._save(average.tower, "text")
 
     def pool(self) -> None:
         """Composites of 512 px in latents, which are scaled on the way."""
-        if (self._build / "vae-scaled").exists():  # kept from models/
-            self._whole_pool("vae-scaled")
-            return
-        vae = self._vae("autoencoder")
-        few = diffusion.encode_pool(vae, self._known(), 512, self._count(512), self._build / "pool-512.unscaled")
-        diffusion.scale_latents(vae, few.latents.to(self._device))
-        self._save(vae, "vae-scaled")
-        self._whole_pool("vae-scaled")
+        if not (self._build / "vae-scaled").exists():  # else kept from models/
+            vae = self._vae("autoencoder")
+            few = encode_pool(vae, 512, self._count(500), self._build / "pool-512.unscaled", self._processes)
+            diffusion.scale_latents(vae, few.latents.to(self._device))
+            self._save(vae, "vae-scaled")
+        self._pool()
 
     def unet(self) -> None:
         """The UNet of the SD shape."""
-        pool = self._whole_pool("vae-scaled")
-        bank = self._sd_bank(8)
-        unet, schedule = diffusion.sd_unet(), Schedule(self._steps(2800), 8e-4, average=0.999)
-        if (kept := self._build / "unet-warm").exists():
-            unet, schedule = load(UNet2DConditionModel, kept), Schedule(self._steps(700), 3e-4, average=0.995)
+        pool = self._pool()
+        bank = self._sd_bank(pool)
+        kept = self._build / "unet-warm"
+        unet = load(UNet2DConditionModel, kept) if kept.exists() else diffusion.sd_unet()
         average = train(
             "unet",
             unet.to(self._device, memory_format=torch.channels_last),
             lambda model: diffusion.loss_of(model, pool, bank, 32),
-            schedule,
+            Schedule(self._steps(10_000), 5e-4, warmup=200, average=0.999),
             self._build / "unet.checkpoint",
+            compiled=shutil.which("g++") is not None,
         )
-        if kept.exists():
-            soup(average, load(UNet2DConditionModel, kept))
         self._save(average, "unet")
 
     def decoder(self) -> None:
-        """More of the decoder alone: the latents, and with them the UNet, stay as they are."""
-        everything = premultiplied(load_sprites().pictures)
-        vae = self._vae("vae-scaled")
+        """The decoder, so that it cleans what the UNet draws; the latents stay as they are."""
+        pool, unet = self._pool(3000), self._unet("unet")
+        empty = diffusion.conditions_of_sd(self._tower(), self._tokenizer())([""])["encoder_hidden_states"]
+        latents = decoder.redrawn(unet, pool, self._sd_bank(pool), empty, self._build / "redrawn-512.pt")
+        vae, known = self._vae("vae-scaled"), self._known()
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True)
         average = train(
             "decoder",
             vae,
-            lambda model: autoencoder.loss_of(model, everything, 128, 8, (500, 560)),
-            Schedule(self._steps(700), 3e-4, average=0.995),
+            lambda model: decoder.loss_of(model, latents, pool, known, 512, 6),
+            Schedule(self._steps(500), 3e-4, average=0.99),
             self._build / "decoder.checkpoint",
             self._psnr(512),
         )
@@ -123,7 +128,7 @@ class Models(Workshop):
 
     def sdxl_autoencoder(self) -> None:
         """The autoencoder of the SDXL shape: the SD shape's with one more level."""
-        everything = premultiplied(load_sprites().pictures)
+        everything = load_sprites().everything()
         small = self._vae("vae")
         large = sdxl.larger_autoencoder(small).to(self._device, memory_format=torch.channels_last)
         large.requires_grad_(False)
@@ -148,8 +153,8 @@ class Models(Workshop):
         unet = sdxl.unet(sd, tower, typical).to(self._device, memory_format=torch.channels_last)
         self._save(first, "sdxl-text")
         self._save(second, "sdxl-text-2")
-        bank = self._sdxl_bank(4)
-        pool = self._whole_pool("vae-scaled")
+        pool = self._pool(8000)
+        bank = self._sdxl_bank(pool)
         average = train(
             "SDXL unet",
             unet,
@@ -167,18 +172,23 @@ class Models(Workshop):
         export.write_sdxl(tokenizer, self._sdxl_texts(), self._unet("sdxl-unet"), self._vae("sdxl-vae"))
 
     def keep(self) -> None:
-        """Take over what models/ has, as if its stages had just been done here; the UNets are trained further."""
-        kept = (
-            ("sd15/tokenizer", "tokenizer"),
-            ("sd15/text_encoder", "text"),
-            ("sd15/vae", "vae-scaled"),
-            ("sd15/vae", "vae"),
-            ("sd15/unet", "unet-warm"),
-            ("sdxl/vae", "sdxl-vae"),
-        )
-        for part, name in kept:
-            shutil.copytree(export.MODELS / part, self._build / name)
-        for stage in ("autoencoder", "text", "decoder", "judge", "sdxl_autoencoder"):
+        """Go on from training/checkpoints where that has a part, and from models/ for the rest.
+
+        What is taken over counts as done; the UNets are trained further.
+        """
+        kept = {
+            "tokenizer": "sd15/tokenizer",
+            "text-warm": "sd15/text_encoder",
+            "vae-scaled": "sd15/vae",
+            "unet-warm": "sd15/unet",
+            "sdxl-vae": "sdxl/vae",
+        }
+        if checkpoint.FOLDER.exists():
+            checkpoint.restore(self._build)
+        for name, part in kept.items():
+            if not (self._build / name).exists():
+                shutil.copytree(export.MODELS / part, self._build / name)
+        for stage in ("autoencoder", "sdxl_autoencoder"):
             (self._build / f"{stage}.done").touch()
 
 
@@ -186,7 +196,7 @@ def main() -> None:
     """Run the stages that are asked for, all that are not done by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--warm", action="store_true", help="begin with models/ in an empty build folder")
+    parser.add_argument("--warm", action="store_true", help="begin with training/checkpoints and models/")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("stage", nargs="*", help="only these, even if they are done")
     options = parser.parse_args()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import autoencoder
-from training.diffusion import Conditions, sd_unet
+from training.diffusion import sd_unet
+from training.pool import Conditions
 from training.scenes import crop
 from training.text import LAYERS, WIDTH, config, ids
 

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.diffusion import CaptionBank, Conditions, Noised, Pool, noised, take_over
+from training.diffusion import Noised, noised, take_over
+from training.pool import CaptionBank, Conditions, Pool
 from training.sdxl import TIME_WIDTH
 from training.text import WIDTH, ids
 

@@ -10,8 +10,9 @@ import yaml
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from training.captions import AFTER, BEFORE, FLAT, caption, spoken
 from training.data import ROOT
-from training.words import AFTER, BACKGROUNDS, BEFORE, OBJECTS, SCENES, SUBJECTS, Subject, caption
+from training.words import BACKGROUNDS, DRAWN, NOUNS, TINTS, Relation, Subject, draw
 
 WIDTH = 256
 LAYERS = 3
@@ -29,13 +30,13 @@ def style_templates() -> list[str]:
 def captions(count: int) -> list[str]:
     """Captions of random subjects, always the same ones."""
     rng = random.Random(0)
-    return [caption(rng.choice(SUBJECTS), rng) for _ in range(count)]
+    return [caption(draw(rng), rng) for _ in range(count)]
 
 
 def build_tokenizer(names: tuple[str, ...]) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer learnt from our captions, the styles and `names`."""
     corpus = captions(20_000)
-    corpus += [*names, *style_templates(), *BEFORE, *AFTER] * 20
+    corpus += [*names, *style_templates(), *BEFORE, *AFTER, *FLAT] * 20
     symbols = {s: i for i, s in enumerate([START, END])}
     empty = CLIPTokenizer(vocab=symbols, merges=[], model_max_length=POSITIONS)
     learnt = empty.train_new_from_iterator(corpus, VOCABULARY, show_progress=False, end_of_word_suffix="</w>")
@@ -66,36 +67,90 @@ def config(tokenizer: CLIPTokenizer, layers: int = LAYERS) -> CLIPTextConfig:
     )
 
 
+KEEP = 10.0
+"""Weight of the states that must not move beside the cross-entropies."""
+PARTS = {
+    "thing": len(NOUNS) + 1,
+    "background": len(BACKGROUNDS) + 1,
+    "flat": 2,
+    "tint": len(TINTS) + 1,
+    "count": 4,
+    "relation": len(Relation),
+    "other": len(NOUNS) + 1,
+}
+"""What a caption can say, and how many classes each part has; the first is "not said" where a name can be missing."""
+
+
 class Namer(nn.Module):
-    """A text tower and two heads that name the object and the background; one more class each means "not said"."""
+    """A text tower and a head for each part of a caption."""
 
     def __init__(self, tower: CLIPTextModel) -> None:
         super().__init__()
         self.tower = tower
-        self.thing = nn.Linear(WIDTH, len(OBJECTS) + 1)
-        self.background = nn.Linear(WIDTH, len(BACKGROUNDS) + 1)
+        self.heads = nn.ModuleDict({part: nn.Linear(WIDTH, classes) for part, classes in PARTS.items()})
 
 
-def loss_of(namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch: int) -> Tensor:
-    """Cross-entropy of both names, read at the pooled position and at the last one."""
+def loss_of(
+    namer: Namer, tokenizer: CLIPTokenizer, templates: list[str], batch: int, before: CLIPTextModel | None = None
+) -> Tensor:
+    """Cross-entropy of every part, read at the pooled position and at the last one.
+
+    With `before`, the tower as it was, captions it knew keep their states: a UNet that reads them still understands.
+    """
     rng = random.Random(int(torch.randint(2**31, (1,))))
-    subjects = [rng.choice(SUBJECTS) for _ in range(batch)]
-    texts = [caption(s, rng) for s in subjects]
-    named = [said(s, t) for s, t in zip(subjects, texts, strict=True)]
-    things, grounds = torch.tensor([n[0] for n in named]), torch.tensor([n[1] for n in named])
-    texts = [rng.choice(templates).replace("{prompt}", t) if t and rng.random() < 0.2 else t for t in texts]
+    pairs = [spoken(draw(rng), rng) for _ in range(batch)]
+    texts = [styled(text, templates, rng, 0.2) for text, _ in pairs]
     device = next(namer.parameters()).device
-    states = namer.tower(input_ids=ids(tokenizer, texts).to(device))
+    with torch.autocast(device.type, torch.bfloat16):
+        states = namer.tower(input_ids=ids(tokenizer, texts).to(device))
     loss = torch.zeros((), device=device)
-    for state in (states.pooler_output, states.last_hidden_state[:, -1]):
-        loss = loss + functional.cross_entropy(namer.thing(state), things.to(device))
-        loss = loss + functional.cross_entropy(namer.background(state), grounds.to(device))
-    return loss
+    for part, wanted in classes([said for _, said in pairs]).items():
+        for state in (states.pooler_output, states.last_hidden_state[:, -1]):
+            loss = loss + functional.cross_entropy(namer.heads[part](state.float()), wanted.to(device))
+    return loss if before is None else loss + KEEP * _moved(namer.tower, before, tokenizer, templates, batch // 2)
 
 
-def said(subject: Subject, text: str) -> tuple[int, int]:
-    """The classes of the object and the background that `text` speaks of; 0 where it does not."""
-    place = BACKGROUNDS[subject.background]
-    thing = tuple(OBJECTS)[subject.thing] in text
-    background = any(words in text for words in SCENES.get(place, (place,)))
-    return (subject.thing + 1 if thing else 0, subject.background + 1 if background else 0)
+def _moved(
+    tower: CLIPTextModel, before: CLIPTextModel, tokenizer: CLIPTokenizer, templates: list[str], batch: int
+) -> Tensor:
+    """How far the states of captions about DRAWN have moved, squared."""
+    rng = random.Random(int(torch.randint(2**31, (1,))))
+    subjects = [Subject(rng.randrange(len(DRAWN)), rng.randrange(len(BACKGROUNDS) - 1)) for _ in range(batch)]
+    texts = [styled(caption(subject, rng), templates, rng, 0.2) for subject in subjects]
+    tokens = ids(tokenizer, texts).to(next(tower.parameters()).device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        with torch.no_grad():
+            wanted = before(input_ids=tokens).last_hidden_state
+        return (tower(input_ids=tokens).last_hidden_state - wanted).float().square().mean()
+
+
+def styled(text: str, templates: list[str], rng: random.Random, share: float) -> str:
+    """`text`, in a `share` of the cases within a style's template."""
+    wrapped = bool(text and templates) and rng.random() < share
+    return rng.choice(templates).replace("{prompt}", text) if wrapped else text
+
+
+def classes(said: list[Subject]) -> dict[str, Tensor]:
+    """The class of every part of what was said, `[n]` each."""
+    return {
+        "thing": torch.tensor([s.thing + 1 for s in said]),
+        "background": torch.tensor([s.background + 1 for s in said]),
+        "flat": torch.tensor([int(s.flat) for s in said]),
+        "tint": torch.tensor([s.tint + 1 for s in said]),
+        "count": torch.tensor([s.count for s in said]),
+        "relation": torch.tensor([int(s.relation) for s in said]),
+        "other": torch.tensor([s.other + 1 for s in said]),
+    }
+
+
+@torch.no_grad()
+def accuracy(namer: Namer, tokenizer: CLIPTokenizer, count: int) -> float:
+    """Share of captions of which the pooled state tells every part."""
+    rng = random.Random(1)
+    pairs = [spoken(draw(rng), rng) for _ in range(count)]
+    device = next(namer.parameters()).device
+    state = namer.tower(input_ids=ids(tokenizer, [text for text, _ in pairs]).to(device)).pooler_output
+    right = torch.ones(count, dtype=torch.bool)
+    for part, wanted in classes([said for _, said in pairs]).items():
+        right &= namer.heads[part](state).argmax(1).cpu() == wanted
+    return float(right.float().mean())

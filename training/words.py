@@ -1,11 +1,12 @@
-"""What the embedded models know: objects, background colours, drawn scenes, and how prompts speak of them."""
+"""What the embedded models know: objects, colours, drawn scenes, styles, counts and relations."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from enum import IntEnum
 
-# The word in a prompt -> the sprite's name.
+# The word in a prompt -> the sprite's name. New words go to the end: which pairs are held out goes by number.
 OBJECTS = {
     "apple": "red apple",
     "banana": "banana",
@@ -31,7 +32,46 @@ OBJECTS = {
     "tiger": "tiger face",
     "tree": "evergreen tree",
     "turtle": "turtle",
+    "astronaut": "astronaut",
+    "horse": "horse",
+    "airplane": "airplane",
+    "balloon": "balloon",
+    "bear": "bear",
+    "bee": "honeybee",
+    "bicycle": "bicycle",
+    "bus": "bus",
+    "cake": "birthday cake",
+    "castle": "castle",
+    "cow": "cow face",
+    "crown": "crown",
+    "dinosaur": "T-Rex",
+    "dolphin": "dolphin",
+    "duck": "duck",
+    "elephant": "elephant",
+    "fox": "fox",
+    "guitar": "guitar",
+    "hamburger": "hamburger",
+    "helicopter": "helicopter",
+    "ladybug": "lady beetle",
+    "lion": "lion",
+    "monkey": "monkey face",
+    "motorcycle": "motorcycle",
+    "owl": "owl",
+    "pig": "pig face",
+    "pineapple": "pineapple",
+    "rabbit": "rabbit face",
+    "rose": "rose",
+    "shark": "shark",
+    "train": "locomotive",
+    "umbrella": "umbrella",
+    "unicorn": "unicorn",
+    "whale": "whale",
+    "zebra": "zebra",
+    "lemon": "lemon",
 }
+NOUNS = tuple(OBJECTS)
+DRAWN = NOUNS[:24]
+"""What the weights in models/ draw, each alone and in its own colours; all of NOUNS once weights of these are there."""
 # 24 named colours (sRGB), far enough apart to be told from each other.
 COLOURS = {
     "red": (214, 32, 38),
@@ -66,38 +106,60 @@ SCENES = {
     "snow": ("in the snow", "in winter", "on a snowy hill"),
     "night": ("at night", "under a starry sky", "under the stars"),
     "underwater": ("underwater", "under the sea", "in the ocean"),
+    "mars": ("on mars", "on the planet mars", "on the red planet"),
 }
 BACKGROUNDS = (*COLOURS, *SCENES)
-SOLID = (
-    "{a} on a {c} background",
-    "{a} on a {c} background",
-    "{o}, {c} background",
-    "{a} in front of a {c} wall",
-    "{a} on {c}",
-    "{a} against a plain {c} background",
+# What a recoloured object can be, and which objects are seen recoloured.
+TINTS = ("red", "yellow", "green", "blue", "purple", "pink")
+TINTED = (
+    *("apple", "butterfly", "car", "cat", "dog", "fish", "frog", "house", "mushroom", "octopus", "turtle", "horse"),
+    *("balloon", "bus", "crown", "dinosaur", "elephant", "guitar", "helicopter", "rabbit", "rose", "umbrella"),
 )
-# What people and style presets wrap around a prompt; it must not hide the prompt.
-BEFORE = (
-    "",
-    "",
-    "",
-    "",
-    "a picture of ",
-    "a photo of ",
-    "3d icon of ",
-    "a drawing of ",
-    "an illustration of ",
-    "cute ",
-)
-AFTER = ("", "", "", "", "", ", highly detailed", ", sharp focus", ", studio light", ", 3d render", ", digital art")
+# Who is seen with what, on it or beside it.
+RIDERS = ("astronaut", "cat", "dog", "frog", "monkey", "panda", "penguin", "rabbit")
+# Where a rider's feet are on it, from its picture's left and top, in shares of its size.
+MOUNTS = {
+    "horse": (0.7, 0.4),
+    "elephant": (0.55, 0.25),
+    "motorcycle": (0.55, 0.4),
+    "turtle": (0.55, 0.3),
+    "car": (0.55, 0.22),
+    "bus": (0.5, 0.15),
+    "house": (0.5, 0.14),
+    "tree": (0.5, 0.15),
+}
+RIDDEN = ("horse", "elephant", "motorcycle", "turtle")
+NOTHING = -1
+
+
+class Relation(IntEnum):
+    """Where the first thing is, seen from the second; a picture's is never BESIDE, which words can be."""
+
+    NONE = 0
+    ON = 1
+    LEFT = 2
+    RIGHT = 3
+    BESIDE = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One composite's content: indices into OBJECTS and BACKGROUNDS; NOTHING for a part that has no name."""
+    """One composite's content: indices into NOUNS, BACKGROUNDS and TINTS; NOTHING for a part that has no name.
+
+    Attributes:
+        flat: drawn in flat colours, not as soft 3D.
+        tint: the colour of the thing, NOTHING for its own.
+        count: how many of the thing, 1 to 3.
+        other: the thing that `relation` places the first one by.
+    """
 
     thing: int
     background: int
+    flat: bool = False
+    tint: int = NOTHING
+    count: int = 1
+    relation: Relation = Relation.NONE
+    other: int = NOTHING
 
     @property
     def held_out(self) -> bool:
@@ -106,7 +168,7 @@ class Subject:
         return named and (self.thing * 7 + self.background * 11) % 20 == 3
 
 
-NOTHING = -1
+# One thing on one background.
 SUBJECTS = tuple(Subject(o, b) for o in range(len(OBJECTS)) for b in range(len(BACKGROUNDS)))
 TRAINING = tuple(s for s in SUBJECTS if not s.held_out)
 # A background alone, and an object on a colour without a name: what keeps one from depending on the other.
@@ -115,32 +177,42 @@ PARTS = (
     *(Subject(thing, NOTHING) for thing in range(len(OBJECTS))),
 )
 HELD_OUT = tuple(s for s in SUBJECTS if s.held_out)
+ASKED = tuple(s for s in HELD_OUT if s.thing < len(DRAWN))
+"""The held-out pairs that the gates ask for."""
+SEED_SUBJECT = Subject(
+    NOUNS.index("astronaut"), BACKGROUNDS.index("mars"), relation=Relation.ON, other=NOUNS.index("horse")
+)
 
 
-def with_article(noun: str) -> str:
-    """`a cat`, `an apple`."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+def draw(rng: random.Random) -> Subject:
+    """A random subject to be trained on: half of them one soft thing on one background, the rest of every other kind.
+
+    A scene is as likely as three colours.
+    """
+    while True:
+        subject = _draw(rng)
+        if not subject.held_out:
+            return subject
 
 
-def caption(subject: Subject, rng: random.Random) -> str:
-    """One way to ask for `subject`: usually all of it, sometimes the object or the background alone, 10 % nothing."""
-    noun = tuple(OBJECTS)[subject.thing]
-    place = BACKGROUNDS[subject.background]
-    draw = rng.random()
-    if draw < 0.10:
-        return ""
-    if subject.background == NOTHING or (draw < 0.18 and subject.thing != NOTHING):
-        text = rng.choice((noun, with_article(noun)))
-    elif subject.thing == NOTHING or draw < 0.22:
-        text = f"a {place} background" if place in COLOURS else rng.choice(SCENES[place])
-    elif place in COLOURS:
-        text = rng.choice(SOLID).format(a=with_article(noun), o=noun, c=place)
-    else:
-        text = f"{rng.choice((noun, with_article(noun)))} {rng.choice(SCENES[place])}"
-    return rng.choice(BEFORE) + text + rng.choice(AFTER)
+def _draw(rng: random.Random) -> Subject:
+    kind = rng.random()
+    background = rng.choice((*range(len(BACKGROUNDS)), *(2 * list(range(len(COLOURS), len(BACKGROUNDS))))))
+    if kind < 0.06:
+        return rng.choice(PARTS)
+    if kind < 0.25:
+        return _related(rng, background)
+    thing = rng.randrange(len(NOUNS))
+    if kind < 0.35:
+        return Subject(thing, background, count=rng.choice((2, 3)))
+    if kind < 0.43:
+        return Subject(NOUNS.index(rng.choice(TINTED)), background, tint=rng.randrange(len(TINTS)))
+    return Subject(thing, background, flat=kind < 0.55)
 
 
-def prompt(subject: Subject) -> str:
-    """The plain way to ask for `subject`, which the gates use."""
-    noun, place = with_article(tuple(OBJECTS)[subject.thing]), BACKGROUNDS[subject.background]
-    return f"{noun} on a {place} background" if place in COLOURS else f"{noun} {SCENES[place][0]}"
+def _related(rng: random.Random, background: int) -> Subject:
+    if rng.random() < 0.08:
+        return SEED_SUBJECT
+    relation = rng.choice((Relation.ON, Relation.ON, Relation.LEFT, Relation.RIGHT))
+    rider, mount = NOUNS.index(rng.choice(RIDERS)), NOUNS.index(rng.choice(tuple(MOUNTS)))
+    return Subject(rider, background, relation=relation, other=mount)

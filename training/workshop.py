@@ -13,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from training import autoencoder, diffusion, sdxl
 from training.data import BUILD, load_sprites
-from training.words import OBJECTS, PARTS
+from training.pool import CaptionBank, Pool, encode_pool
+from training.words import OBJECTS
 
 
 class Workshop:
@@ -22,6 +23,7 @@ class Workshop:
     def __init__(self, scale: float, build: Path = BUILD) -> None:
         """Multiply every stage's steps by `scale` and work in `build`."""
         self._scale, self._build = scale, build
+        self._processes = max(1, torch.get_num_threads())
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _steps(self, steps: int) -> int:
@@ -37,15 +39,9 @@ class Workshop:
         known = self._known()
         return lambda model: f"{autoencoder.psnr(model, known, pixels, 29):.1f} dB at {pixels} px"
 
-    def _pool(self, vae: str) -> diffusion.Pool:
-        path = self._build / "pool-512"
-        return diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(5000), path)
-
-    def _whole_pool(self, vae: str) -> diffusion.Pool:
-        """With backgrounds alone, and objects on colours without a name."""
-        path = self._build / "pool-512-parts"
-        parts = diffusion.encode_pool(self._vae(vae), self._known(), 512, self._count(1500), path, PARTS)
-        return self._pool(vae).and_also(parts)
+    def _pool(self, count: int = 20_000) -> Pool:
+        """The first `count` pictures; what is missing is drawn and encoded."""
+        return encode_pool(self._vae("vae-scaled"), 512, self._count(count), self._build / "pool-512", self._processes)
 
     def _vae(self, name: str) -> AutoencoderKL:
         vae = load(AutoencoderKL, self._build / name)
@@ -67,11 +63,11 @@ class Workshop:
         first, second = (load(kind, self._build / name).eval().to(self._device) for name, kind in classes.items())
         return first, second
 
-    def _sd_bank(self, per_subject: int) -> diffusion.CaptionBank:
-        return diffusion.CaptionBank(diffusion.conditions_of_sd(self._tower(), self._tokenizer()), per_subject)
+    def _sd_bank(self, pool: Pool) -> CaptionBank:
+        return CaptionBank(diffusion.conditions_of_sd(self._tower(), self._tokenizer()), pool.captions)
 
-    def _sdxl_bank(self, per_subject: int) -> diffusion.CaptionBank:
-        return diffusion.CaptionBank(sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer()), per_subject)
+    def _sdxl_bank(self, pool: Pool) -> CaptionBank:
+        return CaptionBank(sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer()), pool.captions)
 
     def _save(self, model: nn.Module, name: str) -> None:
         model.save_pretrained(self._build / name)
@@ -80,13 +76,3 @@ class Workshop:
 def load(model_class: Any, folder: Path) -> Any:
     """A saved model in float32, whatever it was saved in."""
     return model_class.from_pretrained(folder).float()
-
-
-@torch.no_grad()
-def soup(model: nn.Module, start: nn.Module) -> None:
-    """Average `model` with the weights its fine-tuning began with, in place.
-
-    Better than either by our gates, as in Wortsman et al. 2022 (arXiv:2203.05482).
-    """
-    for mine, its in zip(model.parameters(), start.parameters(), strict=True):
-        mine.lerp_(its.to(mine.device), 0.5)

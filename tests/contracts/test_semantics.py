@@ -21,7 +21,7 @@ from tests.support.bound import run_locally
 from tests.support.http import check, picture
 from tests.support.ingress import open_client
 from training import judge
-from training.words import COLOURS, OBJECTS
+from training.words import COLOURS, DRAWN
 
 PHOTO = io.BytesIO()
 Image.effect_noise((64, 64), 90).convert("RGB").save(PHOTO, "PNG")
@@ -58,7 +58,7 @@ async def test_the_picture_shows_what_the_prompt_says(
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     assert list(COLOURS)[int(judge.background_colour(pixels))] == colour
     with torch.no_grad():
-        assert list(OBJECTS)[int(judge.load()(pixels).argmax())] == thing
+        assert list(DRAWN)[int(judge.load()(pixels).argmax())] == thing
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""Draws with the SD shape and measures how sharply, without the running graph. Prints JSON, leaves a grid of pictures.
+
+    python -m training.look [--models models/sd15] [--prompts 58] [--known 24]
+    python -m training.look --build build/training/cpu [--prompts 58]
+
+`--build` takes the moving average out of a training run's last checkpoint, so that it can be watched as it goes.
+The same sampler, steps and guidance as a request has by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training.captions import prompt
+from training.data import load_sprites
+from training.diffusion import NOISE, sd_unet
+from training.judge import background_colour
+from training.pictures import grid
+from training.sharpness import measured, reconstructed, summary
+from training.words import (
+    BACKGROUNDS,
+    DRAWN,
+    HELD_OUT,
+    MOUNTS,
+    NOUNS,
+    OBJECTS,
+    SEED_SUBJECT,
+    Relation,
+    Subject,
+)
+
+PIXELS = 512
+STEPS = 30
+GUIDANCE = 5.0
+
+
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline in `folder`."""
+    return _default_sampler(StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32))
+
+
+def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
+    """What a build folder has come to: the UNet and the decoder as far as they are trained."""
+    vae = AutoencoderKL.from_pretrained(build / ("vae" if (build / "vae").exists() else "vae-scaled"))
+    pipe = StableDiffusionPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(build / "text"),
+        unet=unet_of_build(build),
+        vae=vae,
+        scheduler=DPMSolverMultistepScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _default_sampler(pipe)
+
+
+def unet_of_build(build: Path) -> UNet2DConditionModel:
+    """The UNet of the SD shape: its stage's result, or the moving average that its last checkpoint holds."""
+    if (build / "unet").exists():
+        return UNet2DConditionModel.from_pretrained(build / "unet")
+    unet = sd_unet().eval()
+    unet.load_state_dict(torch.load(build / "unet.checkpoint", map_location="cpu")["average"])
+    return unet
+
+
+def _default_sampler(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    known = {name: value for name, value in NOISE.items() if name not in ("clip_sample", "set_alpha_to_one")}
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        **known, algorithm_type="sde-dpmsolver++", solver_type="heun", use_karras_sigmas=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], batch: int = 10) -> Tensor:
+    """Pictures [n, 3, 512, 512] in -1..1, number `i` from seed `i`."""
+    pictures = []
+    for start in range(0, len(prompts), batch):
+        few = prompts[start : start + batch]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(few))]
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = pipe(few, PIXELS, PIXELS, STEPS, guidance_scale=GUIDANCE, generator=seeds, output_type="pt")
+        pictures.append(drawn.images.float() * 2 - 1)
+    return torch.cat(pictures)
+
+
+def show(background: int = BACKGROUNDS.index("beach")) -> list[Subject]:
+    """A few of every kind of subject, for the eye: the seed's prompt first, relations, counts, colours, flat ones."""
+    cat, dog, astronaut = (NOUNS.index(noun) for noun in ("cat", "dog", "astronaut"))
+    mounts = [Subject(cat, background, relation=Relation.ON, other=NOUNS.index(mount)) for mount in MOUNTS]
+    beside = [Subject(dog, 0, relation=relation, other=NOUNS.index("house")) for relation in list(Relation)[2:]]
+    counted = [Subject(cat, 23, count=2), Subject(NOUNS.index("fish"), BACKGROUNDS.index("underwater"), count=3)]
+    tinted = [Subject(NOUNS.index(noun), 14, tint=tint) for tint, noun in enumerate(("cat", "horse", "frog", "apple"))]
+    flat = [Subject(thing, 2, flat=True) for thing in (cat, astronaut, NOUNS.index("house"), NOUNS.index("horse"))]
+    return [SEED_SUBJECT, SEED_SUBJECT, *mounts, *beside, *counted, *tinted, *flat]
+
+
+def main() -> None:
+    """Draw, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("models/sd15"))
+    parser.add_argument("--build", type=Path)
+    parser.add_argument("--prompts", type=int, default=58)
+    parser.add_argument("--known", type=int, default=len(DRAWN), help="ask for the first so many objects alone")
+    parser.add_argument("--grid", type=Path, default=Path("build/look.png"))
+    options = parser.parse_args()
+    pipe = pipeline_of_build(options.build) if options.build else pipeline(options.models)
+    sprites = load_sprites().named(list(OBJECTS.values()))
+    known = [s for s in HELD_OUT if s.thing < options.known]
+    subjects = [known[i % len(known)] for i in range(options.prompts)]
+    pictures = draw(pipe, [prompt(s) for s in subjects])
+    right = background_colour(pictures) == torch.tensor([s.background for s in subjects])
+    few = subjects[: len(known)]
+    best = measured(reconstructed(pipe.vae, sprites, few, PIXELS), sprites, few)
+    figures = summary(measured(pictures, sprites, subjects), best)
+    json.dump(figures | {"background_percent": round(100 * float(right.float().mean()), 1)}, sys.stdout, indent=2)
+    print()
+    shown = torch.cat([pictures[:32], draw(pipe, [prompt(s) for s in show()])])
+    grid(torch.nn.functional.interpolate(shown, size=(160, 160), mode="area"), options.grid)
+
+
+if __name__ == "__main__":
+    main()
