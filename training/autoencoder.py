@@ -74,6 +74,7 @@ def _carry(conv: nn.Conv2d, tap: Tensor) -> None:
     conv.weight[:3] = 0
     for channel in range(3):
         conv.weight[channel, channel] = tap
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
 
 
@@ -90,6 +91,7 @@ def _open_tail(last: ResnetBlock2D, norm: nn.GroupNorm, conv: nn.Conv2d, tap: Te
     norm.weight.fill_(scale)
     norm.bias[:3] = 4
     _carry(conv, tap)
+    assert conv.bias is not None
     conv.bias[:3] = -4
 
 
@@ -100,11 +102,11 @@ def loss_of(
     device = next(vae.parameters()).device
     pictures = torch.stack([crop(sprites, pixels, canvases) for _ in range(batch)]).to(device)
     posterior = vae.encode(pictures).latent_dist
-    error = vae.decode(posterior.sample()).sample - pictures
+    error: Tensor = vae.decode(posterior.sample()).sample - pictures
     loss = error.abs().mean() + 2 * error.square().mean()
     for factor in (4, 16):
         loss = loss + 0.5 * functional.avg_pool2d(error, factor).abs().mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    kl: Tensor = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return loss + 1e-4 * kl
 
 

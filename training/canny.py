@@ -29,8 +29,8 @@ def edge_maps(sprites: Tensor, pool: Pool, pixels: int, path: Path) -> Tensor:
         packed = np.empty((len(pool.latents), pixels, pixels // 8), np.uint8)
         for number, subject in enumerate(tqdm(pool.subjects, "edges", mininterval=5)):
             picture = (numbered(sprites, subject, number, pixels).permute(1, 2, 0) + 1) * 127.5
-            edges = canny(Image.fromarray(picture.round().byte().numpy()))
-            packed[number] = np.packbits(np.asarray(edges)[..., 0] > 0, axis=-1)
+            drawn = canny(Image.fromarray(picture.round().byte().numpy()))
+            packed[number] = np.packbits(np.asarray(drawn)[..., 0] > 0, axis=-1)
         torch.save(torch.from_numpy(packed), path)
     edges: Tensor = torch.load(path)
     return edges
@@ -66,6 +66,7 @@ def _enliven(embedding: nn.Module) -> None:
     convolutions = [module for module in embedding.modules() if isinstance(module, nn.Conv2d)]
     for conv in convolutions:
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        assert conv.bias is not None
         nn.init.zeros_(conv.bias)
     edges = (torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0)) < 0.03).float()
     values = edges

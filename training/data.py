@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import resvg_py
@@ -73,7 +74,7 @@ def fetch(package: Package) -> Path:
     if digest != package.sha256:
         raise DataError(f"{path.name} has SHA-256 {digest}, pinned is {package.sha256}")
     with tarfile.open(path) as archive:
-        manifest = json.load(archive.extractfile("package/package.json"))
+        manifest = json.load(_member(archive, "package/package.json"))
     if manifest.get("license") != package.licence:
         raise DataError(f"{package.name} carries the licence {manifest.get('license')!r}, expected {package.licence!r}")
     return path
@@ -115,14 +116,14 @@ def load_sprites() -> Sprites:
     cache = BUILD / "sprites-soft-and-flat.pt"
     if not cache.exists():
         with tarfile.open(fetch(NAMES)) as archive:
-            entries = json.load(archive.extractfile("package/en/data.json"))
+            entries = json.load(_member(archive, "package/en/data.json"))
         names = {_code(e["hexcode"]): e["label"] for e in entries if e.get("group") in GROUPS or e["label"] in PEOPLE}
         soft: dict[str, np.ndarray] = {}
         with tarfile.open(fetch(EMOJI)) as archive:
             for member in archive:
                 name = names.get(_code(Path(member.name).stem))
                 if name and member.name.endswith(".webp"):
-                    picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
+                    picture = Image.open(io.BytesIO(_member(archive, member).read())).convert("RGBA")
                     soft[name] = np.asarray(picture.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
         ordered = sorted(soft)
         flat = _flat_pictures(ordered)
@@ -133,10 +134,17 @@ def load_sprites() -> Sprites:
     return Sprites(saved["pictures"], saved["flat"], tuple(saved["names"]))
 
 
+def _member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> IO[bytes]:
+    """An open file of an archive."""
+    file = archive.extractfile(member)
+    assert file is not None, f"{member} is not a file"
+    return file
+
+
 def _flat_pictures(names: list[str]) -> dict[str, np.ndarray]:
     """The flat emoji of `names`, [256, 256, 4] each, drawn from their SVG; empty ones where there is no such emoji."""
     with tarfile.open(fetch(FLAT)) as archive:
-        icons = json.load(archive.extractfile("package/icons.json"))
+        icons = json.load(_member(archive, "package/icons.json"))
     box = f"0 0 {icons.get('width', 32)} {icons.get('height', 32)}"
     found = {}
     for name in names:

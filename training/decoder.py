@@ -50,7 +50,7 @@ def redrawn(unet: nn.Module, pool: Pool, bank: CaptionBank, empty: Tensor, path:
 def _redraw(unet: nn.Module, clean: Tensor, context: Tensor, from_time: int) -> Tensor:
     scheduler = DDIMScheduler(**NOISE)
     times = torch.linspace(from_time, 0, STEPS + 1).round().long()
-    latents = scheduler.add_noise(clean, torch.randn(clean.shape).to(clean), times[:1].expand(len(clean)))
+    latents: Tensor = scheduler.add_noise(clean, torch.randn(clean.shape).to(clean), times[:1].expand(len(clean)))
     alphas = scheduler.alphas_cumprod.to(clean.device)
     for now, then in pairwise(times):
         with torch.autocast(clean.device.type, torch.bfloat16):
@@ -83,7 +83,7 @@ def loss_of(vae: AutoencoderKL, latents: Tensor, pool: Pool, sprites: Tensor, pi
         wanted.append(picture[:, top * cell : (top + CROP) * cell, left * cell : (left + CROP) * cell])
     with torch.autocast(device.type, torch.bfloat16):
         drawn = vae.decode(torch.stack(given).to(device, memory_format=torch.channels_last)).sample
-    error = drawn.float() - torch.stack(wanted).to(device)
+    error: Tensor = drawn.float() - torch.stack(wanted).to(device)
     loss = error.abs().mean() + 2 * error.square().mean()
     for along in (2, 3):
         loss = loss + error.diff(dim=along).abs().mean()

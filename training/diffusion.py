@@ -98,7 +98,8 @@ class Noised:
     @property
     def velocity(self) -> Tensor:
         """What a v-predicting UNet should answer."""
-        return DDIMScheduler(**NOISE).get_velocity(self.latents, self.noise, self.times)
+        velocity: Tensor = DDIMScheduler(**NOISE).get_velocity(self.latents, self.noise, self.times)
+        return velocity
 
     def ask(self, unet: nn.Module, **more: object) -> Tensor:
         """The UNet's answer."""
@@ -141,6 +142,6 @@ def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tenso
     drawn = noised(pool, bank, batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         answer = drawn.ask(unet)
-    alphas = DDIMScheduler(**NOISE).alphas_cumprod.to(device)[drawn.times]
+    alphas: Tensor = DDIMScheduler(**NOISE).alphas_cumprod.to(device)[drawn.times]
     weight = ((CLEAREST + 1) * (1 - alphas)).clamp(max=1)  # SNR + 1 = 1 / (1 - alphas)
     return (weight * (answer.float() - drawn.velocity).square().mean((1, 2, 3))).mean()

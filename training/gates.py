@@ -73,7 +73,8 @@ class Gates:
     @torch.no_grad()
     def things(self, pictures: Tensor) -> Tensor:
         """The object the judge sees in each picture."""
-        return self._judge(pictures).argmax(1)
+        scores: Tensor = self._judge(pictures)
+        return scores.argmax(1)
 
     def held_out(self, model: str, count: int, **fields: Any) -> dict[str, Any]:
         """Right backgrounds and objects, and sharpness, over pairs never trained on; leaves a grid of pictures."""

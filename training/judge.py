@@ -80,4 +80,5 @@ def background_colour(pictures: Tensor) -> Tensor:
     edges = (slice(0, side), slice(-side, None))
     corners = torch.stack([pictures[:, :, y, x].mean((2, 3)) for y in edges for x in edges], 1)
     colour = (corners.median(1).values + 1) / 2
-    return (colour[:, None] - PALETTE[None]).norm(dim=-1).argmin(1)
+    distances: Tensor = (colour[:, None] - PALETTE[None]).norm(dim=-1)
+    return distances.argmin(1)

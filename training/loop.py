@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 CHECKPOINT_EVERY_S = 120.0
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Schedule:
 
 def train(
     name: str,
-    model: nn.Module,
-    loss_of: Callable[[nn.Module], Tensor],
+    model: M,
+    loss_of: Callable[[M], Tensor],
     schedule: Schedule,
     checkpoint: Path,
-    report: Callable[[nn.Module], str] | None = None,
+    report: Callable[[M], str] | None = None,
     compiled: bool = False,
-) -> nn.Module:
+) -> M:
     """Train `model`; returns the moving average of its weights, in evaluation mode.
 
     Every step draws its randomness from its own number, so that a run which was interrupted and goes on from
@@ -56,7 +58,7 @@ def train(
         compiled: run the model through torch.compile, which takes two minutes at first and then less than half the
             time; `loss_of` must only call the model.
     """
-    asked = torch.compile(model) if compiled else model
+    asked = cast("M", torch.compile(model)) if compiled else model
     average = copy.deepcopy(model).eval().requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
     averaged = [a for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
@@ -70,10 +72,10 @@ def train(
         first = saved["step"]
 
     def save(step: int) -> None:
-        state = {"model": model, "average": average, "optimizer": optimizer}
+        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         scratch = checkpoint.with_suffix(".partial")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: part.state_dict() for key, part in state.items()} | {"step": step}, scratch)
+        torch.save(state | {"step": step}, scratch)
         scratch.replace(checkpoint)
 
     model.train()
@@ -90,7 +92,9 @@ def train(
         nn.utils.clip_grad_norm_(weights, schedule.clip)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, weights, 1 - min(schedule.average, (1 + step) / (10 + step)))
+            newest = 1 - min(schedule.average, (1 + step) / (10 + step))
+            for kept, now in zip(averaged, weights, strict=True):
+                kept.lerp_(now, newest)
             for mine, its in zip(average.buffers(), model.buffers(), strict=True):  # a batch norm's running statistics
                 mine.copy_(its)
         recent = loss.item() if step == first else 0.98 * recent + 0.02 * loss.item()

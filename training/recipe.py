@@ -204,10 +204,13 @@ def main() -> None:
     build = BUILD / options.size
     scale = SIZES[options.size]
     models, derived = Models(scale, build), Derived(scale, build)
+    stages = models.stages() | derived.stages()
+    if unknown := [name for name in options.stage if name not in stages]:
+        parser.error(f"there is no stage {unknown}; the stages are {list(stages)}")
     build.mkdir(parents=True, exist_ok=True)
     if options.warm and not any(build.iterdir()):
         models.keep()
-    for name, stage in (models.stages() | derived.stages()).items():
+    for name, stage in stages.items():
         done = build / f"{name}.done"
         if name in options.stage or (not options.stage and not done.exists()):
             stage()

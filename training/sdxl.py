@@ -116,8 +116,8 @@ def loss_of(large: AutoencoderKL, small: AutoencoderKL, sprites: Tensor, pixels:
     device = next(large.parameters()).device
     pictures = torch.stack([crop(sprites, pixels, (960, 1100)) for _ in range(batch)]).to(device)
     with torch.no_grad():
-        wanted = small.encoder.conv_in(functional.avg_pool2d(pictures, 2))
+        wanted: Tensor = small.encoder.conv_in(functional.avg_pool2d(pictures, 2))
         latents = small.encode(functional.avg_pool2d(pictures, 2)).latent_dist.mean
-    found = large.encoder.down_blocks[0](large.encoder.conv_in(pictures))
-    error = large.decode(latents).sample - pictures
+    found: Tensor = large.encoder.down_blocks[0](large.encoder.conv_in(pictures))
+    error: Tensor = large.decode(latents).sample - pictures
     return (found - wanted).square().mean() + error.abs().mean() + 2 * error.square().mean()

@@ -119,7 +119,7 @@ def _refined(
     step = 1.0 / COARSE
     while step > 0.3 / SIDE:
         moves = [(step, 0, 0), (-step, 0, 0), (0, step, 0), (0, -step, 0), (0, 0, step), (0, 0, -step)]
-        tried = [tuple(a + b for a, b in zip(here, move, strict=True)) for move in moves]
+        tried = [(here[0] + x, here[1] + y, here[2] + size) for x, y, size in moves]
         tried = [place for place in tried if SIZES[0] <= place[2] <= SIZES[-1]]
         errors = [error(*place_and_size) for place_and_size in tried]
         if min(errors) < least:

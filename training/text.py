@@ -46,9 +46,10 @@ def build_tokenizer(names: tuple[str, ...]) -> CLIPTokenizer:
 
 def ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids [n, POSITIONS], padded and cut like the pipelines do it."""
-    return tokenizer(
+    tokens: Tensor = tokenizer(
         captions, padding="max_length", max_length=POSITIONS, truncation=True, return_tensors="pt"
     ).input_ids
+    return tokens
 
 
 def config(tokenizer: CLIPTokenizer, layers: int = LAYERS) -> CLIPTextConfig:
@@ -120,8 +121,9 @@ def _moved(
     tokens = ids(tokenizer, texts).to(next(tower.parameters()).device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         with torch.no_grad():
-            wanted = before(input_ids=tokens).last_hidden_state
-        return (tower(input_ids=tokens).last_hidden_state - wanted).float().square().mean()
+            wanted: Tensor = before(input_ids=tokens).last_hidden_state
+        found: Tensor = tower(input_ids=tokens).last_hidden_state
+        return (found - wanted).float().square().mean()
 
 
 def styled(text: str, templates: list[str], rng: random.Random, share: float) -> str:

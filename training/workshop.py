@@ -69,7 +69,8 @@ class Workshop:
     def _sdxl_bank(self, pool: Pool) -> CaptionBank:
         return CaptionBank(sdxl.conditions_of_sdxl(*self._sdxl_texts(), self._tokenizer()), pool.captions)
 
-    def _save(self, model: nn.Module, name: str) -> None:
+    def _save(self, model: Any, name: str) -> None:
+        """Save a model of diffusers or transformers in its own layout."""
         model.save_pretrained(self._build / name)
 
 

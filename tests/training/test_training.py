@@ -27,6 +27,7 @@ from training import (
     judge,
     pictures,
     pixels,
+    recipe,
     scenes,
     sdxl,
     smaller,
@@ -589,3 +590,13 @@ def test_a_grid_holds_every_picture(tmp_path: Path) -> None:
     assert picture.size == (24, 12)
     assert picture.getpixel((0, 0)) == (255, 255, 255)
     assert picture.getpixel((23, 11)) == (0, 0, 0)
+
+
+def test_a_stage_that_does_not_exist_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["recipe", "unett"])
+    with pytest.raises(SystemExit) as ended:
+        recipe.main()
+    assert ended.value.code == 2
+    assert "there is no stage ['unett']; the stages are ['autoencoder'" in capsys.readouterr().err
