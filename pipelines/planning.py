@@ -78,7 +78,7 @@ def make_plan(
     strength = _strength(params, model, steps)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
-    backend = BackendChoice.of(params.backend, model, width, height, compiled)
+    backend = BackendChoice.create(params.backend, model, width, height, compiled)
     prompts = _styled(params, catalog)
 
     def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
@@ -247,7 +247,7 @@ class BackendChoice:
     compiled: Collection[CompiledSize]
 
     @classmethod
-    def of(
+    def create(
         cls, wanted: str, model: ModelSpec, width: int, height: int, compiled: Collection[CompiledSize]
     ) -> BackendChoice:
         """Check what can be checked of the request alone: the name, and that an explicit `tvm` is on the size table."""
