@@ -16,7 +16,6 @@ export RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S := 1
 export RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT := 1000000
 export RAY_USAGE_STATS_ENABLED := 0
-export SERVE_SOCKET_REUSE_PORT_ENABLED := 0
 export TQDM_DISABLE := 1
 # Of image processors that make do without torchvision.
 export TRANSFORMERS_VERBOSITY ?= error
@@ -48,7 +47,7 @@ demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, sen
 	$(BIN)/python -m deployments.launcher demo $(CONFIG)
 
 serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C; BACKEND=tvm
-	$(BIN)/serve run $(CONFIG)
+	$(BIN)/python -m deployments.launcher serve $(CONFIG)
 
 compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM="--catalog hub --model SD1.5" for others
 	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM)

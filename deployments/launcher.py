@@ -2,7 +2,8 @@
 
 `make demo`, the Serve tests and the benchmarks all start it here, the way `make serve` does.
 
-    python -m deployments.launcher demo [serve config]    # the README's request -> result.jpg
+    python -m deployments.launcher demo [serve config]     # the README's request -> result.jpg
+    python -m deployments.launcher serve [serve config]    # until Ctrl-C
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,7 +163,28 @@ def demo(config: Path, result: Path) -> None:
         )
 
 
+def serve(config: Path) -> None:
+    """Become `serve run <config>`, unless something listens on its port already: Serve would share the port."""
+    _check_port_is_free(yaml.safe_load(config.read_text())["http_options"]["port"])
+    command = Path(sys.executable).with_name("serve")
+    os.execv(command, [str(command), "run", str(config)])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`demo` or `serve`, and a Serve config; the laptop graph's by default."""
+    match arguments:
+        case ["demo" | "serve" as command, *rest] if len(rest) <= 1:
+            config = Path(rest[0]) if rest else LOCAL_CONFIG
+        case _:
+            sys.exit("usage: python -m deployments.launcher demo|serve [serve config]")
+    try:
+        if command == "demo":
+            demo(config, ROOT / "result.jpg")
+        else:
+            serve(config)
+    except StartError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["demo"] or len(sys.argv) > 3:
-        sys.exit("usage: python -m deployments.launcher demo [serve config]")
-    demo(Path(sys.argv[2]) if sys.argv[2:] else LOCAL_CONFIG, ROOT / "result.jpg")
+    main(sys.argv[1:])

@@ -28,8 +28,6 @@ ENVIRONMENT: Mapping[str, str] = {
     # Replicas whose weights are missing are started again until the weights come.
     "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A second graph on a port in use fails instead of taking half of the requests.
-    "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
 }
 """How `make` and the launcher start Ray on one machine."""
 

@@ -197,7 +197,7 @@ def test_retries_of_a_replicas_start_are_bounded_by_the_environment_variable_too
 
 def test_every_other_environment_variable_has_a_test_of_its_own() -> None:
     others = {name for name in ENVIRONMENT if not name.startswith("RAY_SERVE_")}
-    assert others == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "SERVE_SOCKET_REUSE_PORT_ENABLED"}
+    assert others == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}
 
 
 def test_ray_address_local_starts_an_instance_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -519,12 +519,11 @@ def test_a_replica_can_ask_for_the_states_of_its_own_application(client: httpx.C
     assert states == {"healthy": True, "states": dict.fromkeys(("worker", "sleeper", "front"), "HEALTHY")}
 
 
-def test_serve_socket_reuse_port_enabled_0_keeps_others_off_serves_port(instance: Instance) -> None:
-    """A second graph would take half of the requests otherwise."""
+def test_serve_shares_its_port_with_whoever_asks_to(instance: Instance) -> None:
+    """A second graph would take half of the requests, so the launcher looks whether a port is free first."""
     with socket.socket() as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with pytest.raises(OSError, match="Address already in use"):
-            second.bind(("127.0.0.1", int(instance.url.rpartition(":")[2])))
+        second.bind(("127.0.0.1", int(instance.url.rpartition(":")[2])))
 
 
 def test_a_replicas_process_is_titled_with_its_deployment(steady: DeploymentHandle) -> None:
