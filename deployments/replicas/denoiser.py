@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from pipelines.engine.engine import StepEngine, TickReport
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
-
-logger = logging.getLogger(__name__)
 
 
 class DenoiserDeployment(Replica):
