@@ -1,0 +1,1 @@
+"""Which kind of file a header belongs to."""
