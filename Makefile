@@ -28,7 +28,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 RAY_TESTS := tests/upstream/test_ray.py
 FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py --ignore=$(RAY_TESTS)
 
-.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s clean
+.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,6 +72,15 @@ fast: check  ## check and the tests that need neither Ray nor whole pictures: un
 test: fast  ## every test but the slow ones
 	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/gpu $(RAY_TESTS)
 	$(PYTEST) tests/serve
+
+build/lock/installed:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv==0.13.9
+	touch $@
+
+lock: build/lock/installed  ## requirements.txt: what the image installs, exact versions with hashes
+	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --constraint constraints.txt --generate-hashes --no-annotate \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" --output-file requirements.txt
 
 # Its dependencies contradict ours.
 build/checkov/installed:

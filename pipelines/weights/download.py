@@ -6,10 +6,12 @@ python -m pipelines.weights.download --catalog hub [--model SD1.5 ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from config.catalog import Catalog
+from pipelines.errors import WeightsError
 from pipelines.weights.files import ComponentFiles, Files, annotator_files, lora_files
 
 
@@ -38,14 +40,17 @@ def needed_files(catalog: Catalog) -> Iterator[Files]:
 
 
 def main() -> None:
-    """Fetch, and print where everything lies."""
+    """Fetch, and print where everything lies; what cannot be had is one line of error and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="hub")
     parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")
     options = parser.parse_args()
     catalog = Catalog.load(options.catalog)
-    for what, folder in download(catalog.only(tuple(options.model)) if options.model else catalog):
-        print(f"{what}: {folder}", flush=True)
+    try:
+        for what, folder in download(catalog.only(tuple(options.model)) if options.model else catalog):
+            print(f"{what}: {folder}", flush=True)
+    except WeightsError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,30 @@ def groups(service: Document) -> Iterator[tuple[str, Document]]:
         yield group["groupName"], group
 
 
-def pods(docs: list[Document]) -> Iterator[tuple[str, Document]]:
-    """Name and specification of every kind of pod."""
+def templates(docs: list[Document]) -> Iterator[tuple[str, Document]]:
+    """Name and template of every kind of pod, of Ray's groups and of Jobs."""
     for name, group in groups(ray_service(docs)):
-        yield name, group["template"]["spec"]
+        yield name, group["template"]
     for document in docs:
         if document["kind"] == "Job":
-            yield document["metadata"]["name"], document["spec"]["template"]["spec"]
+            yield document["metadata"]["name"], document["spec"]["template"]
+
+
+def pods(docs: list[Document]) -> Iterator[tuple[str, Document]]:
+    """Name and specification of every kind of pod."""
+    for name, template in templates(docs):
+        yield name, template["spec"]
+
+
+def environment(pod: Document) -> dict[str, str]:
+    """Variables of a pod's container, those of Secrets left out."""
+    return {entry["name"]: entry.get("value", "") for entry in pod["containers"][0].get("env", [])}
+
+
+def quantity(text: str) -> float:
+    """A number of bytes or of CPUs as Kubernetes writes it."""
+    suffixes = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "m": 1e-3}
+    for suffix, factor in suffixes.items():
+        if text.endswith(suffix):
+            return float(text.removesuffix(suffix)) * factor
+    return float(text)

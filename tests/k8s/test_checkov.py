@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from config.catalog import ROOT
-from tests.k8s.conftest import documents, pods
+from tests.k8s.conftest import documents, templates
 
 CHECKOV = ROOT / "build" / "checkov" / "bin" / "checkov"
 pytestmark = [
@@ -22,7 +22,6 @@ pytestmark = [
 ACCEPTED = {
     "CKV_K8S_8": "liveness probes: KubeRay injects them",
     "CKV_K8S_9": "readiness probes: KubeRay injects them",
-    "CKV_K8S_22": "read-only root: only a cluster can prove that Ray and KubeRay's sidecar do without",
     "CKV_K8S_35": "Redis' password in the environment: KubeRay hands it to Ray in no other way",
     "CKV_K8S_40": "user 1000, as in Ray's own images: no pod mounts a path of its host",
     "CKV_K8S_38": "the head's service account token: its autoscaler needs it",
@@ -49,17 +48,12 @@ def exploded(overlay: str, folder: Path, weaken: bool = False) -> Path:
     namespace = {"namespace": "sdgraph"}
     file = folder / "pods.yaml"
     made = [doc for doc in docs if doc["kind"] == "NetworkPolicy"]
-    for name, spec in pods(docs):
-        labels = {"app.kubernetes.io/name": "sdgraph"}
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "labels": labels} | namespace,
-            "spec": spec,
-        }
+    for name, template in templates(docs):
+        metadata = template["metadata"] | {"name": name} | namespace
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
         if weaken:
             pod = json.loads(json.dumps(pod))
-            pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True  # type: ignore[index]
+            pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
         made.append(pod)
     file.write_text(yaml.safe_dump_all(made))
     return file

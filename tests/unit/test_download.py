@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from config.catalog import Catalog
+from config.catalog import ROOT, Catalog
 from config.sources import FolderSource
 from pipelines.assembly import load_lora, load_vae
 from pipelines.control.annotators import Annotators
@@ -69,3 +72,12 @@ def test_an_onnx_file_is_fetched_from_whatever_folder_it_lies_in() -> None:
     (wanted,) = files.annotator_files(softedge)
     lying = [softedge.file, f"onnx/{softedge.file}"]
     assert list(filter_repo_objects(lying, allow_patterns=list(wanted.patterns))) == lying
+
+
+def test_a_repository_that_cannot_be_had_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.weights.download", "--catalog", "hub", "--model", "SD2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "stabilityai/stable-diffusion-2" in done.stderr.splitlines()[-1]

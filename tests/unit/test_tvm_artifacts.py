@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from config.catalog import ROOT
 from pipelines.backends.tvm.artifacts import (
     COMPILER_SOURCES,
     DESCRIPTION,
@@ -160,3 +163,12 @@ def test_of_several_who_ask_at_once_one_compiles(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(made) == [False, False, False, True]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "pipelines.backends.tvm.compile", "--cache", str(tmp_path / "file" / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be written (Not a directory); name a folder that can" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -133,10 +134,21 @@ def main() -> None:
     wanted = wanted_keys(catalog, names, options.size, options.rows)
     if not wanted:
         parser.error("no model's table has such a size")
+    _check_is_writable(options.cache, parser)
     configs = {key: read_config(catalog.component(component)) for key, (component, _) in wanted.items()}
     for key, artifact, made in tqdm(compile_all(cache, configs, options.jobs), "compiling", len(configs), disable=None):
         component, what = wanted[key]
         tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+
+
+def _check_is_writable(folder: Path, parser: argparse.ArgumentParser) -> None:
+    """Before a minute of imports and compiling, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"--cache {folder} cannot be written ({error.strerror}); name a folder that can")
 
 
 def compile_all(
