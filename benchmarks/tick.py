@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
 from deployments.launcher import laptop_config, request_picture, running_graph
-from pipelines.adapters.rows import LoraLayer, Mixture, RowLora
+from pipelines.adapters.layers import Adapter, LoraLayer, Mixture
 from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
+from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.nets import ColocatedControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
@@ -134,7 +135,9 @@ def prices(bench: Bench, repeats: int) -> dict[str, Any]:
     for name, (out, inner) in attention_shapes(bench.catalog, "unet-sdxl-base").items():
         down = torch.randn(8, inner, generator=generator) * 0.01
         layers[name] = LoraLayer(down, torch.randn(out, 8, generator=generator) * 0.01, 1.0)
-    mixture: Mixture = ((RowLora("bench", layers), 0.7),)
+    denoiser = bench.engine.denoiser
+    assert isinstance(denoiser, TorchDenoiser)
+    mixture: Mixture = ((denoiser.adapters.fit(Adapter("bench", layers), denoiser.device, denoiser.dtype), 0.7),)
     variants: dict[str, tuple[StepEngine, dict[str, Any]]] = {
         "plain": (bench.engine, {}),
         "lora_on_all_8": (bench.engine, {"loras": mixture}),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from config.catalog import Catalog
 from pipelines.adapters.formats import read_lora
-from pipelines.adapters.rows import RowLora
+from pipelines.adapters.layers import Adapter
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
@@ -60,10 +60,10 @@ def load_engine(
     Raises:
         WeightsError: the weights are missing, or the UNet does not fit its VAE.
     """
-    denoiser = TorchDenoiser(load_model(UNet2DConditionModel, catalog.component(component_id), device))
+    denoiser = TorchDenoiser(load_model(UNet2DConditionModel, catalog.component(component_id), device), strict)
 
-    def fit(name: str, base: str) -> RowLora:
-        return denoiser.lora_hooks.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
+    def fit(name: str, base: str) -> Adapter:
+        return denoiser.adapters.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
     return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
 
@@ -86,7 +86,7 @@ def load_compiled(
     if compiled is None:
         return None
 
-    def refuse(name: str, base: str) -> RowLora:
+    def refuse(name: str, base: str) -> Adapter:
         raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
 
     rows = min(max_rows, max(BATCHES))
@@ -169,7 +169,7 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     return vae
 
 
-def load_lora(catalog: Catalog, name: str, base: str, part: str) -> RowLora:
+def load_lora(catalog: Catalog, name: str, base: str, part: str) -> Adapter:
     """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LoRA files of every common layout -> RowLora.
+"""LoRA files of every common layout -> Adapter.
 
 Three layouts are in use. diffusers' own converters bring each to PEFT's names, `<module>.lora_A.weight` (down) and
 `<module>.lora_B.weight` (up); what differs is where the scale alpha / rank of a layer stands:
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipelines.adapters.layers import Adapter, LoraLayer
 from pipelines.adapters.reading import LoraFile, read_file, refuse
-from pipelines.adapters.rows import LoraLayer, RowLora
 from pipelines.diffusers_compat import rename_lora, text_encoder_lora_to_peft, unet_lora_to_peft
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -32,7 +32,7 @@ class _Weights(NamedTuple):
     """Module -> alpha / rank; 1 for a module that is not listed."""
 
 
-def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] | None) -> RowLora:
+def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] | None) -> Adapter:
     """Read the layers of one model from a file.
 
     Args:
@@ -59,7 +59,7 @@ def read_lora(path: Path, name: str, part: str, unet_config: Mapping[str, Any] |
             weights = _from_attention_processors(own, part)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise refuse(file.name, f"has keys that cannot be understood: {str(error).strip()[:200]}") from error
-    return RowLora(file.name, _layers(weights, file.name))
+    return Adapter(file.name, _layers(weights, file.name))
 
 
 def _of_part(

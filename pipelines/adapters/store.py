@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pipelines.adapters.rows import Mixture, RowLora
+from pipelines.adapters.layers import Adapter, Mixture
 from pipelines.cache import LruCache
 from pipelines.plan import StagePlan
 
@@ -16,20 +16,35 @@ LORA_BYTES = 2**30
 class LoraStore:
     """Loaded adapters of one model, the least recently used leaving when their bytes exceed the budget.
 
-    Thread-safe: adapters are loaded off the engine's thread. A job holds its own reference, so one that leaves the
-    store stays alive until its last job ends.
+    Thread-safe: adapters are loaded off the engine's thread, each once; who wants another one does not wait for it. A
+    job holds its own reference, so one that leaves the store stays alive until its last job ends.
     """
 
-    def __init__(self, load: Callable[[str, str], RowLora], max_bytes: int = LORA_BYTES) -> None:
+    def __init__(self, load: Callable[[str, str], Adapter], max_bytes: int = LORA_BYTES) -> None:
         """Load by public name and base UNet with `load`, keep up to `max_bytes`."""
         self._load = load
-        self.cache: LruCache[tuple[str, str], RowLora] = LruCache(max_bytes, lambda lora: lora.nbytes)
+        self.cache: LruCache[tuple[str, str], Adapter] = LruCache(max_bytes, lambda adapter: adapter.nbytes)
         self._lock = threading.Lock()
+        self._loading: dict[tuple[str, str], threading.Lock] = {}
 
     def mixture(self, stage: StagePlan) -> Mixture:
         """The LoRAs of a stage, loaded now where they have to be."""
         return tuple((self._get(use.name, stage.component), use.weight) for use in stage.loras)
 
-    def _get(self, name: str, base: str) -> RowLora:
+    def _get(self, name: str, base: str) -> Adapter:
+        key = (name, base)
         with self._lock:
-            return self.cache.get((name, base)) or self.cache.put((name, base), self._load(name, base))
+            if found := self.cache.get(key):
+                return found
+            turn = self._loading.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                if found := self.cache.get(key):  # by the thread that had the turn before
+                    return found
+            try:
+                loaded = self._load(name, base)
+                with self._lock:
+                    return self.cache.put(key, loaded)
+            finally:
+                with self._lock:
+                    self._loading.pop(key, None)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipelines.adapters.rows import Mixture
+from pipelines.adapters.layers import Mixture
 from pipelines.control.types import ControlledRows
 
 

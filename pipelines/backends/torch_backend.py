@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from pipelines.adapters.rows import RowLoraHooks
+from pipelines.adapters.rows import RowAdapters
+from pipelines.adapters.slots import BUCKETS
 from pipelines.backends.base import StepBatch
 from pipelines.control.binding import LateBinding
 from pipelines.errors import WeightsError
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 class TorchDenoiser:
     """A Denoiser over a loaded UNet."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, strict: bool = False) -> None:
         """Wrap `unet`, in its own device and dtype.
+
+        Args:
+            unet: loaded, and neither compiled nor captured yet.
+            strict: the last bits of a row depend on nothing but the row.
 
         Raises:
             WeightsError: the UNet needs an input this graph does not produce.
@@ -31,13 +36,13 @@ class TorchDenoiser:
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
-        self.lora_hooks = RowLoraHooks(unet)
+        self.adapters = RowAdapters(unet, buckets=() if strict else BUCKETS)
         self._late_binding = LateBinding(unet)
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> torch.Tensor:
         """Evaluate the UNet once for all rows."""
-        with self.lora_hooks.active(batch.loras), self._late_binding.bound(batch.controlled):
+        with self.adapters.active(batch.loras), self._late_binding.bound(batch.controlled):
             output = self._unet(
                 batch.sample,
                 batch.timesteps,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipelines.adapters.rows import Mixture
+from pipelines.adapters.layers import Mixture
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser, StepBatch
 from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource

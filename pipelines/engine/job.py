@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipelines.adapters.rows import Mixture
+from pipelines.adapters.layers import Mixture
 from pipelines.control.types import ControlHint
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.checks import check_finite

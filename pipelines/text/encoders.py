@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines.adapters.rows import RowLora, RowLoraHooks
+from pipelines.adapters.layers import Adapter
+from pipelines.adapters.rows import RowAdapters
 from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
 from pipelines.plan import LoraUse, StagePlan
@@ -27,13 +28,13 @@ class TextEncoder:
         self,
         tokenizer: CLIPTokenizer,
         model: CLIPTextModel | CLIPTextModelWithProjection,
-        read: Callable[[str, str], RowLora],
+        read: Callable[[str, str], Adapter],
     ) -> None:
         """Wrap a loaded model; `read(name, base)` reads the layers a LoRA has for it."""
         self._tokenizer = tokenizer
         self._model = model.eval()
-        self._hooks = RowLoraHooks(model)
-        self.loras = LoraStore(lambda name, base: self._hooks.fit(read(name, base), model.device, model.dtype))
+        self._adapters = RowAdapters(model, buckets=())
+        self.loras = LoraStore(lambda name, base: self._adapters.fit(read(name, base), model.device, model.dtype))
         self.cache: LruCache[tuple[str, str, tuple[LoraUse, ...]], EncodedText] = LruCache(CACHED_TEXTS)
 
     def encode(self, text: str, stage: StagePlan) -> EncodedText:
@@ -44,7 +45,7 @@ class TextEncoder:
         key = (text, stage.component if stage.loras else "", stage.loras)
         if cached := self.cache.get(key):
             return cached
-        with self._hooks.active([self.loras.mixture(stage)]):
+        with self._adapters.active([self.loras.mixture(stage)]):
             return self.cache.put(key, self._forward(text))
 
     @torch.inference_mode()

@@ -8,8 +8,8 @@ seed would mean another picture there, and pickling a device tensor as it is.
 There are no gradients: modules are run in inference mode, or torch ends the process.
 
 It counts kernels, copies in both directions, and waits of the host, each with file and line. An operation of several
-kernels counts as one where torch shows it as one (`linear`, `scaled_dot_product_attention`); copies of pageable memory,
-as all are today, stop the host too, and are counted as copies alone.
+kernels counts as one where torch shows it as one (`linear`, `scaled_dot_product_attention`); copies of pageable memory
+stop the host too, and are counted as copies alone. A copy from pinned memory that is not waited for is `sent`.
 
     with PretendedCuda() as cuda:
         text2image = Text2Image(catalog, device="cuda")
@@ -25,16 +25,19 @@ from typing import Any, Self
 from unittest.mock import patch
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.support.traffic import Traffic, counting, note
+from tests.support.traffic import Kind, Traffic, counting, note
 
 WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2"}
 WAITS |= {"linalg_solve", "_linalg_solve_ex"}  # their result says whether the matrix was singular
 """Operations whose result the host must see."""
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"}
 """Operations that launch nothing."""
+_pinned: dict[int, StorageWeakRef] = {}
+"""Storages of the CPU that are said to be pinned, by address."""
 POINTWISE = {"where", "true_divide", "divide", "subtract", "multiply", "rsub", "__rsub__", "pow", "fill_"}
 """Pointwise operations that torch does not tag as such where it shows them whole."""
 RANDOM = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "uniform_", "normal_"}
@@ -83,8 +86,8 @@ class CudaTensor(torch.Tensor):
         self.held[tree_map(_held, index)] = _held(value)
         note("kernel", "setitem")
 
-    def copy_(self, source: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        note("kernel" if on_cuda(source) else "to device", "copy_")
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        note("kernel" if on_cuda(source) else _sent(source, non_blocking), "copy_")
         self.held.copy_(_held(source))
         return self
 
@@ -127,6 +130,19 @@ def on_cuda(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return isinstance(value, CudaTensor)
     return value is not None and torch.device(value).type == "cuda"
+
+
+def _pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Say of a tensor on the CPU that its memory is pinned."""
+    storage = tensor.untyped_storage()
+    _pinned[storage._cdata] = StorageWeakRef(storage)
+    return tensor
+
+
+def _sent(source: torch.Tensor, non_blocking: bool) -> Kind:
+    """What copying a tensor of the CPU to the device is."""
+    ref = _pinned.get(source.untyped_storage()._cdata)
+    return "sent" if non_blocking and ref is not None and not ref.expired() else "to device"
 
 
 def _seen(operation: str, held: torch.Tensor) -> torch.Tensor:
@@ -244,6 +260,10 @@ class PretendedCuda(TorchFunctionMode):
             return _move(torch.Tensor.to, (args[0], "cuda"), {})
         if func is torch.Tensor.__getitem__ and any(on_cuda(leaf) for leaf in _tensors(args)):
             return _get(*args)  # a tensor of the CPU by an index of the device
+        if func is torch.Tensor.pin_memory:
+            return _pin(args[0].clone())
+        if kwargs.get("pin_memory"):
+            return _pin(func(*args, **kwargs | {"pin_memory": False}))
         if func is torch.nonzero and on_cuda(args[0]):
             return args[0].nonzero(**kwargs)
         if "device" in kwargs and on_cuda(kwargs["device"]) and not any(on_cuda(leaf) for leaf in _tensors(args)):
@@ -278,7 +298,7 @@ def _move(func: Any, args: Any, kwargs: Any) -> Any:
     moved = held.to(dtype or held.dtype)
     if moved.data_ptr() == held.data_ptr() and not isinstance(tensor, torch.nn.Parameter):
         moved = moved.clone()  # another memory; weights stay where they are, for sums depend on their alignment
-    note("to device" if on_cuda(device) else "to host", "to")
+    note(_sent(tensor, bool(kwargs.get("non_blocking"))) if on_cuda(device) else "to host", "to")
     return _wrap(moved) if on_cuda(device) else moved
 
 

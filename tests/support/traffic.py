@@ -10,10 +10,12 @@ from typing import Literal, NamedTuple
 
 from config.catalog import ROOT
 
-Kind = Literal["kernel", "to device", "to host", "wait", "driver call"]
+Kind = Literal["kernel", "to device", "to host", "sent", "wait", "driver call"]
 
 SKIPPED = {__file__, str(Path(__file__).with_name("pretended_cuda.py"))}
 """Files whose lines say nothing about who asked."""
+OWN_LAYERS = {"AdaptedLinear.forward", "AdaptedConv2d.forward"}
+"""A network's layers in classes of this project; what they add of adapters is in functions of other names."""
 
 
 class Event(NamedTuple):
@@ -67,7 +69,7 @@ def _lines() -> tuple[str, str]:
     site, frame = "", sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/site-packages/torch/" not in name and name not in SKIPPED:
+        if "/site-packages/torch/" not in name and name not in SKIPPED and frame.f_code.co_qualname not in OWN_LAYERS:
             short = name.rpartition("/site-packages/")[2].removeprefix(f"{ROOT}/")
             line = f"{short}:{frame.f_lineno}"
             site = site or line

@@ -108,6 +108,12 @@ COUNTED: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Any], dict[str, 
     "another format": (lambda cpu, cuda: cuda.to(torch.float16), {"kernel": 1}),
     "the same format": (lambda cpu, cuda: cuda.to("cuda", torch.float32), {}),
     "to the device": (lambda cpu, cuda: cpu.to(cuda), {"to device": 1}),
+    "from pinned memory": (lambda cpu, cuda: cpu.pin_memory().to("cuda", non_blocking=True), {"sent": 1}),
+    "from pinned memory, waited for": (lambda cpu, cuda: cuda.copy_(cpu.pin_memory()), {"to device": 1}),
+    "into a tensor of the device, unawaited": (
+        lambda cpu, cuda: cuda.copy_(torch.ones(2, 2, pin_memory=True), non_blocking=True),
+        {"sent": 1},
+    ),
     "to the host": (lambda cpu, cuda: cuda.cpu(), {"to host": 1}),
     "into a tensor of the device": (lambda cpu, cuda: cuda.copy_(cpu), {"to device": 1}),
     "into a tensor of the host": (lambda cpu, cuda: cpu.copy_(cuda), {"to host": 1}),
@@ -208,7 +214,8 @@ CANNY = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlne
 OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
     "eight pictures": ([{"sampler": DEFAULT}] * 8, Budget(596, to_device=32)),
     "eight pictures, eight samplers": ([{"sampler": name} for name in MIXED], Budget(956, to_device=36, waits=36)),
-    "a LoRA on 66 layers": ([{"sampler": "Euler"} | LORAS], Budget(1652, to_device=528)),
+    "a LoRA on 66 layers": ([{"sampler": "Euler"} | LORAS], Budget(860)),
+    "four rows of two LoRAs": ([{"sampler": "Euler"} | LORAS, {"sampler": "Euler"} | BOTH_LORAS], Budget(908)),
     "a ControlNet": ([{"sampler": "Euler"} | CANNY], Budget(208, to_device=60, to_host=4)),
 }
 
@@ -271,6 +278,15 @@ def assert_within(traffic: Traffic, budget: Budget) -> None:
 @pytest.mark.parametrize("sampler", OF_DIFFUSION_MODELS)
 def test_a_sampler_keeps_to_its_budget(ticker: Ticker, sampler: str) -> None:
     assert_within(ticker.four_ticks([{"sampler": sampler}]), OF_A_SAMPLER[sampler])
+
+
+def test_a_lora_is_loaded_by_one_copy_that_nothing_waits_for(catalog: Catalog) -> None:
+    with PretendedCuda() as cuda:
+        engine = load_engine(catalog, "unet-sdxl-base", "cuda")
+        stage = make_plan(request("SDXL1.0-base", **LORAS), catalog).stages[0]
+        with cuda.counting() as traffic:
+            engine.loras.mixture(stage)
+    assert traffic.counts() == {"sent": 1}
 
 
 @pytest.mark.parametrize("case", OF_A_TICK)

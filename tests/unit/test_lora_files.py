@@ -18,7 +18,7 @@ from torch import nn
 
 from config.catalog import Catalog
 from pipelines.adapters.formats import read_lora
-from pipelines.adapters.rows import RowLoraHooks
+from pipelines.adapters.rows import RowAdapters
 from pipelines.assembly import load_lora
 from pipelines.errors import InvalidValueError, WeightsError
 
@@ -37,8 +37,8 @@ def unet(tiny_models: Path) -> UNet2DConditionModel:
 
 
 @pytest.fixture(scope="module")
-def hooks(unet: UNet2DConditionModel) -> RowLoraHooks:
-    return RowLoraHooks(unet)
+def hooks(unet: UNet2DConditionModel) -> RowAdapters:
+    return RowAdapters(unet)
 
 
 def factors(module: nn.Module, rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def saved(folder: Path, state: Tensors, metadata: dict[str, str] | None = None) 
     return path
 
 
-def added(hooks: RowLoraHooks, unet: Any, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def added(hooks: RowAdapters, unet: Any, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a file's LoRA adds to the output of one module, and the input it was asked about."""
     lora = hooks.fit(read_lora(path, "x", "unet", None), torch.device("cpu"), torch.float32)
     assert set(lora.layers) == {name}
@@ -127,7 +127,7 @@ def forms(module: nn.Module, form: str) -> tuple[torch.Tensor, torch.Tensor, tor
     form=st.sampled_from(["own", "1x1 convolution", "matrix", "1x1 down", "narrow matrix"]),
 )
 def test_every_layout_and_form_adds_what_other_tools_merge(
-    unet: Any, hooks: RowLoraHooks, tmp_path: Path, name: str, layout: str, form: str
+    unet: Any, hooks: RowAdapters, tmp_path: Path, name: str, layout: str, form: str
 ) -> None:
     module = unet.get_submodule(name)
     down, up, delta = forms(module, form)
@@ -143,7 +143,7 @@ def test_every_layout_and_form_adds_what_other_tools_merge(
     up=SHAPES,
 )
 def test_factors_of_any_shape_work_or_are_refused_when_they_are_loaded(
-    unet: Any, hooks: RowLoraHooks, tmp_path: Path, name: str, layout: str, down: list[int], up: list[int]
+    unet: Any, hooks: RowAdapters, tmp_path: Path, name: str, layout: str, down: list[int], up: list[int]
 ) -> None:
     """What is accepted here never breaks a tick."""
     path = saved(tmp_path, LAYOUTS[layout](name, torch.ones(down), torch.ones(up)))
@@ -160,7 +160,7 @@ def test_factors_of_any_shape_work_or_are_refused_when_they_are_loaded(
         assert str(down) in refusal.message or str(up) in refusal.message
 
 
-def test_a_tucker_factor_is_folded_into_the_down_factor(unet: Any, hooks: RowLoraHooks, tmp_path: Path) -> None:
+def test_a_tucker_factor_is_folded_into_the_down_factor(unet: Any, hooks: RowAdapters, tmp_path: Path) -> None:
     """LyCORIS: the weight changes by alpha / rank * einsum("orhw,ri,or'" over up, mid and down)."""
     module = unet.get_submodule(CONV)
     out, inner = module.weight.shape[:2]
@@ -174,7 +174,7 @@ def test_a_tucker_factor_is_folded_into_the_down_factor(unet: Any, hooks: RowLor
 
 @pytest.mark.parametrize("said", ["not json", "[]", "3", json.dumps({"unet.r": 2, "unet.lora_alpha": None})])
 def test_metadata_that_cannot_be_read_is_as_good_as_none(
-    unet: Any, hooks: RowLoraHooks, tmp_path: Path, said: str
+    unet: Any, hooks: RowAdapters, tmp_path: Path, said: str
 ) -> None:
     state = peft(ATTENTION, *factors(unet.get_submodule(ATTENTION)))
     del state[f"unet.{ATTENTION}.alpha"]
@@ -183,7 +183,7 @@ def test_metadata_that_cannot_be_read_is_as_good_as_none(
     assert torch.equal(plain, spoilt)
 
 
-def test_a_bundled_embedding_is_left_out(unet: Any, hooks: RowLoraHooks, tmp_path: Path) -> None:
+def test_a_bundled_embedding_is_left_out(unet: Any, hooks: RowAdapters, tmp_path: Path) -> None:
     state = kohya(ATTENTION, *factors(unet.get_submodule(ATTENTION)))
     state["bundle_emb.token.string_to_param.*"] = torch.zeros(1, 32)
     assert added(hooks, unet, saved(tmp_path, state), ATTENTION)[0].any()
@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
 
 
 @pytest.mark.parametrize("case", sorted(REFUSED))
-def test_what_cannot_be_read_is_refused_by_file_and_key(hooks: RowLoraHooks, tmp_path: Path, case: str) -> None:
+def test_what_cannot_be_read_is_refused_by_file_and_key(hooks: RowAdapters, tmp_path: Path, case: str) -> None:
     state, reason = REFUSED[case]
     path = saved(tmp_path, state)
     with pytest.raises(InvalidValueError, match=reason) as refused:

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.adapters.rows import RowLora
+from pipelines.adapters.layers import Adapter
 from pipelines.adapters.store import LoraStore
 from pipelines.engine.engine import StepEngine
 from pipelines.errors import NonFiniteError
@@ -35,7 +35,7 @@ PICTURE = torch.linspace(-1, 1, 16).view(1, 4, 2, 2)
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def no_lora(name: str, base: str) -> RowLora:
+def no_lora(name: str, base: str) -> Adapter:
     raise AssertionError("these plans have no LoRA")
 
 

@@ -1,4 +1,4 @@
-"""What `pipelines/torch_compat.py` assumes of torch."""
+"""What `pipelines/torch_compat.py` and `pipelines/adapters/modules.py` assume of torch."""
 
 from __future__ import annotations
 
@@ -98,3 +98,15 @@ def test_a_lack_of_memory_and_a_lost_device_are_told_apart(
     error: BaseException | None, memory: bool, lost: bool
 ) -> None:
     assert (ran_out_of_memory(error), lost_device(error)) == (memory, lost)
+
+
+def test_a_compiled_module_ignores_hooks_that_come_after_it() -> None:
+    """When this fails, adapters may go by hooks again (ADP-1 in ARCHITECTURE.md)."""
+    inner = torch.nn.Linear(2, 2)
+    compiled = torch.compile(torch.nn.Sequential(inner, torch.nn.Identity()), backend="eager")
+    rows = torch.ones(1, 2)
+    with torch.inference_mode():
+        before = compiled(rows)
+        inner.register_forward_hook(lambda module, inputs, output: output + 100)
+        assert torch.equal(compiled(rows), before)
+        assert torch.equal(inner(rows), before + 100)

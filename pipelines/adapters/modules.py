@@ -1,0 +1,119 @@
+"""Linear layers and convolutions that add, row by row, what adapters give them.
+
+The modules of a model change their class in place and for good, as `torch.nn.utils.parametrize` does it: names,
+weights and hooks stay. It happens before anything is compiled or captured, for `torch.compile` takes no notice of hooks
+that come later (`tests/upstream/test_torch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+Hook = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Module, its input and its output, `[rows, ...]` each -> the output that is wanted."""
+
+
+@dataclass
+class Pass:
+    """What the adapted modules of one model need to know of the pass under way."""
+
+    weights: torch.Tensor | None = None
+    """`[rows, ranks]`: each row's weight for each rank of the slots in use; None where no slot is."""
+    hooks: dict[str, list[Hook]] = field(default_factory=dict)
+    """Module name -> what else changes its output, for adapters that are not in the slots."""
+
+
+class AdaptedLinear(nn.Linear):
+    """`W x + B (w * A x)`, with the low-rank pairs of all adapters side by side and a weight for each row and rank.
+
+    `A` is `[ranks, in]`, `B` `[ranks, out]`, `w` `[rows, 1, ranks]`: a row's weight is 0 for the ranks of others'.
+    """
+
+    name: str
+    current: Pass
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    """A and B of the ranks in use; None where no adapter in use has anything for this module."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The layer's output for `[rows, ..., in]`."""
+        output = super().forward(rows)
+        if self.current.weights is not None and self.factors is not None:
+            _add_products(output, rows, *self.factors, self.current.weights)
+        if self.current.hooks:
+            output = hooked(self.current.hooks.get(self.name, ()), self, rows, output)
+        return output
+
+
+class AdaptedConv2d(nn.Conv2d):
+    """The same with convolutions: `A` is `[ranks, in, k, k]`, `B` `[ranks, out]`."""
+
+    name: str
+    current: Pass
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    """A and B of the ranks in use; None where no adapter in use has anything for this module."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The layer's output for `[rows, in, height, width]`."""
+        output = super().forward(rows)
+        if self.current.weights is not None and self.factors is not None:
+            _add_convolutions(output, rows, *self.factors, self.current.weights, self)
+        if self.current.hooks:
+            output = hooked(self.current.hooks.get(self.name, ()), self, rows, output)
+        return output
+
+
+AdaptedModule = AdaptedLinear | AdaptedConv2d
+_CLASSES: dict[type[nn.Module], type[AdaptedLinear] | type[AdaptedConv2d]] = {
+    nn.Linear: AdaptedLinear,
+    nn.Conv2d: AdaptedConv2d,
+}
+
+
+def adapt(model: nn.Module) -> tuple[dict[str, AdaptedModule], Pass]:
+    """Make every linear layer and convolution of a model take adapters; by name, with the pass they all look at.
+
+    A model that was adapted before gets a new pass, and takes no adapters from the old one any more.
+    """
+    current = Pass()
+    adapted: dict[str, AdaptedModule] = {}
+    for name, module in model.named_modules():
+        if type(module) in _CLASSES:
+            module.__class__ = _CLASSES[type(module)]
+        if isinstance(module, AdaptedModule):
+            module.name, module.current, module.factors = name, current, None
+            adapted[name] = module
+    return adapted, current
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def hooked(hooks: Sequence[Hook], module: nn.Module, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """A module's output after its hooks, which come and go: never part of what is compiled."""
+    for hook in hooks:
+        output = hook(module, rows, output)
+    return output
+
+
+def _add_products(
+    output: torch.Tensor, rows: torch.Tensor, down: torch.Tensor, up: torch.Tensor, weights: torch.Tensor
+) -> None:
+    hidden = nn.functional.linear(rows, down)
+    hidden *= weights.view(len(weights), *[1] * (hidden.ndim - 2), -1)
+    output.view(-1, up.shape[1]).addmm_(hidden.view(-1, len(down)), up)
+
+
+def _add_convolutions(
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    weights: torch.Tensor,
+    like: nn.Conv2d,
+) -> None:
+    hidden = nn.functional.conv2d(rows, down, stride=like.stride, padding=like.padding)
+    hidden *= weights[:, :, None, None]
+    # A product for each row, since the channels of a pixel are not side by side in memory.
+    output.flatten(2).baddbmm_(up.T.expand(len(hidden), -1, -1), hidden.flatten(2))

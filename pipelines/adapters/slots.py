@@ -1,0 +1,162 @@
+"""Slots: the low-rank pairs of the adapters in use, side by side in tensors that stay where they are.
+
+Every adapted module has room for the same number of ranks, and an adapter takes the same ranks in all of them. So one
+tensor of weights, `[rows, ranks]`, serves the whole model, a change of LoRAs is a copy between ticks, and what a
+captured graph or a compiled block reads never moves. Two products a layer do for any number of adapters and rows.
+
+A row's product with the ranks of others is multiplied by zero, so it must be finite: the rows of A are scaled until the
+magnitudes of each add up to at most 1/2 (`settled`), and no product is larger than what came in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.adapters.layers import Adapter, LoraLayer
+from pipelines.adapters.modules import AdaptedModule
+
+BUCKETS = (32, 64, 128)
+"""Ranks that the slots of a model may have; a captured graph is for one of these, so that there are few."""
+
+
+def settled(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer | None:
+    """The same layer, in float32, with nothing in A that a neighbour's row could overflow on; None if B takes no more.
+
+    Each row of A is divided by a power of two, and the column of B multiplied by it: exact in binary numbers.
+    """
+    down, up = layer.down.float(), layer.up.float() * layer.scale
+    sums = down.flatten(1).double().abs().sum(1)
+    exponents = torch.where(sums > 0, torch.floor(-1 - torch.log2(sums)), 0.0)
+    factors = torch.exp2(exponents).to(down)
+    down = down * factors.view(-1, *[1] * (down.ndim - 1))
+    up = up / factors.view(1, -1, *[1] * (up.ndim - 2))
+    if not bool(up.abs().max() <= torch.finfo(dtype).max) or not bool(down.isfinite().all()):
+        return None
+    return LoraLayer(down, up, 1.0)
+
+
+@dataclass
+class _Place:
+    """The ranks of one adapter."""
+
+    start: int
+    ranks: int
+    used: int
+    """When it was used last, counted in passes."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.ranks
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The slots that a pass reads."""
+
+    places: Mapping[Adapter, slice]
+    modules: frozenset[str]
+    """Those that some adapter in use has a layer for."""
+
+    @property
+    def span(self) -> slice:
+        """The ranks from the first to the last in use."""
+        return slice(min(p.start for p in self.places.values()), max(p.stop for p in self.places.values()))
+
+
+class Slots:
+    """The slots of one model. On the model's own thread, between passes."""
+
+    def __init__(self, modules: Mapping[str, AdaptedModule], buckets: Sequence[int] = BUCKETS) -> None:
+        """Slots for `modules`; without `buckets` there are none, and every adapter goes by hooks."""
+        self._modules = modules
+        self._buckets = tuple(buckets)
+        self.capacity = 0
+        """Ranks there is room for now."""
+        self._places: weakref.WeakKeyDictionary[Adapter, _Place] = weakref.WeakKeyDictionary()
+        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._clock = itertools.count()
+
+    @property
+    def most(self) -> int:
+        """Ranks there may ever be room for."""
+        return self._buckets[-1] if self._buckets else 0
+
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether there can be a place for it at all."""
+        return 0 < adapter.slot_ranks <= self.most
+
+    def place(self, adapters: Sequence[Adapter]) -> Placed:
+        """Give each of these its ranks; those that find no room are not among the places."""
+        now = next(self._clock)
+        for adapter in adapters:
+            if adapter in self._places:
+                self._places[adapter].used = now
+        for adapter in adapters:
+            if adapter not in self._places and self.fits(adapter):
+                start = self._room(adapter.slot_ranks, now)
+                if start is not None:
+                    self._write(adapter, start)
+                    self._places[adapter] = _Place(start, adapter.slot_ranks, now)
+        found = {a: slice(p.start, p.end) for a in adapters if (p := self._places.get(a)) is not None}
+        return Placed(found, frozenset(name for adapter in found for name in adapter.layers))
+
+    def factors(self, name: str, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """A `[ranks, in]` (or `[ranks, in, k, k]`) and B `[ranks, out]` of one module."""
+        down, up = self._factors[name]
+        return down[span], up[span]
+
+    def bucket(self, end: int) -> int:
+        """The smallest of the buckets that holds the ranks below `end`."""
+        return next(bucket for bucket in self._buckets if end <= bucket)
+
+    def _room(self, ranks: int, now: int) -> int | None:
+        """Where so many ranks are free, made free by growth or at the cost of adapters that are not in use."""
+        while (start := self._gap(ranks)) is None:
+            idle = [(place.used, adapter) for adapter, place in self._places.items() if place.used < now]
+            if self.capacity < self.most:
+                self._grow()
+            elif idle:
+                del self._places[min(idle, key=lambda entry: entry[0])[1]]
+            else:
+                return None
+        return start
+
+    def _gap(self, ranks: int) -> int | None:
+        """The lowest run of free ranks, None if there is none as long."""
+        start = 0
+        for place in sorted(self._places.values(), key=lambda place: place.start):
+            if place.start - start >= ranks:
+                return start
+            start = place.end
+        return start if self.capacity - start >= ranks else None
+
+    def _grow(self) -> None:
+        """Room for the next bucket: new tensors, so what was captured over the old ones is void."""
+        capacity = next(bucket for bucket in self._buckets if bucket > self.capacity)
+        grown = {name: self._empty(name, capacity) for name in self._factors}
+        for name, new in grown.items():
+            for ours, theirs in zip(new, self._factors[name], strict=True):
+                ours[: len(theirs)].copy_(theirs)
+        self._factors, self.capacity = grown, capacity
+
+    def _empty(self, name: str, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self._modules[name].weight
+        return weight.new_zeros(capacity, *weight.shape[1:]), weight.new_zeros(capacity, weight.shape[0])
+
+    def _write(self, adapter: Adapter, start: int) -> None:
+        """An adapter's layers into its ranks; what others left there goes, in modules that it does not touch too."""
+        for name in adapter.layers:
+            if name not in self._factors:
+                self._factors[name] = self._empty(name, self.capacity)
+        for name, (down, up) in self._factors.items():
+            layer = adapter.layers.get(name)
+            ranks = 0 if layer is None else len(layer.down)
+            if layer is not None:
+                down[start : start + ranks].copy_(layer.down)
+                up[start : start + ranks].copy_(layer.up.flatten(1).T)
+            up[start + ranks : start + adapter.slot_ranks].zero_()
