@@ -23,6 +23,8 @@ ROOT = HERE.parent
 
 Family = Literal["sd", "sdxl"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Architecture = Literal["sd15", "sd2", "sdxl", "sdxl-refiner", "ssd"]
+ARCHITECTURES = HERE / "architectures"  # published configurations; a ControlNet's lies beside its UNet's
 WEIGHTLESS_ANNOTATORS = ("canny", "lineart")
 """Controls that a photo is turned into without weights, on every server."""
 
@@ -60,6 +62,8 @@ class ComponentSpec(Spec):
     """Folder of the weights inside the source: by default the kind's usual one; "" is the root."""
     dtype: Dtype = "float32"
     """Number format on a GPU; a CPU always computes in float32."""
+    architecture: Architecture | None = None
+    """What it is a fine-tune of, for whoever needs its shapes without its files: those on the hub say it."""
     text_encoders: tuple[int, ...] = ()
     """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
     force_zeros_for_empty_prompt: bool = False
@@ -101,6 +105,11 @@ class ModelSpec(Spec):
     requires_controlnet: bool = False
     unavailable: str | None = None
     """Why this server does not serve the name, when it does not."""
+
+    @property
+    def default_size(self) -> Size:
+        """Size of a picture whose request names none."""
+        return Size(width=self.defaults.width, height=self.defaults.height)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -263,8 +272,7 @@ class Catalog(Spec):
                 raise ValueError(f"component {component_id}: say which text_encoders feed this UNet")
         if model.refiner and model.family != "sdxl":
             raise ValueError(f"model {model.name}: a refiner belongs to the SDXL family")
-        default = Size(width=model.defaults.width, height=model.defaults.height)
-        for size in (*model.sizes, *model.tvm_sizes, default):
+        for size in (*model.sizes, *model.tvm_sizes, model.default_size):
             if size.width % model.size_multiple or size.height % model.size_multiple:
                 raise ValueError(f"model {model.name}: size {size} is not a multiple of {model.size_multiple}")
         if model.requires_controlnet != bool(self.controls_of(model.name)) and model.unavailable is None:

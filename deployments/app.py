@@ -108,17 +108,22 @@ def build_app(args: AppArgs) -> Application:
     )
 
 
-def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[str, Application]:
-    """Component id -> the deployment that hosts it, for every component some available model needs."""
+def hosted_components(args: AppArgs, catalog: Catalog) -> dict[str, list[ComponentSpec]]:
+    """Deployment -> what it hosts, of every component some available model needs; ControlNets first."""
     refiners = {model.refiner for model in catalog.models if model.refiner}
     hosted: dict[str, list[ComponentSpec]] = {}
-    colocated = args.controlnet_placement == "colocated"
     for component in sorted(catalog.served_components(), key=lambda c: c.kind != "controlnet"):
-        if not (colocated and component.kind == "controlnet"):
-            hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
+        if component.kind == "controlnet" and args.controlnet_placement == "colocated":
+            continue
+        hosted.setdefault(deployment_name(component, refiners, args.grouping), []).append(component)
+    return hosted
 
+
+def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[str, Application]:
+    """Component id -> the deployment that hosts it, for every component some available model needs."""
+    colocated = args.controlnet_placement == "colocated"
     bound: dict[str, Application] = {}
-    for name, components in hosted.items():
+    for name, components in hosted_components(args, catalog).items():
         ids = [component.id for component in components]
         hosts: dict[str, Any] = {"components": ids, "catalog": catalog, "runtime": runtime}
         match components[0].kind:

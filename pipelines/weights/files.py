@@ -50,6 +50,11 @@ class ComponentFiles:
         """Variant in the weights' file names on the hub, such as `fp16`."""
 
     @property
+    def on_hub(self) -> bool:
+        """Whether its files may have to be fetched."""
+        return isinstance(self.files.source, HubSource)
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """Text encoders only: what ends the names of each encoder's folders, in order."""
         return ("", "_2") if self.spec.family == "sdxl" else ("",)

@@ -1,0 +1,1 @@
+"""A Serve config for a catalog and the cards at hand."""

@@ -1,0 +1,197 @@
+"""The text of a Serve config: what was planned, as YAML with its reasons beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from config.catalog import Catalog
+from deployments.app import AppArgs
+from deployments.plan_config.cards import parse_cards
+from deployments.plan_config.shares import CPUS, DENOISING, MAX_ROWS, Deployment, plan_cluster, plan_one_card
+
+DRAIN_S = 620
+"""A replica that leaves finishes its pictures first: the longest may take the deadline, 600 s."""
+
+_CLUSTER_HEAD = """\
+# Printed by `{command}`: edit that, not this.
+#
+# Shares of cards are memory arithmetic (pipelines/footprint.py): weights in the catalog's number format from the
+# published configurations, {rows} rows of a tick at the largest size that a component's models list or default to (0.6
+# of what is free is theirs), LoRAs, annotators and a CUDA context; measure on your cards. A share bounds a replica's
+# memory, not its compute: the UNet that never sleeps has a card to itself, and no more than four denoisers share one.
+# `sdgraph/role` is a label of nodes: {roles}.
+#
+# Queues: max_ongoing_requests of a denoiser is a little above the jobs one tick can hold (max_rows / 2 guided jobs),
+# and max_queued_requests, of each ingress replica, is a few times that: what waits longer would miss its deadline. A
+# full queue is a 503 with Retry-After; a denoiser that could not finish in time refuses at once with the same.
+#
+# Autoscaling: denoisers by outstanding work (deployments/autoscaling.py; benchmarks/autoscaling.py compares it with
+# Serve's own policy; target_ongoing_requests counts until a replica has timed its first ticks), the others by
+# requests.
+# upscale_delay_s 15 rides out a burst of seconds, for a new card takes minutes to come; downscale_delay_s 300 keeps a
+# card through a pause shorter than its next start would be worth.
+# What the catalog's first model needs never sleeps. The rest does: after downscale_to_zero_delay_s of quiet the last
+# replica goes. 900: a wake costs a user the start (weights from the volume, and minutes more where no node is up), so
+# a model asked for every quarter of an hour stays. Serve reports a waiting request to the autoscaler at once (pushed
+# every second, see the environment in k8s/base/rayservice.yaml), whatever the upscale delay.
+# max_replicas: all of them at once fit the cards. Residuals of SDXL's ControlNet at 1024x1024 are 54 MB a row and
+# tick: keep ControlNets on the UNet's node.
+# graceful_shutdown_timeout_s: a replica that leaves finishes its pictures first; the longest may take the deadline,
+# 600.
+"""
+
+_ONE_CARD_HEAD = """\
+# Printed by `{command}`: edit that, not this.
+#
+# One NVIDIA card of {gigabytes:g} GB on this machine: loopback only, no keys. Shares of the card add up to 1, and
+# torch's allocator is held to them (deployments/replicas/base.py). They are memory arithmetic
+# (pipelines/footprint.py), not measured: weights in the catalog's number format, LoRAs, annotators, a CUDA context
+# for each process, and what one guided picture takes; all that is left is for more rows of a tick.
+# ControlNets live in the UNet's process: their residuals are 54 MB a row and tick for SDXL, and a second process
+# would only take turns with the first on one card.
+"""
+
+
+def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = ()) -> str:
+    """The config of a graph that serves a catalog on these cards.
+
+    Args:
+        catalog: a folder under config/catalogs, or an absolute path.
+        gpus: number x GB of each kind of card. A single card is one machine's: loopback, no keys, grouped by role.
+        models: public names; every available model if empty.
+
+    Raises:
+        PlanError: the cards do not hold the graph.
+        CatalogError: there is no such catalog.
+    """
+    chosen = Catalog.load(catalog)
+    if models:
+        chosen = chosen.only(models)
+    large, small = parse_cards(gpus)
+    one = large == small and large.count == 1
+    args = AppArgs(
+        auth="none" if one else "keys",
+        catalog=catalog,
+        grouping="role" if one else "component",
+        models=tuple(chosen.model_choices().resolve(name) for name in models),
+        max_rows=MAX_ROWS,
+        controlnet_placement="colocated" if one else "deployment",
+    )
+    command = f"python -m deployments.plan_config --catalog {catalog} --gpus {gpus}" + " --models" * bool(models)
+    command = " ".join([command, *(f"'{name}'" if " " in name else name for name in args.models)])
+    if one:
+        head = _ONE_CARD_HEAD.format(command=command, gigabytes=large.gigabytes)
+        return head + "".join(f"{line}\n" for line in _one_card(args, plan_one_card(args, chosen, large)))
+    cards = [large] if large == small else [large, small]
+    roles = ", ".join(["cpu", *(f"{c.role} ({c.count} cards of {c.gigabytes:g} GB)" for c in cards)])
+    head = _CLUSTER_HEAD.format(command=command, rows=MAX_ROWS, roles=roles)
+    return head + "".join(f"{line}\n" for line in _cluster(args, plan_cluster(args, chosen, large, small)))
+
+
+def _cluster(args: AppArgs, planned: Iterable[Deployment]) -> Iterator[str]:
+    yield from _top("EveryNode", "0.0.0.0", 660, "  encoding: JSON")
+    yield from _application(args)
+    scaling = {"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 64}
+    both = "both CPUs of a pod, for itself and the proxy beside it: two replicas never share a pod"
+    yield from _deployment("ingress", 256, 512, {"num_cpus": 2, **_label("cpu")}, scaling, both)
+    for entry in planned:
+        options = {"num_cpus": CPUS[entry.kind], "num_gpus": entry.share, **_label(entry.cards.role)}
+        ongoing, queued = _queue(entry, args)
+        yield from _deployment(entry.name, ongoing, queued, options, _autoscaling(entry), entry.arithmetic)
+
+
+def _one_card(args: AppArgs, planned: Iterable[Deployment]) -> Iterator[str]:
+    yield from _top("HeadOnly", "127.0.0.1", 900)
+    yield from _application(args)
+    for entry in planned:
+        yield f"      - name: {entry.name}  # {entry.arithmetic}"
+        yield f"        ray_actor_options: {_inline({'num_cpus': 0, 'num_gpus': entry.share})}"
+
+
+def _top(proxies: str, host: str, timeout_s: int, *logging: str) -> Iterator[str]:
+    yield f"proxy_location: {proxies}"
+    yield "http_options:"
+    yield f"  host: {host}"
+    yield "  port: 8000"
+    yield f"  request_timeout_s: {timeout_s}"
+    yield "logging_config:"
+    yield from logging
+    yield "  log_level: INFO"
+    yield "  enable_access_log: false"
+
+
+def _application(args: AppArgs) -> Iterator[str]:
+    yield "applications:"
+    yield "  - name: sdgraph"
+    yield "    route_prefix: /"
+    yield "    import_path: deployments.app:build_app"
+    yield "    args:"
+    said = {"auth", "catalog", "grouping"} | args.model_fields_set
+    for name, value in args.model_dump(mode="json").items():
+        if name in said and value != []:
+            yield f"      {name}: {_inline(value)}"
+    yield "    deployments:"
+
+
+def _deployment(
+    name: str, ongoing: int, queued: int, options: dict[str, Any], scaling: dict[str, Any], arithmetic: str = ""
+) -> Iterator[str]:
+    yield f"      - name: {name}" + f"  # {arithmetic}" * bool(arithmetic)
+    yield f"        max_ongoing_requests: {ongoing}"
+    yield f"        max_queued_requests: {queued}"
+    yield f"        graceful_shutdown_timeout_s: {DRAIN_S}"
+    yield f"        ray_actor_options: {_inline(options)}"
+    yield "        autoscaling_config:"
+    for key, value in scaling.items():
+        yield f"          {key}: {_inline(value)}"
+
+
+def _queue(entry: Deployment, args: AppArgs) -> tuple[int, int]:
+    """Requests that a replica takes at once, and those that wait for one."""
+    if entry.kind in DENOISING:
+        ongoing = args.max_rows * 3 // 4
+        return ongoing, 4 * ongoing
+    return (8, 64) if entry.kind == "vae" else (32, 128)
+
+
+def _autoscaling(entry: Deployment) -> dict[str, Any]:
+    targets = {("text_encoder", "always"): 16, ("text_encoder", "rare"): 8, ("vae", "always"): 3, ("vae", "rare"): 8}
+    scaling: dict[str, Any] = {
+        "min_replicas": int(entry.use == "always"),
+        "max_replicas": entry.replicas,
+        "target_ongoing_requests": targets.get((entry.kind, entry.use), 6),
+    }
+    if entry.kind in DENOISING:
+        scaling["upscale_delay_s"] = 15
+    scaling["downscale_delay_s"] = 300
+    if entry.use == "rare":
+        scaling["downscale_to_zero_delay_s"] = 900
+    if entry.kind == "unet":
+        scaling["policy"] = {
+            "policy_function": "deployments.autoscaling:OutstandingWork",
+            "policy_kwargs": {"target_s": 3},
+        }
+    return scaling
+
+
+def _label(role: str) -> dict[str, Any]:
+    return {"label_selector": {"sdgraph/role": role}}
+
+
+def _inline(value: Any) -> str:
+    """A value in one line of YAML, without quotes where none are needed."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_inline(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    plain = (
+        text.replace(".", "").replace("-", "").replace("_", "").replace("/", "").isalnum() and not text[:1].isdigit()
+    )
+    return text if isinstance(value, int) or plain else json.dumps(text)
