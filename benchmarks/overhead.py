@@ -46,7 +46,7 @@ def diffusers_way(pipeline_class: Any, folder: Path, steps: int, side: int) -> C
         generator = torch.Generator().manual_seed(1)
         size = {"width": side, "height": side}
         image = pipe(prompt, num_inference_steps=steps, guidance_scale=5.0, generator=generator, **size).images[0]
-        return write_image(image, "jpeg", "{}")
+        return write_image(image, "jpeg")
 
     return draw
 
@@ -56,7 +56,7 @@ def text2image_way(catalog: Catalog, fields: dict[str, Any]) -> Callable[[str], 
     text2image = Text2Image(catalog)
 
     def draw(prompt: str) -> object:
-        return write_image(text2image.generate(GenerationParams(prompt=prompt, **fields)).image, "jpeg", "{}")
+        return write_image(text2image.generate(GenerationParams(prompt=prompt, **fields)).image, "jpeg")
 
     return draw
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
+OUTPUT_QUALITY = 95
+"""Of JPEG and WebP, 0 to 100."""
 
 # What a request may ask for: planning checks it, and the API says it in its schema.
 SEED_LIMIT = 2**32
@@ -49,6 +51,7 @@ class GenerationParams:
     controlnet_preprocess: bool = True
     loras: Mapping[str, float] = field(default_factory=dict)
     output_format: OutputFormat = "jpeg"
+    output_quality: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class CompiledSize:
 
 
 class _Plan(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TextPlan(_Plan):
@@ -137,6 +140,15 @@ class StagePlan(_Plan):
         return self.guidance_scale > 1
 
 
+class SourcePicture(_Plan):
+    """The picture a request starts from, as far as its file tells."""
+
+    sha256: str
+    """Of the file, in hexadecimal."""
+    digital_source_type: str | None = None
+    """How it says that it was made: a term of IPTC's vocabulary."""
+
+
 class GenerationPlan(_Plan):
     """A picture, decided."""
 
@@ -148,6 +160,9 @@ class GenerationPlan(_Plan):
     vae: str
     stages: tuple[StagePlan, ...]
     output_format: OutputFormat = "jpeg"
+    output_quality: int = OUTPUT_QUALITY
+    source: SourcePicture | None = None
+    """Set by the server, which has the file, for requests that start from one."""
 
     @property
     def pixel_steps(self) -> int:

@@ -20,6 +20,7 @@ from pipelines.plan import (
     MIN_SIDE,
     MIN_STEPS,
     MIN_STRENGTH,
+    OUTPUT_QUALITY,
     SEED_LIMIT,
     BackendName,
     CompiledSize,
@@ -113,7 +114,22 @@ def make_plan(
         vae=model.vae,
         stages=stages,
         output_format=params.output_format,
+        output_quality=_quality(params),
     )
+
+
+def _quality(params: GenerationParams) -> int:
+    """Of the file; PNG loses nothing, so that it knows no other than 100."""
+    if params.output_quality is None:
+        return OUTPUT_QUALITY
+    _check_range("output_compression", params.output_quality, 0, 100)
+    if params.output_format == "png" and params.output_quality != 100:
+        raise InvalidValueError(
+            f"output_compression {params.output_quality} is not possible with output_format 'png', which loses "
+            f"nothing. Leave it out, or send output_format 'jpeg' or 'webp'",
+            "output_compression",
+        )
+    return params.output_quality
 
 
 def _choose(choices: Choices, value: str) -> str:

@@ -13,7 +13,7 @@ from deployments.access.caller import Caller
 from deployments.access.keys import KeyRing, Loopback
 from deployments.access.limits import UsageLimiter
 from deployments.api.errors import answer
-from deployments.api.scope import KEY_NAME, request_id_of
+from deployments.api.scope import CONTENT_TYPE, KEY_NAME, request_id_of
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -59,7 +59,11 @@ class Admission:
 
 
 def _as_json(request: Request) -> Request:
-    """The request with its body declared JSON, whatever the client calls it: `curl -d` says it sends a form."""
+    """The request with its body declared JSON, whatever the client calls it: `curl -d` says it sends a form.
+
+    Routes that do take forms (`forms.py`) find in its scope what the client called it.
+    """
+    request.scope[CONTENT_TYPE] = request.headers.get("content-type", "")
     kept = [(name, value) for name, value in request.scope["headers"] if name.lower() != b"content-type"]
     return Request({**request.scope, "headers": [*kept, (b"content-type", b"application/json")]}, request.receive)
 

@@ -9,7 +9,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from deployments import __version__
-from deployments.api import generation, offers
+from deployments.api import generation, info, offers
 from deployments.api.access_log import AccessLog
 from deployments.api.admission import Admission
 from deployments.api.body_limit import BodyLimit
@@ -50,6 +50,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     route_class = Admission(ingress.keys, ingress.usage).route_class()
     documented: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
     app.include_router(generation.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
+    app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
     app.include_router(offers.routes(ingress, route_class), dependencies=[_DOCUMENTED_KEY])
     app.include_router(offers.health_routes(ingress))
     return app

@@ -24,6 +24,7 @@ from pipelines.plan import (
     OutputFormat,
 )
 
+_URL = re.compile(r"^\s*(https?|ftp|file|s3|gs):", re.IGNORECASE)
 _DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
 RANDOM_SEED = -1
 """What A1111, ComfyUI and their clients send for a random seed."""
@@ -222,6 +223,11 @@ def decode_base64(text: str | None, param: str) -> bytes | None:
     """Bytes of a base64 string or a data URI of whatever type, with either alphabet of RFC 4648, padded or not."""
     if text is None:
         return None
+    if _URL.match(text):
+        raise InvalidValueError(
+            f"{param} is an address, and this server fetches none: send the picture itself, in base64 or as a data URI",
+            param,
+        )
     digits = "".join(_DATA_URI.sub("", text, count=1).split()).rstrip("=").translate(_URL_SAFE)
     try:
         data = base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)

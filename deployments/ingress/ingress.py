@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable
@@ -28,7 +29,7 @@ from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import StageTime, Timed
 from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
 from pipelines.pictures.images import EncodedImage, check_image
-from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan
+from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, SourcePicture
 from pipelines.planning import PlanLimits, make_plan
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,11 @@ class Ingress:
         plan = await self._plan(params)
         for param, data in (("image", params.image), ("controlnet_image", params.controlnet_image)):
             if data is not None:
-                await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+                file = await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+                if param == "image":
+                    digest = hashlib.sha256(data).hexdigest()
+                    source = SourcePicture(sha256=digest, digital_source_type=file.digital_source_type)
+                    plan = plan.model_copy(update={"source": source})
         if caller.key is not None:
             await self.usage.pixel_steps(caller.key, plan.pixel_steps)
         self._wake.all_of(plan)
@@ -205,7 +210,8 @@ class Ingress:
             raise BackendError(f"backend 'tvm' failed: {cause}. Send backend 'auto' or 'torch'") from error
         logger.warning("backend tvm failed, torch takes over: %s", cause)
         metrics().retries.inc(1, {"reason": "tvm failed"})
-        return make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
+        again = make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
+        return again.model_copy(update={"source": plan.source})
 
 
 class _Deadline:

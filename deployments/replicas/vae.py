@@ -35,7 +35,7 @@ class VAEDeployment(Replica):
     async def decode(
         self, *, plan: GenerationPlan, latents: Timed[Latents] | Sealed[Timed[Latents]]
     ) -> Timed[EncodedImage]:
-        """The finished file, with the plan inside."""
+        """The finished file, marked and with the plan inside."""
         opened = unseal(latents)
         with stopwatch("vae_decode", plan.vae) as watch:
             image = await self._worker.run(self._decode, plan, opened.value, started=watch.start_work)
@@ -46,10 +46,10 @@ class VAEDeployment(Replica):
         return await self._worker.run(self._preview, plan, unseal(latents))
 
     def _preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
-        return write_image(self._vaes[plan.vae].preview(latents), "jpeg", "").data
+        return write_image(self._vaes[plan.vae].preview(latents), "jpeg").data
 
     def _encode(self, plan: GenerationPlan, data: bytes) -> Latents:
         return self._vaes[plan.vae].encode(read_image(data, "image", plan.width, plan.height), plan.seed)
 
     def _decode(self, plan: GenerationPlan, latents: Latents) -> EncodedImage:
-        return write_image(self._vaes[plan.vae].decode(latents), plan.output_format, plan.model_dump_json())
+        return write_image(self._vaes[plan.vae].decode(latents), plan.output_format, plan, plan.output_quality)

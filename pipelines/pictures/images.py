@@ -1,9 +1,9 @@
-"""Pictures as bytes: read what clients send, write what they get, with the plan inside. No tensors here."""
+"""Pictures as bytes: read what clients send, write what they get, marked and with the plan inside. No tensors here."""
 
 from __future__ import annotations
 
 import io
-import json
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -11,13 +11,16 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
 from pipelines.errors import InvalidValueError, TooLargeError
-from pipelines.plan import OutputFormat
+from pipelines.pictures.infotext import infotext
+from pipelines.pictures.provenance import read_xmp, xmp_packet
+from pipelines.plan import OUTPUT_QUALITY, GenerationPlan, OutputFormat
 
 READABLE = ("PNG", "JPEG", "WEBP")
-JPEG_QUALITY = 95
-METADATA_KEY = "sdgraph"
-MAX_JPEG_EXIF = 65_533
-"""Bytes of an APP1 segment, less its length field."""
+XMP_CHUNK, INFOTEXT_CHUNK = "XML:com.adobe.xmp", "parameters"
+"""Text chunks of a PNG: XMP's (XMP specification part 3, 1.1.5) and A1111's."""
+MAX_JPEG_EXIF, MAX_JPEG_XMP = 65_533, 65_502
+"""Bytes of an APP1 segment, less its length field; XMP's begins with a name of its own."""
+_UTF_16 = b"UNICODE\0"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,22 @@ def _ended(data: bytes) -> bytes:
     return data + b"\xff\xd9" if is_jpeg and not data.rstrip(b"\0").endswith(b"\xff\xd9") else data
 
 
-def check_image(data: bytes, param: str, max_pixels: int) -> None:
+@dataclass(frozen=True)
+class PictureFile:
+    """What a file tells of itself."""
+
+    format: OutputFormat
+    width: int
+    height: int
+    digital_source_type: str | None
+    """A term of IPTC's vocabulary, such as `trainedAlgorithmicMedia` or `digitalCapture`."""
+    plan: str | None
+    """The plan of one of our pictures, as JSON."""
+    infotext: str | None
+    """A1111's, from us or from another program."""
+
+
+def check_image(data: bytes, param: str, max_pixels: int) -> PictureFile:
     """Whether `data` is a picture that `read_image` reads: it is decoded as there.
 
     Size comes from the header, so a picture bomb never unfolds.
@@ -55,10 +73,36 @@ def check_image(data: bytes, param: str, max_pixels: int) -> None:
         TooLargeError: more than `max_pixels` once decoded.
     """
     with _open(data, param) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise TooLargeError(f"{param} is {width}x{height}; at most {max_pixels} pixels are decoded", param)
+        _check_size(image, param, max_pixels)
         _decode(image, param)
+        return _described(image)
+
+
+def _described(image: Image.Image) -> PictureFile:
+    """A loaded picture's file: a PNG may tell of itself behind its pixels."""
+    xmp = image.info.get("xmp") or b""
+    told = read_xmp(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else bytes(xmp))
+    comment = _user_comment(image)
+    text = image.info.get(INFOTEXT_CHUNK) or comment
+    plan = told.plan or image.info.get("sdgraph")  # where our pictures had it before they had XMP
+    if plan is None and comment and comment.startswith("{"):
+        plan, text = comment, None
+    return PictureFile(
+        _FORMATS[str(image.format)],
+        *image.size,
+        told.digital_source_type,
+        str(plan) if plan else None,
+        str(text) if text else None,
+    )
+
+
+_FORMATS: dict[str, OutputFormat] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
+
+
+def _check_size(image: Image.Image, param: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooLargeError(f"{param} is {width}x{height}; at most {max_pixels} pixels are decoded", param)
 
 
 def read_image(data: bytes, param: str, width: int, height: int) -> Image.Image:
@@ -140,35 +184,58 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def write_image(image: Image.Image, file_format: OutputFormat, metadata: str) -> EncodedImage:
-    """Encode, with `metadata` (the plan as JSON) in a PNG text chunk or the EXIF user comment.
+def write_image(
+    image: Image.Image, file_format: OutputFormat, plan: GenerationPlan | None = None, quality: int = OUTPUT_QUALITY
+) -> EncodedImage:
+    """Encode, with what the file tells of itself inside (`provenance.py`, `infotext.py`).
 
-    JPEG holds 64 KB of EXIF: a longer text is replaced by a JSON object that says so.
+    Args:
+        image: the pixels.
+        file_format: of the file.
+        plan: what made the picture; None for a preview, which is marked as machine-made all the same.
+        quality: of JPEG and WebP.
     """
     buffer = io.BytesIO()
+    text = infotext(plan) if plan else ""
     if file_format == "png":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt(METADATA_KEY, metadata)
-        image.save(buffer, "PNG", pnginfo=text)
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(XMP_CHUNK, xmp_packet(plan).decode())
+        if text:
+            chunks.add_text(INFOTEXT_CHUNK, text)
+        image.save(buffer, "PNG", pnginfo=chunks)
     else:
-        block = _exif(metadata)
-        if file_format == "jpeg" and len(block) > MAX_JPEG_EXIF:
-            block = _exif(json.dumps({"omitted": f"{len(metadata)} characters, more than JPEG holds; PNG and WebP do"}))
-        image.save(buffer, file_format.upper(), quality=JPEG_QUALITY, exif=block)
+        limited = file_format == "jpeg"
+        packet = xmp_packet(plan, MAX_JPEG_XMP if limited else None)
+        block = _exif(text) if text else b""
+        if limited and len(block) > MAX_JPEG_EXIF:
+            block = b""
+        image.save(buffer, file_format.upper(), quality=quality, exif=block, xmp=packet)
     return EncodedImage(buffer.getvalue(), file_format)
 
 
 def _exif(comment: str) -> bytes:
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment.encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UTF_16 + comment.encode("utf-16-be", "replace")
     return exif.tobytes()
 
 
-def read_metadata(data: bytes) -> str | None:
-    """The plan written by `write_image`, None if the file carries none."""
-    with _open(data, "image") as image:
-        image.load()
-        if METADATA_KEY in image.info:
-            return str(image.info[METADATA_KEY])
+def _user_comment(image: Image.Image) -> str | None:
+    """EXIF's user comment, None where there is none or it cannot be read."""
+    try:
         comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    return comment.removeprefix(b"UNICODE\0").decode("utf-16-be") if comment else None
+    except Exception:  # Pillow raises many types on hostile EXIF
+        return None
+    if isinstance(comment, str):
+        return comment
+    if not isinstance(comment, bytes):
+        return None
+    charset, text = comment[:8], comment[8:]
+    if charset == _UTF_16:  # in the byte order of the file or of the writer's machine: programs differ
+        big, little = text.decode("utf-16-be", "replace"), text.decode("utf-16-le", "replace")
+        return little if "Steps: " in little else big
+    return (text if charset.startswith((b"ASCII\0", b"\0\0")) else comment).decode("utf-8", "replace")
+
+
+def read_plan(data: bytes) -> str | None:
+    """The plan that `write_image` put into a file, as JSON; None if the file carries none."""
+    return check_image(data, "image", sys.maxsize).plan

@@ -13,7 +13,7 @@ from PIL import Image
 
 from config.catalog import Catalog
 from deployments.api.schemas import GenerationRequest
-from pipelines.pictures.images import read_metadata
+from pipelines.pictures.images import read_plan
 from pipelines.plan import GenerationParams, GenerationPlan
 from pipelines.text2image import Text2Image
 from tests.support.http import SMALL, encoded, photo, picture, pixels, post
@@ -72,7 +72,7 @@ async def test_formats_carry_the_plan(client: httpx.AsyncClient, catalog: Catalo
     image = picture(reply)
     assert image.format == output_format.upper()
     assert image.size == (128, 128)
-    metadata = read_metadata(base64.b64decode(reply.json()["images"][0]["image"]))
+    metadata = read_plan(base64.b64decode(reply.json()["images"][0]["image"]))
     assert metadata is not None
     plan = GenerationPlan.model_validate_json(metadata)
     assert plan.seed == 7
@@ -82,7 +82,7 @@ async def test_formats_carry_the_plan(client: httpx.AsyncClient, catalog: Catalo
 async def test_model_defaults_fill_what_is_absent(client: httpx.AsyncClient) -> None:
     reply = await client.post("/v1/image/generation", json={"model_name": "sdxl-TURBO", "prompt": "x", "seed": None})
     assert picture(reply).size == (512, 512)
-    plan = GenerationPlan.model_validate_json(read_metadata(base64.b64decode(reply.json()["images"][0]["image"])) or "")
+    plan = GenerationPlan.model_validate_json(read_plan(base64.b64decode(reply.json()["images"][0]["image"])) or "")
     assert plan.stages[0].schedule.steps == 4
     assert not plan.stages[0].guided
 
@@ -92,7 +92,7 @@ async def test_aliases_and_unknown_fields(client: httpx.AsyncClient) -> None:
     fields = {k: v for k, v in SMALL.items() if k != "steps"}
     extra = {"num_inference_steps": 2, "guidance_scale": 1.5, "num_images": 1, "lora": None, "image": None, "weird": {}}
     reply = await client.post("/v1/image/generation", json=fields | extra)
-    plan = GenerationPlan.model_validate_json(read_metadata(base64.b64decode(reply.json()["images"][0]["image"])) or "")
+    plan = GenerationPlan.model_validate_json(read_plan(base64.b64decode(reply.json()["images"][0]["image"])) or "")
     assert plan.stages[0].schedule.steps == 2
     assert plan.stages[0].guidance_scale == 1.5
 

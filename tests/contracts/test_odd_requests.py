@@ -20,7 +20,7 @@ from deployments.api.errors import ErrorCode, Failure
 from deployments.api.schemas import GenerationRequest, OpenAIImageRequest, decode_base64
 from deployments.proxy.answers import ProxyAnswers
 from pipelines.errors import InvalidValueError
-from pipelines.pictures.images import read_metadata
+from pipelines.pictures.images import read_plan
 from pipelines.plan import GenerationPlan
 from tests.support.http import PATH, SMALL, check, encoded, photo, picture, pixels, post
 
@@ -29,7 +29,7 @@ VALUES: dict[str, Any] = {"steps": 2, "cfg_scale": 1.5, "loras": {"Pixel_Art": 0
 
 
 def plan_of(reply: httpx.Response) -> GenerationPlan:
-    return GenerationPlan.model_validate_json(read_metadata(base64.b64decode(reply.json()["images"][0]["image"])) or "")
+    return GenerationPlan.model_validate_json(read_plan(base64.b64decode(reply.json()["images"][0]["image"])) or "")
 
 
 @given(st.data())

@@ -1,0 +1,163 @@
+"""`POST /v1/images/info`: what a picture's file tells of itself, and the request that draws it again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from config.catalog import Catalog
+from config.choices import UnknownChoiceError
+from deployments.api.forms import documented, fields_of
+from deployments.api.schemas import decode_base64
+from deployments.ingress.ingress import Ingress
+from pipelines.errors import InvalidValueError
+from pipelines.pictures.images import PictureFile, check_image
+from pipelines.pictures.infotext import parse_infotext, request_fields
+from pipelines.pictures.provenance import VOCABULARY
+from pipelines.plan import GenerationPlan, OutputFormat
+
+
+class InfoRequest(BaseModel):
+    """A picture."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: Annotated[bytes | str, Field(description="Base64 PNG, JPEG or WebP, or a data URI; in a form, the file.")]
+
+
+class InfoResponse(BaseModel):
+    """What its file tells. What it does not tell is null."""
+
+    format: OutputFormat
+    width: int
+    height: int
+    digital_source_type: str | None
+    """IPTC's marking of how the picture was made, as a URI."""
+    plan: dict[str, Any] | None
+    """What this project decided about a picture of its own."""
+    infotext: str | None
+    """A1111's text."""
+    parameters: dict[str, str] | None
+    """The pairs of the infotext's last line, as they stand there."""
+    request: dict[str, Any] | None
+    """Fields for `POST /v1/image/generation` that draw it again."""
+    needs: list[str]
+    """Fields of pictures that the request lacks: files do not contain the pictures they were made of."""
+
+
+def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
+    """`POST /v1/images/info`."""
+    router = APIRouter(prefix="/v1", route_class=route_class, tags=["images"])
+
+    @router.post(
+        "/images/info", response_model=InfoResponse, openapi_extra=dict(documented(InfoRequest, ["image"], ["image"]))
+    )
+    async def info(request: Request) -> InfoResponse:
+        """Read what a picture's file tells of itself; of this project's pictures, A1111's and its relatives'."""
+        data = picture_in(await fields_of(request, ingress.limits.max_body_bytes))
+        file = await asyncio.to_thread(check_image, data, "image", ingress.limits.max_image_pixels)
+        return described(file, ingress.catalog)
+
+    return router
+
+
+def picture_in(fields: dict[str, Any]) -> bytes:
+    """The one picture of a body: `image`, or `file` as upload forms call it.
+
+    Raises:
+        InvalidValueError: none, several, or one that is not base64.
+        RequestValidationError: something that is neither text nor a file.
+    """
+    image = fields.get("image", fields.get("file"))
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if isinstance(image, list) and all(isinstance(one, bytes | str) for one in image):
+        raise InvalidValueError(f"image: {len(image)} pictures; send one", "image")
+    if image is None or image in ("", b""):
+        raise InvalidValueError("image is missing: send it in base64, or as the file of a form", "image")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise RequestValidationError([{"type": "string_type", "loc": ("body", "image"), "msg": "Input should be text"}])
+    decoded = decode_base64(image, "image")
+    assert decoded is not None
+    return decoded
+
+
+def described(file: PictureFile, catalog: Catalog) -> InfoResponse:
+    """What a client is told of a file."""
+    plan, parsed = _plan(file.plan), parse_infotext(file.infotext) if file.infotext else None
+    request: dict[str, Any] | None = None
+    needs: list[str] = []
+    if plan is not None:
+        request, needs = repeating(plan)
+    elif parsed is not None:
+        request = request_fields(*parsed)
+        if "strength" in request:
+            needs = ["image"]
+        if model := _served(parsed[2].get("Model", ""), catalog):
+            request["model_name"] = model
+    return InfoResponse(
+        format=file.format,
+        width=file.width,
+        height=file.height,
+        digital_source_type=VOCABULARY + file.digital_source_type if file.digital_source_type else None,
+        plan=plan.model_dump(mode="json") if plan else None,
+        infotext=file.infotext,
+        parameters=parsed[2] if parsed else None,
+        request=request,
+        needs=needs,
+    )
+
+
+def _plan(text: str | None) -> GenerationPlan | None:
+    """A file's plan; None if it is none of this version's, or only the note that it did not fit into a JPEG."""
+    try:
+        return GenerationPlan.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
+
+
+def _served(name: str, catalog: Catalog) -> str | None:
+    try:
+        return catalog.model_choices().resolve(name)
+    except UnknownChoiceError:
+        return None
+
+
+def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
+    """The request that repeats a plan, and the pictures it lacks. Styles are in its prompts already."""
+    first = plan.stages[0]
+    prompts, negatives = first.text.prompts, first.text.negative_prompts
+    fields: dict[str, Any] = {
+        "model_name": plan.model,
+        "prompt": prompts[0],
+        "width": plan.width,
+        "height": plan.height,
+        "steps": first.schedule.steps,
+        "cfg_scale": first.guidance_scale,
+        "sampler": first.sampler,
+        "seed": plan.seed,
+        "output_format": plan.output_format,
+    }
+    if negatives is not None:
+        fields["negative_prompt"] = negatives[0]
+    if prompts[1:] and prompts[1] != prompts[0]:
+        fields["prompt_2"] = prompts[1]
+    if negatives is not None and negatives[1:] and negatives[1] != negatives[0]:
+        fields["negative_prompt_2"] = negatives[1]
+    if first.schedule.strength is not None:
+        fields["strength"] = first.schedule.strength
+    if len(plan.stages) > 1:
+        fields["enable_refiner"] = True
+    if first.control is not None:
+        fields |= {"controlnet_name": first.control.name, "controlnet_preprocess": first.control.preprocess}
+    if first.loras:
+        fields["loras"] = {use.name: use.weight for use in first.loras}
+    lacking = {"image": first.schedule.strength is not None, "controlnet_image": first.control is not None}
+    return fields, [name for name, needed in lacking.items() if needed]

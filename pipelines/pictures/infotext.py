@@ -1,0 +1,116 @@
+"""A1111's infotext: the settings of a picture as people copy them from tool to tool.
+
+Its form as AUTOMATIC1111 1.10 and Forge write it: the prompt, a line `Negative prompt: ...`, a line of `name: value`
+pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from config.choices import UnknownChoiceError
+from pipelines.plan import GenerationPlan
+from pipelines.sampling.samplers import SAMPLER_CHOICES
+
+_A1111_SAMPLERS = {"PNDM": "PLMS", "UniPC 2M": "UniPC", "DPM SDE": "DPM++ SDE", "DEIS 2M": "DEIS"}
+"""Ours -> A1111's or Forge's, where the same solver has another name there."""
+_OUR_SAMPLERS = {theirs.casefold(): ours for ours, theirs in _A1111_SAMPLERS.items()}
+_ALWAYS_KARRAS = frozenset({"dpm++ 2m", "dpm++ sde", "dpm++ 2s a", "dpm2", "dpm2 a"})
+"""Samplers for which A1111's schedule type "Automatic" means Karras'."""
+_NEGATIVE = "Negative prompt: "
+_PAIR = re.compile(r'(\w[\w \-/]{0,60}?): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |,?$)')
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_LONGEST = 100_000
+"""Characters of a line of pairs; more is no line of pairs."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def infotext(plan: GenerationPlan) -> str:
+    """A plan's settings for A1111's tools, which read brackets as weights: those of a plain prompt are escaped."""
+    first = plan.stages[0]
+    karras = first.sampler.endswith(" Karras")
+    name = first.sampler.removesuffix(" Karras")
+    pairs: dict[str, object] = {
+        "Steps": first.schedule.steps,
+        "Sampler": _A1111_SAMPLERS.get(name, name),
+        "Schedule type": "Karras" if karras else "Uniform",
+        "CFG scale": first.guidance_scale,
+        "Seed": plan.seed,
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": plan.model,
+    }
+    if first.schedule.strength is not None:
+        pairs["Denoising strength"] = first.schedule.strength
+    if len(plan.stages) > 1:
+        pairs |= {"Refiner": plan.stages[1].component, "Refiner switch at": first.schedule.end}
+    if first.control is not None:
+        pairs["ControlNet 0"] = f"Module: {first.control.name}, Model: {first.control.component}"
+    pairs["Version"] = "sdgraph"
+    loras = "".join(f" <lora:{use.name}:{use.weight:g}>" for use in first.loras)
+    lines = [_escaped(first.text.prompts[0]) + loras]
+    if first.text.negative_prompts and first.text.negative_prompts[0]:
+        lines.append(_NEGATIVE + _escaped(first.text.negative_prompts[0]))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
+    return _CONTROL.sub(" ", "\n".join(lines))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[()\[\]]", r"\\\g<0>", text)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+
+
+def parse_infotext(text: str) -> tuple[str, str | None, dict[str, str]] | None:
+    """Prompt, negative prompt and the pairs of an infotext, as they stand there; None if it is none."""
+    *lines, last = text.strip().split("\n")
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(last)} if len(last) <= _LONGEST else {}
+    if "Steps" not in pairs:
+        return None
+    begins = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[begins:]).removeprefix(_NEGATIVE) if begins < len(lines) else None
+    return "\n".join(lines[:begins]), negative, pairs
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value.strip()
+    try:
+        return str(json.loads(value)).encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+    except ValueError:
+        return value
+
+
+def our_sampler(sampler: str, schedule: str = "Automatic") -> str | None:
+    """Our name of A1111's sampler and schedule type, None where there is no equal."""
+    name = sampler.strip().casefold()
+    wants_karras = schedule.strip().casefold()
+    karras = wants_karras == "karras" or (wants_karras == "automatic" and name in _ALWAYS_KARRAS)
+    ours = _OUR_SAMPLERS.get(name, name)
+    try:
+        return SAMPLER_CHOICES.resolve(f"{ours} Karras" if karras and not name.endswith(" karras") else ours)
+    except UnknownChoiceError:
+        return None
+
+
+def request_fields(prompt: str, negative: str | None, pairs: dict[str, str]) -> dict[str, Any]:
+    """Fields of a request, by the names of our API, that an infotext sets. Models are left out: servers differ."""
+    fields: dict[str, Any] = {"prompt": prompt}
+    if negative is not None:
+        fields["negative_prompt"] = negative
+    sampler = our_sampler(pairs.get("Sampler", ""), pairs.get("Schedule type", "Automatic"))
+    if sampler is not None:
+        fields["sampler"] = sampler
+    size = _SIZE.fullmatch(pairs.get("Size", ""))
+    if size is not None:
+        fields |= {"width": int(size[1]), "height": int(size[2])}
+    numbers = {"Steps": "steps", "Seed": "seed", "CFG scale": "cfg_scale", "Denoising strength": "strength"}
+    for name, field in numbers.items():
+        value = pairs.get(name, "")
+        if re.fullmatch(r"\d{1,10}" if field in ("steps", "seed") else r"\d{1,4}(\.\d{1,10})?", value):
+            fields[field] = int(value) if field in ("steps", "seed") else float(value)
+    return fields
