@@ -6,72 +6,32 @@ validate a request stands here, so that it never has to open weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from config.annotators import WEIGHTLESS_ANNOTATORS as WEIGHTLESS_ANNOTATORS
+from config.annotators import AnnotatorSpec as AnnotatorSpec
 from config.choices import Choices
-from config.sources import PlainSource, Source, Spec
+from config.components import ARCHITECTURES as ARCHITECTURES
+from config.components import Architecture as Architecture
+from config.components import ComponentSpec as ComponentSpec
+from config.components import Family as Family
+from config.components import Size as Size
+from config.library import UnservedFile
+from config.sources import PlainSource, Spec
 
 T = TypeVar("T")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-Family = Literal["sd", "sdxl"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-Architecture = Literal["sd15", "sd2", "sdxl", "sdxl-refiner", "ssd"]
-ARCHITECTURES = HERE / "architectures"  # published configurations; a ControlNet's lies beside its UNet's
-WEIGHTLESS_ANNOTATORS = ("canny", "lineart")
-"""Controls that a photo is turned into without weights, on every server."""
-
 
 class CatalogError(ValueError):
     """The catalog contradicts itself; the message names the entry."""
-
-
-class Size(Spec):
-    """A picture size in pixels."""
-
-    width: int = Field(ge=8)
-    height: int = Field(ge=8)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            width, _, height = value.partition("x")
-            return {"width": width, "height": height}
-        return value
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
-
-
-class ComponentSpec(Spec):
-    """One set of weights: what one deployment hosts."""
-
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    kind: Literal["text_encoder", "unet", "vae", "controlnet"]
-    family: Family
-    source: Source
-    subfolder: str | None = None
-    """Folder of the weights inside the source: by default the kind's usual one; "" is the root."""
-    dtype: Dtype = "float32"
-    """Number format on a GPU; a CPU always computes in float32."""
-    architecture: Architecture | None = None
-    """What it is a fine-tune of, for whoever needs its shapes without its files: those on the hub say it."""
-    text_encoders: tuple[int, ...] = ()
-    """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
-    force_zeros_for_empty_prompt: bool = False
-    """UNets only: an absent negative prompt is a zero embedding (SDXL base), not the empty text's."""
-    base: str | None = None
-    """ControlNets only: id of the UNet it steers."""
-    union: bool = False
-    """ControlNets only: one set of weights for several controls, told apart by a mode (ControlNetUnionModel)."""
 
 
 class ModelDefaults(Spec):
@@ -89,6 +49,7 @@ class ModelSpec(Spec):
     """One name a request may ask for, and the components that answer it."""
 
     name: str
+    aliases: tuple[str, ...] = ()
     family: Family
     text_encoder: str
     unet: str
@@ -127,24 +88,6 @@ class ControlNetSpec(Spec):
     """Control type of this control in a union ControlNet."""
 
 
-class AnnotatorSpec(Spec):
-    """Weights that turn a photo into the control map of one ControlNet name."""
-
-    name: Literal["depth", "openpose", "softedge"]
-    source: PlainSource
-    detector: PlainSource | None = None
-    """openpose only: the model that finds people; `source` is the one that finds their joints."""
-    file: str | None = Field(default=None, pattern=r"^[^/]+\.onnx$")
-    """softedge only: the ONNX file in `source`."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> AnnotatorSpec:
-        for name, field in (("openpose", "detector"), ("softedge", "file")):
-            if (self.name == name) != (getattr(self, field) is not None):
-                raise ValueError(f"annotator {self.name!r}: {name} needs {field}, no other has one")
-        return self
-
-
 class LoraWeights(Spec):
     """One LoRA file and the UNets it was made for."""
 
@@ -152,12 +95,15 @@ class LoraWeights(Spec):
     """Component ids of UNets."""
     source: PlainSource
     file: str = Field(pattern=r"^[^/]+\.safetensors$")
+    version: str | None = None
+    """Of a file in a library, which may be replaced while the graph runs: which one it was."""
 
 
 class LoraSpec(Spec):
     """A LoRA by its public name. One name may have weights for several base UNets."""
 
     name: str
+    aliases: tuple[str, ...] = ()
     weights: tuple[LoraWeights, ...] = ()
     trigger: str | None = None
     """Words its training captions used; for people to read."""
@@ -184,7 +130,12 @@ class StylePreset(Spec):
         return self
 
 
-def _in_a_line(error: ValidationError) -> str:
+def _aliases(entries: Iterable[ModelSpec | LoraSpec | StylePreset]) -> dict[str, str]:
+    """Alias -> name, of every entry."""
+    return {alias: entry.name for entry in entries for alias in entry.aliases}
+
+
+def in_a_line(error: ValidationError) -> str:
     """What is wrong and where, without pydantic's own address for each."""
     told = error.errors(include_url=False)
     parts = (".".join(str(part) for part in e["loc"]) + ": " * bool(e["loc"]) + e["msg"] for e in told)
@@ -208,6 +159,10 @@ class Catalog(Spec):
     annotators: tuple[AnnotatorSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
     styles: tuple[StylePreset, ...] = ()
+    library: tuple[Path, ...] = ()
+    """Folders of the library that this catalog was extended by."""
+    unserved: tuple[UnservedFile, ...] = ()
+    """Of the library: what is listed with its reason and otherwise left alone."""
 
     @classmethod
     def load(cls, name: str | Path) -> Catalog:
@@ -225,7 +180,7 @@ class Catalog(Spec):
         try:
             return cls.model_validate(parts)
         except ValidationError as error:
-            raise CatalogError(f"catalog '{name}': {_in_a_line(error)}") from error
+            raise CatalogError(f"catalog '{name}': {in_a_line(error)}") from error
 
     @model_validator(mode="after")
     def _cross_check(self) -> Catalog:
@@ -234,6 +189,7 @@ class Catalog(Spec):
             raise ValueError("two components share an id")
         self.model_choices()  # two names that differ by case alone fail here
         self.style_choices()
+        self.lora_choices()
         for model in self.models:
             self._check_model(model, components)
         for component in self.components:
@@ -280,13 +236,15 @@ class Catalog(Spec):
 
     def model_choices(self) -> Choices:
         """Every model name, available or not."""
-        return Choices("model_name", [m.name for m in self.models])
+        return Choices("model_name", [m.name for m in self.models], _aliases(self.models))
+
+    def lora_choices(self) -> Choices:
+        """Every LoRA, available or not."""
+        return Choices("loras", [lora.name for lora in self.loras], _aliases(self.loras))
 
     def style_choices(self) -> Choices:
         """Every style preset with its aliases."""
-        return Choices(
-            "style_preset", [s.name for s in self.styles], {a: s.name for s in self.styles for a in s.aliases}
-        )
+        return Choices("style_preset", [s.name for s in self.styles], _aliases(self.styles))
 
     def available_models(self) -> tuple[ModelSpec, ...]:
         """Models a request may name now."""

@@ -213,7 +213,7 @@ def _control(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> Co
 def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tuple[LoraUse, ...]:
     """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet."""
     fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
-    choices = Choices("loras", [entry.name for entry in catalog.loras])
+    choices = catalog.lora_choices()
     uses: dict[str, LoraUse] = {}
     for wanted, weight in params.loras.items():
         try:

@@ -144,7 +144,7 @@ def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any
     path = locate(spec) / (files.folders[0] if folder is None else folder) / name
     checks.check_file(files.what, locate(spec), path)
     config: dict[str, Any] = json.loads(path.read_text())
-    return config | _marks(files) if folder == "scheduler" else config
+    return config | _marks(files) | spec.scheduler.model_dump(exclude_none=True) if folder == "scheduler" else config
 
 
 def _marks(files: ComponentFiles) -> dict[str, Any]:

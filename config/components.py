@@ -1,0 +1,71 @@
+"""Components: sets of weights, each hosted by one deployment, and how large pictures may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from config.sources import Source, Spec
+
+Family = Literal["sd", "sdxl"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Architecture = Literal["sd15", "sd2", "sdxl", "sdxl-refiner", "ssd"]
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""Published configurations; a ControlNet's lies beside that of the UNet it steers."""
+
+
+class Size(Spec):
+    """A picture size in pixels."""
+
+    width: int = Field(ge=8)
+    height: int = Field(ge=8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            width, _, height = value.partition("x")
+            return {"width": width, "height": height}
+        return value
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class SchedulerSettings(Spec):
+    """Settings of a UNet's `scheduler_config.json` that stand above what its files say; those not given are theirs."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    steps_offset: int | None = Field(default=None, ge=0, le=1)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    beta_start: float | None = Field(default=None, gt=0, lt=1)
+    beta_end: float | None = Field(default=None, gt=0, lt=1)
+
+
+class ComponentSpec(Spec):
+    """One set of weights: what one deployment hosts."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    kind: Literal["text_encoder", "unet", "vae", "controlnet"]
+    family: Family
+    source: Source
+    subfolder: str | None = None
+    """Folder of the weights inside the source: by default the kind's usual one; "" is the root."""
+    dtype: Dtype = "float32"
+    """Number format on a GPU; a CPU always computes in float32."""
+    architecture: Architecture | None = None
+    """What it is a fine-tune of, for whoever needs its shapes without its files: those on the hub say it."""
+    text_encoders: tuple[int, ...] = ()
+    """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
+    force_zeros_for_empty_prompt: bool = False
+    """UNets only: an absent negative prompt is a zero embedding (SDXL base), not the empty text's."""
+    scheduler: SchedulerSettings = SchedulerSettings()
+    """UNets only: what its files say otherwise, or do not say."""
+    base: str | None = None
+    """ControlNets only: id of the UNet it steers."""
+    union: bool = False
+    """ControlNets only: one set of weights for several controls, told apart by a mode (ControlNetUnionModel)."""
