@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from deployments.telemetry.stages import Timed
-    from pipelines.control.types import ControlBatch, ControlHint, Residuals
+    from pipelines.control.residuals import PackedResiduals
+    from pipelines.control.types import ControlBatch, ControlHint
     from pipelines.pictures.images import EncodedImage
     from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
     from pipelines.sampling.latents import Latents
@@ -195,7 +196,7 @@ class ControlNetEdge:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Call[Residuals | None]:
+    def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Call[PackedResiduals | None]:
         """Residuals of every row of a tick; None asks for the maps in `hints`, which that replica has not got."""
         return Call(self._handle.residuals.remote(batch=batch, hints=dict(hints)))
 

@@ -17,9 +17,6 @@ from pipelines.errors import WeightsError
 if TYPE_CHECKING:
     import torch
 
-UP_BLOCK_INPUT, UP_BLOCK_SKIPS = "hidden_states", "res_hidden_states_tuple"
-"""Keyword arguments with which a UNet calls its up blocks: `[rows, channels, height, width]`, and a tuple of such."""
-
 
 def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json`, with diffusers' default for every key it lacks, as the loaded model has it.

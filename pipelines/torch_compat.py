@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def lost_device(error: BaseException | None) -> bool:
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and str(error).startswith("CUDA error:")
     )
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """`target.copy_(source)` for each pair, in one kernel where all are of one format on one GPU."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def zero_each(tensors: Sequence[torch.Tensor]) -> None:
+    """`tensor.zero_()` for each, likewise."""
+    torch._foreach_zero_(list(tensors))
+
+
+def add_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], weight: float) -> None:
+    """`target.add_(source, alpha=weight)` for each pair, likewise."""
+    torch._foreach_add_(list(targets), list(sources), alpha=weight)
 
 
 class PeakBytes(TorchDispatchMode):

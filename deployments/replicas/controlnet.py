@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from pipelines.cache import LruCache
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
-    from pipelines.control.types import ControlBatch, ControlHint, Residuals
+    from pipelines.control.residuals import PackedResiduals, PendingArray
+    from pipelines.control.types import ControlBatch, ControlHint
 
 REMEMBERED_HINTS = 64
 """Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""
@@ -41,16 +43,24 @@ class ControlNetDeployment(Replica):
         self._hints.put(hint.id, hint)
         return watch.timed(hint)
 
-    async def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
-        """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got."""
+    async def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
+        """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got.
+
+        The model's thread only queues their copy to the host, which is waited for elsewhere.
+        """
         for sent in hints.values():
             self._hints.put(sent.id, sent)
-        asked = {hint.id for hint in batch.hints}
+        asked = batch.hint_ids
         known = {hint_id: hint for hint_id in asked if (hint := hints.get(hint_id) or self._hints.get(hint_id))}
         if len(known) < len(asked):
             return None
-        component = batch.hints[0].component
+        component = batch.uses[0][0].hint.component
         with stopwatch("controlnet", component, logging.DEBUG) as watch:  # every tick
-            residuals = await self._worker.run(self._nets.residuals, batch, known, started=watch.start_work)
+            pending = await self._worker.run(self._compute, batch, known, started=watch.start_work)
+            residuals = await asyncio.to_thread(pending.wait)
         metrics().cache("control map", component, self._nets.cache)
         return residuals
+
+    def _compute(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingArray:
+        """On the model's thread."""
+        return self._nets.residuals(batch, hints).sent_to_host()

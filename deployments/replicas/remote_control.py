@@ -12,7 +12,8 @@ from deployments.ray_compat import replica_died
 from deployments.telemetry.metrics import metrics
 
 if TYPE_CHECKING:
-    from pipelines.control.types import ControlBatch, ControlHint, PendingResiduals, Residuals
+    from pipelines.control.residuals import PackedResiduals, PendingResiduals
+    from pipelines.control.types import ControlBatch, ControlHint, PendingBatch
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +26,22 @@ class RemoteControl:
         self._loop = asyncio.get_event_loop()
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
-        """Begin the call; a replica that has not seen the maps asks for them once."""
-        return asyncio.run_coroutine_threadsafe(self._call(batch, hints), self._loop)
+        """Begin the call; a replica that has not seen the maps asks for them once.
 
-    async def _call(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
+        On the model's thread, before it queues the UNet: the copy of the batch to the host is queued here, so that it
+        waits for the tick before at most. The event loop sends what has arrived.
+        """
+        return asyncio.run_coroutine_threadsafe(self._call(batch.sent_to_host(), hints), self._loop)
+
+    async def _call(self, pending: PendingBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals:
+        batch = await asyncio.to_thread(pending.wait)
         residuals = await self._ask(batch, {})
         if residuals is None:
             residuals = await self._ask(batch, hints)
         assert residuals is not None, "the maps were sent along"
         return residuals
 
-    async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals | None:
+    async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
         """One call, and a second one where the replica died: to another one, or to its successor."""
         try:
             return await self._edge.residuals(batch=batch, hints=hints)

@@ -1,17 +1,17 @@
-"""The torch backend: diffusers' UNet2DConditionModel in eager mode."""
+"""The torch backend: diffusers' UNet2DConditionModel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipelines.adapters.rows import RowAdapters
 from pipelines.adapters.slots import BUCKETS
 from pipelines.backends.base import StepBatch
-from pipelines.control.binding import LateBinding
-from pipelines.errors import WeightsError
+from pipelines.backends.halves import UNetHalves
+from pipelines.control.buffers import spread
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -30,27 +30,22 @@ class TorchDenoiser:
         Raises:
             WeightsError: the UNet needs an input this graph does not produce.
         """
-        if unet.config.time_cond_proj_dim is not None:
-            raise WeightsError("this UNet takes the guidance scale as an input (LCM-distilled); it is not supported")
-        self._unet = unet.eval()
+        self._halves = UNetHalves(unet.eval())
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
         self.adapters = RowAdapters(unet, buckets=() if strict else BUCKETS)
-        self._late_binding = LateBinding(unet)
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> torch.Tensor:
-        """Evaluate the UNet once for all rows."""
-        with self.adapters.active(batch.loras), self._late_binding.bound(batch.controlled):
-            output = self._unet(
-                batch.sample,
-                batch.timesteps,
-                encoder_hidden_states=batch.prompt_embeds,
-                added_cond_kwargs=dict(batch.added_conditions) or None,
-                return_dict=False,
-            )
-        return cast(torch.Tensor, output[0])
+        """Evaluate the UNet once for all rows; residuals are waited for when it is half done."""
+        with self.adapters.active(batch.loras):
+            lower = self._halves.lower(batch.sample, batch.timesteps, batch.prompt_embeds, batch.added_conditions)
+            residuals = None
+            if batch.controlled is not None:
+                given = batch.controlled.pending.result().on(self.device, self.dtype)
+                residuals = spread(given, batch.controlled.rows, len(batch.sample))
+            return self._halves.upper(lower, batch.prompt_embeds, residuals)
 
     def padding(self, batch: StepBatch) -> int:
         """None: torch evaluates any number of rows."""

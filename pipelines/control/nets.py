@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,14 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 
 from pipelines.cache import LruCache
 from pipelines.control.annotators import Annotators
-from pipelines.control.types import (
-    ControlBatch,
-    ControlHint,
-    MissingHintsError,
-    PendingResiduals,
-    ReadyResiduals,
-    Residuals,
-)
+from pipelines.control.residuals import PendingResiduals, ReadyResiduals, Residuals
+from pipelines.control.rows import runs_of, take_rows
+from pipelines.control.types import ControlBatch, ControlHint, HintUse, MissingHintsError
 from pipelines.diffusers_compat import take_map_embedder
 from pipelines.errors import WeightsError
 from pipelines.pictures.images import read_image
 from pipelines.plan import ControlUse
+from pipelines.torch_compat import add_each
 
 REMEMBERED_EMBEDDINGS = 64
 """Embedded maps a ControlNet keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
@@ -68,14 +64,15 @@ class ControlNets:
         Raises:
             MissingHintsError: a map is not in `hints`.
         """
-        if missing := {hint.id for hint in batch.hints} - hints.keys():
+        if missing := batch.hint_ids - hints.keys():
             raise MissingHintsError(*sorted(missing))
-        groups: dict[tuple[str, int | None], list[int]] = {}
-        for row, hint in enumerate(batch.hints):
-            groups.setdefault((hint.component, hint.mode), []).append(row)
-        parts = [self._forward(component, mode, rows, batch, hints) for (component, mode), rows in groups.items()]
-        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
-        return Residuals.pack([torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)])
+        groups: dict[tuple[str, int | None], _Group] = {}
+        for row, uses in enumerate(batch.uses):
+            for use in uses:
+                groups.setdefault((use.hint.component, use.hint.mode), _Group()).add(row, use)
+        for group in groups.values():
+            group.residuals = self._forward(group, batch, hints)
+        return Residuals(tuple(_sum(list(groups.values()), len(batch.uses))))
 
     def _embed(self, hint: ControlHint) -> torch.Tensor:
         """Embedding `[1, channels, height, width]` of a map, in the latents' size."""
@@ -86,31 +83,88 @@ class ControlNets:
             embedding = self.cache.put(hint.id, made)
         return embedding
 
-    def _forward(
-        self, component: str, mode: int | None, rows: list[int], batch: ControlBatch, hints: Mapping[str, ControlHint]
-    ) -> list[torch.Tensor]:
+    def _forward(self, group: _Group, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Sequence[torch.Tensor]:
+        """Residuals of a group's rows, which share a ControlNet and a mode."""
+        component, mode = group.uses[0].hint.component, group.uses[0].hint.mode
         model = self._models[component]
         like = {"device": model.device, "dtype": model.dtype}
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[rows].to(**like)
+            return take_rows(tensor, group.rows).to(**like)
 
-        condition = torch.cat([self._embed(hints[batch.hints[row].id]) for row in rows])
-        added = {"text_embeds": batch.text_embeds, "time_ids": batch.time_ids}
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": pick(batch.prompt_embeds),
-            "added_cond_kwargs": {name: pick(t) for name, t in added.items() if t is not None} or None,
-            "return_dict": False,
-        }
-        if mode is None:
-            arguments["controlnet_cond"] = condition
-        else:
-            control_type = torch.zeros(len(rows), model.config.num_control_type, **like)
-            control_type[:, mode] = 1
-            arguments |= {"controlnet_cond": [condition], "control_type": control_type, "control_type_idx": [mode]}
-        timesteps = batch.timesteps[rows].to(model.device)
-        down, mid = model(pick(batch.sample), timesteps, **arguments)
-        return [*down, mid]
+        maps = torch.cat([self._embed(hints[use.hint.id]) for use in group.uses])
+        return evaluate(
+            model,
+            mode,
+            pick(batch.sample),
+            take_rows(batch.timesteps, group.rows).to(model.device),
+            pick(batch.prompt_embeds),
+            {name: pick(tensor) for name, tensor in batch.added_conditions.items()},
+            maps,
+        )
+
+
+class _Group:
+    """Rows of a tick that one ControlNet computes in one pass."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.uses: list[HintUse] = []
+        self.residuals: Sequence[torch.Tensor] = ()
+
+    def add(self, row: int, use: HintUse) -> None:
+        """A map of a row; a row can have several of one ControlNet."""
+        self.rows.append(row)
+        self.uses.append(use)
+
+
+def evaluate(
+    model: ControlNetModel | ControlNetUnionModel,
+    mode: int | None,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    added_conditions: Mapping[str, torch.Tensor],
+    maps: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """One pass of a ControlNet over some rows: the down residuals and the mid residual.
+
+    Args:
+        model: whose map embedder was taken.
+        mode: control type of a union ControlNet, None for a plain one.
+        sample: `[rows, channels, height, width]`.
+        timesteps: `[rows]`.
+        prompt_embeds: `[rows, tokens, width]`.
+        added_conditions: as in a `StepBatch`.
+        maps: embedded, `[rows, channels, height, width]` in the latents' size.
+    """
+    arguments: dict[str, Any] = {
+        "encoder_hidden_states": prompt_embeds,
+        "added_cond_kwargs": dict(added_conditions) or None,
+        "return_dict": False,
+    }
+    if mode is None:
+        arguments["controlnet_cond"] = maps
+    else:
+        control_type = sample.new_zeros(len(sample), model.config.num_control_type)
+        control_type[:, mode] = 1
+        arguments |= {"controlnet_cond": [maps], "control_type": control_type, "control_type_idx": [mode]}
+    down, mid = model(sample, timesteps, **arguments)
+    return (*down, mid)
+
+
+def _sum(groups: Sequence[_Group], count: int) -> Sequence[torch.Tensor]:
+    """The weighted sum of all that steers each of `count` rows; a single group of all rows as it is."""
+    first = groups[0]
+    if len(groups) == 1 and first.rows == list(range(count)) and all(use.weight == 1 for use in first.uses):
+        return first.residuals
+    totals = [part.new_zeros(count, *part.shape[1:]) for part in first.residuals]
+    for group in groups:
+        weights = [use.weight for use in group.uses]
+        for run in runs_of(group.rows, weights):
+            targets, parts = [t[run.rows] for t in totals], [part[run.picked] for part in group.residuals]
+            add_each(targets, parts, weights[run.position])
+    return totals
 
 
 class ColocatedControl:

@@ -1,15 +1,16 @@
-"""What a denoiser and a ControlNet exchange: hints, batches of rows, residuals, and the protocols between them."""
+"""What a denoiser asks of a ControlNet: hints, batches of rows, and where it asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
+from pipelines.control.residuals import PendingResiduals
 from pipelines.tensors import TensorBundle
+from pipelines.transfers import Mark, fetch
 
 
 class HintRef(NamedTuple):
@@ -42,12 +43,20 @@ class ControlHint(TensorBundle):
         return HintRef(self.id, self.component, self.mode)
 
 
+class HintUse(NamedTuple):
+    """One control map that steers a row, and how much."""
+
+    hint: HintRef
+    weight: float = 1.0
+    """What its residuals are multiplied by (diffusers' `controlnet_conditioning_scale`)."""
+
+
 @dataclass(frozen=True)
 class ControlBatch(TensorBundle):
-    """The rows of one tick that need residuals, whichever ControlNet of the family they need."""
+    """The rows of one tick that need residuals, whichever ControlNets of the family they need."""
 
-    hints: tuple[HintRef, ...]
-    """Which map each row needs."""
+    uses: tuple[tuple[HintUse, ...], ...]
+    """The maps of each row, at least one; a row's residuals are the weighted sum over them."""
     sample: torch.Tensor
     """`[rows, channels, height, width]`, as the UNet sees them."""
     timesteps: torch.Tensor
@@ -59,48 +68,35 @@ class ControlBatch(TensorBundle):
     time_ids: torch.Tensor | None = None
     """`[rows, ids]`, SDXL only."""
 
+    @property
+    def hint_ids(self) -> frozenset[str]:
+        """Every map that some row needs."""
+        return frozenset(use.hint.id for uses in self.uses for use in uses)
 
-@dataclass(frozen=True)
-class Residuals:
-    """Residuals of all rows as one flat array: 27 MB took 12 ms across an edge so, 72 ms as torch tensors."""
+    @property
+    def added_conditions(self) -> dict[str, torch.Tensor]:
+        """What an SDXL UNet is told besides, empty for SD; as in a `StepBatch`."""
+        given = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
-    flat: np.ndarray
-    """The down residuals in order and the mid residual, each `[rows, channels, height, width]`, end to end."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Shape of each, in the same order."""
-
-    @classmethod
-    def pack(cls, tensors: Sequence[torch.Tensor]) -> Residuals:
-        """Flatten the tensors of a forward pass."""
-        flat = torch.cat([t.detach().reshape(-1) for t in tensors]).cpu()
-        flat = flat.float() if flat.dtype is torch.bfloat16 else flat
-        return cls(flat.numpy(), tuple(tuple(t.shape) for t in tensors))
-
-    def unpack(self, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-        """The tensors again."""
-        array = self.flat if self.flat.flags.writeable else self.flat.copy()
-        flat = torch.from_numpy(array).to(device, dtype)
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
-
-
-class PendingResiduals(Protocol):
-    """Residuals under way."""
-
-    def result(self) -> Residuals:
-        """Wait for them; raises what the computation raised."""
-        ...
+    def sent_to_host(self) -> PendingBatch:
+        """Begin to copy it to the host; on the thread that queued what made it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        copies: dict[str, Any] = {n: fetch(v) for n, v in values.items() if isinstance(v, torch.Tensor)}
+        return PendingBatch(replace(self, **copies), Mark(self.sample.device))
 
 
 @dataclass(frozen=True)
-class ReadyResiduals:
-    """Residuals that are already there, where a pending result is expected."""
+class PendingBatch:
+    """A batch on its way to the host."""
 
-    residuals: Residuals
+    _batch: ControlBatch
+    _mark: Mark
 
-    def result(self) -> Residuals:
-        """The residuals, at once."""
-        return self.residuals
+    def wait(self) -> ControlBatch:
+        """The batch on the host; on any thread."""
+        self._mark.wait()
+        return self._batch
 
 
 class ControlSource(Protocol):
@@ -113,7 +109,7 @@ class ControlSource(Protocol):
 
 @dataclass(frozen=True)
 class ControlledRows:
-    """The rows of a StepBatch that get residuals: row `rows[i]` of the batch is row i of `pending`."""
+    """The rows of a StepBatch that get residuals: row `rows[i]` of the batch is row i of those in `pending`."""
 
     rows: tuple[int, ...]
     pending: PendingResiduals

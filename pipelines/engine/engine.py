@@ -19,7 +19,8 @@ import torch
 from pipelines.adapters.layers import Mixture
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser, StepBatch
-from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource
+from pipelines.control.rows import take_rows
+from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource, HintUse
 from pipelines.engine.batching import BatchKey, select_rows
 from pipelines.engine.checks import check_job
 from pipelines.engine.job import DenoiseJob
@@ -277,14 +278,13 @@ class StepEngine:
         if self.control is None:
             raise ValueError("a job brought a control hint, but this engine has no ControlNet")
         rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
-        index = torch.tensor(rows, device=batch.sample.device)
         own = [hint for hint in hints if hint is not None]
         request = ControlBatch(
-            hints=tuple(hint.ref for hint in own),
-            sample=batch.sample[index],
-            timesteps=batch.timesteps[index],
-            prompt_embeds=batch.prompt_embeds[index],
-            **{name: tensor[index] for name, tensor in batch.added_conditions.items()},
+            uses=tuple((HintUse(hint.ref),) for hint in own),
+            sample=take_rows(batch.sample, rows),
+            timesteps=take_rows(batch.timesteps, rows),
+            prompt_embeds=take_rows(batch.prompt_embeds, rows),
+            **{name: take_rows(tensor, rows) for name, tensor in batch.added_conditions.items()},
         )
         return ControlledRows(rows, self.control.start(request, {hint.id: hint for hint in own}))
 

@@ -16,8 +16,6 @@ from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteSchedu
 from PIL import Image
 
 from config.catalog import Catalog
-from pipelines.control.binding import LateBinding
-from pipelines.control.types import ControlledRows, ReadyResiduals, Residuals
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -179,29 +177,6 @@ def test_eight_that_differ_in_everything_share_ticks(text2image: Text2Image, pho
         if one.loras:
             without = text2image.generate(replace(one, loras={})).image
             assert not np.array_equal(np.asarray(without), np.asarray(alone)), "the LoRAs must show"
-
-
-def test_late_binding_is_bit_equal_to_arguments(tiny_models: Path) -> None:
-    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_models / "sd15" / "unet").eval()
-    net = ControlNetModel.from_pretrained(tiny_models / "controlnet-sd15-canny").eval()
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(2, 4, 16, 16, generator=generator)
-    text = torch.randn(2, 77, 32, generator=generator)
-    timesteps = torch.tensor([7.0, 300.0])
-    with torch.inference_mode():
-        image = torch.rand(2, 3, 128, 128, generator=generator)
-        down, mid = net(sample, timesteps, encoder_hidden_states=text, controlnet_cond=image, return_dict=False)
-        expected = unet(
-            sample,
-            timesteps,
-            encoder_hidden_states=text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-        ).sample
-        late = LateBinding(unet)
-        with late.bound(ControlledRows((0, 1), ReadyResiduals(Residuals.pack([*down, mid])))):
-            assert torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
-        assert not torch.equal(unet(sample, timesteps, encoder_hidden_states=text).sample, expected)
 
 
 def test_what_a_controlnet_request_needs(text2image: Text2Image, photo: bytes) -> None:

@@ -21,7 +21,8 @@ from pipelines.backends.tvm.artifacts import ArtifactCache, ArtifactKey, best_le
 from pipelines.backends.tvm.compile import compile_all
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
-from pipelines.control.types import ControlledRows, Residuals
+from pipelines.control.residuals import ReadyResiduals, Residuals
+from pipelines.control.types import ControlledRows
 from pipelines.errors import DenoiseError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -86,26 +87,16 @@ def test_every_family_computes_what_torch_computes(
     assert relative_error(ours, TorchDenoiser(unet).predict(batch)) < 1e-4
 
 
-class Ready:
-    """Residuals that are there."""
-
-    def __init__(self, residuals: Residuals) -> None:
-        self._residuals = residuals
-
-    def result(self) -> Residuals:
-        return self._residuals
-
-
 @pytest.mark.parametrize("component", CONTROLLED)
 def test_residuals_reach_their_own_rows(sized: Catalog, cache: ArtifactCache, key_of: KeyOf, component: str) -> None:
-    """Row 1 of two is steered; torch adds residuals late, in its up blocks."""
+    """Row 1 of two is steered; torch adds residuals before its upper half."""
     unet = unet_of(sized, component)
     (program,) = load_programs(cache, [key_of(component, 2, True)], PackedWeights(unet.state_dict()))
     plain = trial_batch(dict(unet.config), program.artifact)
     size = plain.sample.shape[-1]
     generator = torch.Generator().manual_seed(1)
     residuals = [torch.randn(1, *s, generator=generator) for s in residual_shapes(unet.config, size, size)]
-    controlled = ControlledRows((1,), Ready(Residuals.pack(residuals)))
+    controlled = ControlledRows((1,), ReadyResiduals(Residuals(tuple(residuals))))
     batch = StepBatch(
         plain.sample, plain.timesteps, plain.prompt_embeds, plain.added_conditions, plain.loras, controlled
     )

@@ -18,6 +18,10 @@ OWN_LAYERS = {"AdaptedLinear.forward", "AdaptedConv2d.forward"}
 """A network's layers in classes of this project; what they add of adapters is in functions of other names."""
 
 
+NETWORKS = ("diffusers/models/", "transformers/models/", "pipelines/backends/halves.py:")
+"""Where forward passes of networks are written."""
+
+
 class Event(NamedTuple):
     """Something that was asked of the device."""
 
@@ -31,7 +35,7 @@ class Event(NamedTuple):
     @property
     def of_a_model(self) -> bool:
         """Whether it belongs to the forward pass of a network, not to what surrounds it."""
-        return self.site.startswith(("diffusers/models/", "transformers/models/"))
+        return self.site.startswith(NETWORKS)
 
 
 @dataclass

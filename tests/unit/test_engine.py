@@ -321,7 +321,7 @@ class CountingControl:
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Any:
         self.rows.append(len(batch.sample))
-        assert {hint.id for hint in batch.hints} == set(hints)
+        assert batch.hint_ids == set(hints)
         model = ControlNetModel.from_pretrained(ROOT / "models/tiny/controlnet-sd15-canny")
         nets = ControlNets({"net": model}, Annotators(Catalog.load("tiny"), "cpu"))
         return ColocatedControl(nets).start(batch, hints)

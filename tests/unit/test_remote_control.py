@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
 
 from deployments.graph import Call, ControlNetEdge
 from deployments.replicas.remote_control import RemoteControl
+from pipelines.control.types import ControlBatch, ControlHint, HintUse
 from tests.support.graph import FakeResponse
 
 
@@ -32,14 +34,18 @@ class DyingEdge(ControlNetEdge):
         return "residuals" if hints else None
 
 
+HINT = ControlHint("map", "net", None, torch.zeros(1, 3, 8, 8))
+BATCH = ControlBatch(((HintUse(HINT.ref),),), torch.zeros(1, 4, 1, 1), torch.zeros(1), torch.zeros(1, 77, 8))
+
+
 async def test_a_controlnet_that_dies_is_asked_again_and_given_the_maps() -> None:
     edge = DyingEdge(deaths=1)
-    pending = RemoteControl(edge).start(None, {"map": None})  # type: ignore[arg-type, dict-item]
-    assert await asyncio.to_thread(pending.result) == "residuals"
+    pending = RemoteControl(edge).start(BATCH, {"map": HINT})
+    assert await asyncio.to_thread(lambda: cast(str, pending.result())) == "residuals"
     assert edge.sent == [0, 0, 1], "died; its successor has not got the map; it has"
 
 
 async def test_a_controlnet_that_dies_twice_is_known_for_what_it_is() -> None:
-    pending = RemoteControl(DyingEdge(deaths=2)).start(None, {"map": None})  # type: ignore[arg-type, dict-item]
+    pending = RemoteControl(DyingEdge(deaths=2)).start(BATCH, {"map": HINT})
     with pytest.raises(ActorDiedError):
         await asyncio.to_thread(pending.result)

@@ -18,7 +18,7 @@ from deployments.replicas.text_encoder import TextEncoderDeployment
 from deployments.replicas.vae import VAEDeployment
 from deployments.telemetry.stages import Timed
 from pipelines.assembly import load_text_encoders
-from pipelines.control.types import ControlBatch, ControlHint
+from pipelines.control.types import ControlBatch, ControlHint, HintUse
 from pipelines.errors import DenoiseError, LostDeviceError
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
@@ -56,7 +56,7 @@ def vae(catalog: Catalog) -> Kind:
 def controlnet(catalog: Catalog) -> Kind:
     replica = ControlNetDeployment(components=["controlnet-sd15-canny"], catalog=catalog, runtime=RUNTIME)
     hint = ControlHint("map", "controlnet-sd15-canny", None, torch.rand(1, 3, 128, 128))
-    batch = ControlBatch((hint.ref,), torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 77, 32))
+    batch = ControlBatch(((HintUse(hint.ref),),), torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 77, 32))
     return Kind(replica, replica._nets, "_forward", lambda: replica.residuals(batch=batch, hints={"map": hint}))
 
 

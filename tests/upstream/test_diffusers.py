@@ -108,22 +108,6 @@ def test_a_tensor_that_a_checkpoint_lacks_is_never_filled(tiny_models: Path) -> 
         compat.model_from_checkpoint(UNet2DConditionModel, state, "unet", tiny_models / "sd15", torch.float32, "x")
 
 
-@pytest.mark.parametrize("folder", ["sd15", "sdxl"])
-def test_up_blocks_are_called_with_the_keywords_that_late_binding_changes(tiny_models: Path, folder: str) -> None:
-    unet = UNet2DConditionModel.from_pretrained(tiny_models / folder, subfolder="unet")
-    seen: list[dict[str, Any]] = []
-    for block in unet.up_blocks:
-        block.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    context = torch.zeros(1, 77, unet.config.cross_attention_dim)
-    added = {"text_embeds": torch.zeros(1, 48), "time_ids": torch.zeros(1, 6)} if folder == "sdxl" else None
-    with torch.inference_mode():
-        unet(torch.zeros(1, 4, 16, 16), 1, context, added_cond_kwargs=added)
-    assert len(seen) == len(unet.up_blocks)
-    for kwargs in seen:
-        assert isinstance(kwargs[compat.UP_BLOCK_INPUT], torch.Tensor)
-        assert all(isinstance(skip, torch.Tensor) for skip in kwargs[compat.UP_BLOCK_SKIPS])
-
-
 def test_a_controlnet_takes_embedded_maps_once_its_embedder_is_taken(tiny_models: Path) -> None:
     net = ControlNetModel.from_pretrained(tiny_models / "controlnet-sd15-canny").eval()
     arguments = {"encoder_hidden_states": torch.zeros(1, 77, 32), "return_dict": False}

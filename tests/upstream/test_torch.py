@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.torch_compat import lost_device, ran_out_of_memory
+from pipelines.torch_compat import add_each, copy_each, lost_device, ran_out_of_memory, zero_each
 
 
 class Seen(TorchDispatchMode):
@@ -110,3 +110,13 @@ def test_a_compiled_module_ignores_hooks_that_come_after_it() -> None:
         inner.register_forward_hook(lambda module, inputs, output: output + 100)
         assert torch.equal(compiled(rows), before)
         assert torch.equal(inner(rows), before + 100)
+
+
+def test_many_tensors_are_copied_added_and_cleared_in_one_call() -> None:
+    targets, sources = [torch.zeros(2, 3), torch.zeros(4)], [torch.ones(2, 3), torch.full((4,), 2.0)]
+    copy_each([target[:1] for target in targets], [source[:1] for source in sources])
+    assert [target.tolist() for target in targets] == [[[1, 1, 1], [0, 0, 0]], [2, 0, 0, 0]]
+    add_each(targets, sources, 0.5)
+    assert targets[1].tolist() == [3, 1, 1, 1]
+    zero_each(targets)
+    assert not any(target.any() for target in targets)

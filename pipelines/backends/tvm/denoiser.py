@@ -20,7 +20,8 @@ from pipelines.backends.base import StepBatch
 from pipelines.backends.tvm import convert  # noqa: F401  registers the attention that programs call
 from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactError, ArtifactKey
 from pipelines.backends.tvm.packing import Layout, aligned
-from pipelines.backends.tvm.shapes import example_inputs, residual_shapes
+from pipelines.backends.tvm.shapes import example_inputs
+from pipelines.control.buffers import spread
 from pipelines.errors import DenoiseError
 
 logger = logging.getLogger(__name__)
@@ -135,11 +136,8 @@ class TvmDenoiser:
         """Residuals of every row, zero for those that nothing steers."""
         if batch.controlled is None:
             return []
-        *_, height, width = batch.sample.shape
-        rows = torch.tensor(batch.controlled.rows)
-        given = batch.controlled.pending.result().unpack(self.device, self.dtype)
-        blank = [torch.zeros(len(batch.sample), *s) for s in residual_shapes(self.config, height, width)]
-        return [zeros.index_copy_(0, rows, part) for zeros, part in zip(blank, given, strict=True)]
+        given = batch.controlled.pending.result().on(self.device, self.dtype)
+        return list(spread(given, batch.controlled.rows, len(batch.sample)))
 
     def _runs(self, shape: Shape, count: int) -> list[tuple[int, int]]:
         """First and last row of every run: the largest compiled batch as often as it fills, then the rest."""
