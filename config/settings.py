@@ -30,6 +30,12 @@ class Settings(BaseSettings):
     """Work a key may ask for in 24 hours, steps x width x height."""
     limits_store: str = "memory://"
     """Where the two are counted: each ingress replica for itself, or all in `redis://[:password@]host:port`."""
+    c2pa_certificates: Path | None = None
+    """PEM chain whose first certificate signs every picture's content credentials; needs the extra `c2pa`."""
+    c2pa_private_key: Path | None = None
+    """PEM key of that certificate, without a password."""
+    c2pa_timestamp_url: str | None = None
+    """Timestamp authority (RFC 3161) that is asked for every picture."""
     log_format: Literal["text", "json"] = "text"
     """Log lines for people, or one JSON object each."""
     deadline_s: float = Field(default=600, gt=0)

@@ -19,7 +19,7 @@ from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
 from deployments.api.body_limit import BodyLimit
 from deployments.graph import Graph
-from deployments.ingress.ingress import IngressLimits
+from deployments.ingress.ingress import IngressLimits, SigningFiles
 from deployments.proxy.answers import ProxyAnswers
 from deployments.ray_compat import as_ingress, deployment_states
 from deployments.replicas.base import Runtime
@@ -105,6 +105,7 @@ def build_app(args: AppArgs) -> Application:
         key_limits=key_limits,
         readiness=deployment_states,
         log_format=settings.log_format,
+        signing=_signing_files(settings),
     )
 
 
@@ -202,6 +203,15 @@ def _keys_file(args: AppArgs, settings: Settings) -> Path | None:
             "SDGRAPH_API_KEYS_FILE is not set. Set it to a key file, or `auth: none` in args for a server on loopback"
         )
     return settings.api_keys_file.resolve()
+
+
+def _signing_files(settings: Settings) -> SigningFiles | None:
+    certificates, key = settings.c2pa_certificates, settings.c2pa_private_key
+    if certificates is None and key is None:
+        return None
+    if certificates is None or key is None:
+        raise ValueError("SDGRAPH_C2PA_CERTIFICATES and SDGRAPH_C2PA_PRIVATE_KEY belong together; set both or neither")
+    return SigningFiles(certificates.resolve(), key.resolve(), settings.c2pa_timestamp_url)
 
 
 def _deploy(replica_class: type, name: str, **options: Any) -> Any:

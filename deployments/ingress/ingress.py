@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import StageTime, Timed
 from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
 from pipelines.pictures.images import EncodedImage, check_image
+from pipelines.pictures.signing import ContentSigner
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, SourcePicture
 from pipelines.planning import PlanLimits, make_plan
 
@@ -48,6 +50,15 @@ class IngressLimits:
     max_body_bytes: int
     max_image_pixels: int
     deadline_s: float
+
+
+@dataclass(frozen=True)
+class SigningFiles:
+    """What pictures are signed with."""
+
+    certificates: Path
+    private_key: Path
+    timestamp_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Ingress:
         key_limits: KeyLimits,
         readiness: Readiness,
         log_format: LogFormat = "text",
+        signing: SigningFiles | None = None,
     ) -> None:
         show_logs(log_format)
         self.catalog = catalog
@@ -97,6 +109,10 @@ class Ingress:
         self._graph = graph
         self._wake = Wake(graph)
         self._health = Health(readiness)
+        self._signer = None
+        if signing is not None:
+            self._signer = ContentSigner(signing.certificates, signing.private_key, signing.timestamp_url)
+        self._signing_thread = ThreadPoolExecutor(1, "signing")
 
     async def generate(self, params: GenerationParams, caller: Caller = ANONYMOUS) -> Generated:
         """Draw one picture, within the caller's deadline or the server's own, whichever is less.
@@ -159,9 +175,17 @@ class Ingress:
                 plan = self._second_try(params, plan, error)
                 yield Restarted(plan.stages[0].component)
         assert image is not None
+        file = await deadline.bound(self._signed(image.value, plan, params.image))
         seconds = time.perf_counter() - begin
         metrics().request_seconds.observe(seconds, {"model": plan.model, "backend": plan.stages[0].backend})
-        yield Generated(image.value, plan, seconds, image.times)
+        yield Generated(file, plan, seconds, image.times)
+
+    async def _signed(self, file: EncodedImage, plan: GenerationPlan, source: bytes | None) -> EncodedImage:
+        """The file with content credentials, where the operator has a certificate."""
+        if self._signer is None:
+            return file
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._signing_thread, self._signer.sign, file, plan, source)
 
     async def _admit(self, params: GenerationParams, caller: Caller) -> GenerationPlan:
         """Decide; check the pictures, which must not fail on a GPU replica after they queued there; charge; wake."""

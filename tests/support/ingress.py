@@ -15,7 +15,7 @@ from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
 from deployments.graph import Graph
 from deployments.ingress.health import Readiness
-from deployments.ingress.ingress import IngressLimits
+from deployments.ingress.ingress import IngressLimits, SigningFiles
 from pipelines.planning import PlanLimits
 
 NO_LIMITS = KeyLimits()
@@ -39,6 +39,7 @@ def make_app(
     max_image_pixels: int = 10**6,
     max_pixel_steps: int = 10**8,
     readiness: Readiness = ready,
+    signing: SigningFiles | None = None,
 ) -> ASGIApp:
     """The application of an ingress over `graph`, with limits of the test's own."""
     ingress = HttpIngress(
@@ -48,6 +49,7 @@ def make_app(
         keys_file=keys_file,
         key_limits=key_limits,
         readiness=readiness,
+        signing=signing,
     )
     return cast("ASGIApp", ingress.__serve_build_asgi_app__())
 
