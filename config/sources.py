@@ -41,7 +41,7 @@ def _kind(source: Any) -> str | None:
 _BY_KIND = Discriminator(
     _kind,
     custom_error_type="source",
-    custom_error_message="say where the weights lie: repo and revision, folder, or checkpoint and configuration",
+    custom_error_message="say where the weights lie: repo and revision, folder, or checkpoint",
 )
 PlainSource = Annotated[
     Annotated[HubSource, Tag("repo")] | Annotated[FolderSource, Tag("folder")],
@@ -51,13 +51,12 @@ PlainSource = Annotated[
 
 
 class CheckpointSource(Spec):
-    """A single `.safetensors` checkpoint in the original layout, and the diffusers folder of its configuration.
-
-    The folder needs only the small files: `config.json` of each component, the tokenizers, the scheduler.
-    """
+    """A single `.safetensors` file: a whole checkpoint, or one model alone, in the original layout or diffusers'."""
 
     checkpoint: Path
-    configuration: PlainSource
+    configuration: PlainSource | None = None
+    """A diffusers folder, of which only the small files are read: `config.json` of each component, the tokenizers, the
+    scheduler. By default the settings of the published model that the file is built like."""
 
     @model_validator(mode="after")
     def _safetensors_only(self) -> CheckpointSource:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-from pipelines.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -78,67 +75,85 @@ def text_encoder_lora_to_peft(state: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def clip_from_checkpoint(
-    model_class: Any, state: Mapping[str, torch.Tensor], subfolder: str, configuration: Path, dtype: torch.dtype
-) -> Any:
-    """A CLIP text model out of a single checkpoint in the original layout.
+    model_class: Any, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> tuple[Any, dict[str, list[Any]]]:
+    """A CLIP text model out of a single checkpoint in the original layout, or a file of this model alone.
 
     Args:
         model_class: transformers' class.
-        state: the whole checkpoint.
-        subfolder: folder of its `config.json` in `configuration`, which also says which of SDXL's two it is.
-        configuration: a diffusers folder; its weights are not read.
-        dtype: of the model.
-    """
-    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+        state: the text encoders of a checkpoint, in one number format.
+        config: the model's `config.json`; its width says which of SDXL's two it is.
 
-    return create_diffusers_clip_model_from_ldm(
-        model_class, state, subfolder, str(configuration), dtype, local_files_only=True
-    )
+    Returns:
+        The model, and what `from_pretrained(..., output_loading_info=True)` would say of it.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.loaders import single_file_utils as ldm
+
+    with init_empty_weights():
+        model = model_class(model_class.config_class(**config))
+    places = getattr(model, "text_model", model).embeddings.position_embedding.weight.shape[-1]
+    named: Mapping[str, torch.Tensor]
+    for prefix in ("cond_stage_model.model.", "conditioner.embedders.1.model.", "conditioner.embedders.0.model.", ""):
+        key = f"{prefix}positional_embedding"
+        if key in state and state[key].shape[-1] == places:
+            named = ldm.convert_open_clip_checkpoint(model, dict(state), prefix=prefix)
+            break
+    else:
+        named = ldm.convert_ldm_clip_checkpoint(dict(state)) or state
+    return _filled(model, _with_or_without_level(named, model))
+
+
+def _with_or_without_level(named: Mapping[str, torch.Tensor], model: Any) -> Mapping[str, torch.Tensor]:
+    """Names with the level `text_model` where a transformers class has it, which differs from class to class."""
+    if hasattr(model, "text_model"):
+        bare = ("embeddings.", "encoder.", "final_layer_norm.")
+        return {f"text_model.{key}" if key.startswith(bare) else key: value for key, value in named.items()}
+    return {key.removeprefix("text_model."): value for key, value in named.items()}
 
 
 def model_from_checkpoint(
-    model_class: Any,
-    state: Mapping[str, torch.Tensor],
-    subfolder: str,
-    configuration: Path,
-    dtype: torch.dtype,
-    where: str,
-) -> Any:
-    """A model of diffusers' out of a single checkpoint in the original layout.
-
-    What else the checkpoint holds (other models, a trainer's averages) is left aside, as diffusers does.
+    model_class: Any, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> tuple[Any, dict[str, list[Any]]]:
+    """A model of diffusers' out of a single checkpoint in the original layout, or a file of this model alone.
 
     Args:
         model_class: such as `UNet2DConditionModel`.
-        state: the whole checkpoint.
-        subfolder: folder of the model's `config.json` in `configuration`.
-        configuration: a diffusers folder; its weights are not read.
-        dtype: of the model.
-        where: names the checkpoint in messages.
+        state: the tensors of this model in the checkpoint, in one number format.
+        config: the model's `config.json`.
 
-    Raises:
-        WeightsError: a tensor is missing; one of another shape is a ValueError.
+    Returns:
+        The model, and what `from_pretrained(..., output_loading_info=True)` would say of it.
     """
-    try:
-        return model_class.from_single_file(
-            dict(state), config=str(configuration), subfolder=subfolder, dtype=dtype, local_files_only=True
-        )
-    except NotImplementedError as error:  # torch's, about a tensor that was never filled; it does not say which
-        missing = _missing_from_checkpoint(model_class, state, configuration / subfolder)
-        raise WeightsError(f"{where}: tensor {missing} is missing") from error
-
-
-def _missing_from_checkpoint(model_class: Any, state: Mapping[str, torch.Tensor], config_folder: Path) -> str:
-    """Name of the first tensor that a checkpoint lacks, as diffusers calls it."""
-    import torch
+    from accelerate import init_empty_weights
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    config = model_class.load_config(config_folder)
-    convert = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
-    converted = convert(config=config, checkpoint=dict(state))
-    with torch.device("meta"):
-        wanted = model_class.from_config(config).state_dict()
-    return next((name for name in wanted if name not in converted), "(unknown)")
+    settings = with_defaults(model_class, config)
+    with init_empty_weights():
+        model = model_class.from_config(settings)
+    converter = SINGLE_FILE_LOADABLE_CLASSES.get(model_class.__name__, {}).get("checkpoint_mapping_fn")
+    original = ("model.diffusion_model.", "first_stage_model.", "control_model.")
+    if converter is not None and any(key.startswith(original) for key in state):
+        state = converter(config=settings, checkpoint=dict(state))
+    return _filled(model, state)
+
+
+def _filled(model: Any, state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, list[Any]]]:
+    """A model made without memory with its tensors, and an account of those that do not fit."""
+    wanted = model.state_dict()
+    mismatched = [
+        (name, tensor.shape, wanted[name].shape)
+        for name, tensor in state.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    info = {
+        "missing_keys": [name for name in wanted if name not in state],
+        "mismatched_keys": mismatched,
+        "unexpected_keys": [name for name in state if name not in wanted],
+    }
+    if not info["missing_keys"] and not mismatched:
+        model.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    return model.eval(), info
 
 
 def take_map_embedder(controlnet: Any) -> torch.nn.Module:

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from pipelines.errors import WeightsError
+from pipelines.weights.headers import check_start, read_header
 
-LFS_POINTER = b"version https://git-lfs"
 HARMLESS = re.compile(r"position_ids$|^logit_scale$|^model_ema\.|^vision_model\.|^(text|visual)_projection\.")
 """Tensors that published text encoders carry and a CLIP text model has no use for: transformers ignores `position_ids`
 and `logit_scale` itself, the others make a file a whole CLIP, and `model_ema` is a trainer's average."""
@@ -26,22 +24,17 @@ def damage(path: Path) -> str | None:
     """Why a file of weights or configuration cannot be read, None if nothing is wrong with its form."""
     if not path.is_file():
         return "no such file"
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head.strip():
-        return "it is empty"
-    if head.startswith(LFS_POINTER):
-        return "this is a Git LFS pointer; run git lfs pull"
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "this is an HTML page, as a server answers instead of a file; download it again"
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as tensors:
-                tensors.keys()
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-    except (SafetensorError, ValueError) as error:
+            read_header(path)
+        else:
+            check_start(path)
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+    except json.JSONDecodeError as error:
         return f"it is cut or damaged: {error}"
+    except (OSError, ValueError, RecursionError) as error:
+        return str(error)
     return None
 
 

@@ -29,7 +29,8 @@ def needed_files(catalog: Catalog) -> Iterator[Files]:
     """What the loaders will ask for."""
     served = catalog.served_components()
     for component in served:
-        yield ComponentFiles(component).files
+        if (files := ComponentFiles(component).files) is not None:
+            yield files
     unets = {component.id for component in served}
     for lora in catalog.loras:
         for weights in lora.weights:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from config.catalog import ROOT, AnnotatorSpec, ComponentSpec, LoraWeights
 from config.sources import CheckpointSource, FolderSource, HubSource
 from pipelines.errors import WeightsError
 from pipelines.weights import checks
+from pipelines.weights.architectures import settings
+from pipelines.weights.checkpoints import schedule_marks
 from pipelines.weights.sources import fetch
 
 _STEMS = {
@@ -68,9 +68,11 @@ class ComponentFiles:
         return (weights, "scheduler") if self.spec.kind == "unet" else (weights,)
 
     @property
-    def files(self) -> Files:
-        """Configuration, tokenizers, and the weights of one variant; of a checkpoint, its configuration folder."""
+    def files(self) -> Files | None:
+        """Configuration, tokenizers, and the weights of one variant; of a checkpoint, its configuration, if given."""
         source = self.spec.source.configuration if isinstance(self.spec.source, CheckpointSource) else self.spec.source
+        if source is None:
+            return None
         stem = _STEMS[self.spec.kind]
         if self.variant:
             names = ["*.json", "merges.txt", f"{stem}.{self.variant}*.safetensors"]
@@ -87,18 +89,25 @@ class ComponentFiles:
         path = self.spec.source.checkpoint
         return path if path.is_absolute() else ROOT / path
 
+    @property
+    def root(self) -> Path:
+        """The local folder of the source, of a checkpoint that of its configuration; WeightsError if there is none."""
+        if self.files is None:
+            raise WeightsError(f"{self.what}: a checkpoint has no folder")
+        return self.files.folder()
+
     def variant_in(self, subfolder: str) -> str | None:
         """Variant of the weights in one folder of the source: the hub's, or fp16 where nothing else lies there."""
         if not isinstance(self.spec.source, FolderSource):
             return self.variant
-        folder, stem = self.files.folder() / subfolder, _STEMS[self.spec.kind]
+        folder, stem = self.root / subfolder, _STEMS[self.spec.kind]
         plain = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"]
         half = [folder / f"{stem}.fp16.safetensors", folder / f"{stem}.safetensors.index.fp16.json"]
         return "fp16" if any(p.exists() for p in half) and not any(p.exists() for p in plain) else None
 
     def check_weights(self, subfolder: str) -> str:
         """Component and file, for messages, of weights whose files are there and sound; raises WeightsError."""
-        root = self.files.folder()
+        root = self.root
         path = checks.check_weights(self.what, root, subfolder, _STEMS[self.spec.kind], self.variant_in(subfolder))
         return f"{self.what}, file {path.relative_to(root)}"
 
@@ -126,39 +135,36 @@ class ComponentFiles:
 
 def locate(spec: ComponentSpec) -> Path:
     """The local folder of a component's source, of a checkpoint its configuration's; raises WeightsError."""
-    return ComponentFiles(spec).files.folder()
+    return ComponentFiles(spec).root
 
 
 def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any]:
-    """A component's `config.json`, without its weights; with `folder="scheduler"`, its `scheduler_config.json`.
+    """A component's `config.json`, without its weights.
 
     Args:
         spec: the component.
-        folder: folder inside the source; by default that of the weights.
+        folder: folder inside the source; by default that of the weights. Of `scheduler` it is `scheduler_config.json`
+            that is read, of a tokenizer `tokenizer_config.json`.
 
     Raises:
-        WeightsError: there is no such file.
+        WeightsError: there is no such file, or a checkpoint is built like no published model.
     """
     files = ComponentFiles(spec)
-    name = "scheduler_config.json" if folder == "scheduler" else "config.json"
-    path = locate(spec) / (files.folders[0] if folder is None else folder) / name
-    checks.check_file(files.what, locate(spec), path)
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config | _marks(files) | spec.scheduler.model_dump(exclude_none=True) if folder == "scheduler" else config
-
-
-def _marks(files: ComponentFiles) -> dict[str, Any]:
-    """What a single checkpoint says of its schedule by tensors whose names alone mean something.
-
-    `v_pred` and `ztsnr` (zero terminal signal-to-noise ratio), as trainers write them for A1111 and ComfyUI.
-    """
-    if files.checkpoint is None:
-        return {}
-    files.check_checkpoint(files.checkpoint)
-    with safe_open(files.checkpoint, "pt") as tensors:
-        names = set(tensors.keys())
-    marked = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
-    return marked | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+    part = files.folders[0] if folder is None else folder
+    config: dict[str, Any]
+    if files.checkpoint is not None and files.files is None:
+        config = settings(files.what, files.checkpoint, part or spec.kind, spec.family)
+    else:
+        kind = next((kind for kind in ("scheduler", "tokenizer") if part.startswith(kind)), None)
+        path = files.root / part / (f"{kind}_config.json" if kind else "config.json")
+        checks.check_file(files.what, files.root, path)
+        config = json.loads(path.read_text())
+    if part != "scheduler":
+        return config
+    if files.checkpoint is not None:
+        files.check_checkpoint(files.checkpoint)
+        config |= schedule_marks(files.checkpoint)
+    return config | spec.scheduler.model_dump(exclude_none=True)
 
 
 def lora_files(name: str, weights: LoraWeights) -> Files:

@@ -65,9 +65,10 @@ def read_header(path: Path) -> Header:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("this is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "this is not a plain file")
+    start = check_start(path)
+    if len(start) < 8:
+        raise ValueError("it is cut or damaged: it ends before its header")
     with path.open("rb") as file:
-        start = file.read(64)
-        _check_start(start)
         length = int.from_bytes(start[:8], "little")
         room = os.fstat(file.fileno()).st_size - 8
         if length > room:
@@ -88,9 +89,14 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def _check_start(start: bytes) -> None:
+def check_start(path: Path) -> bytes:
+    """The first 64 bytes of a file; ValueError if they say that it is something else than its name."""
+    with path.open("rb") as file:
+        start = file.read(64)
     if not start.strip():
-        raise ValueError("it is empty" if not start else "it is cut or damaged: it begins with zeros")
+        raise ValueError("it is empty")
+    if not start.strip(b"\0"):
+        raise ValueError("it is cut or damaged: it begins with zeros")
     if start.startswith(LFS_POINTER):
         raise ValueError("this is a Git LFS pointer; run git lfs pull")
     if start.lstrip().lower().startswith(PAGES):
@@ -99,8 +105,7 @@ def _check_start(start: bytes) -> None:
         raise ValueError("this is a pickle under another name, which can run code; convert it to safetensors")
     if start.startswith(b"GGUF"):
         raise ValueError("this is a GGUF file, whose quantised weights are not read")
-    if len(start) < 8:
-        raise ValueError("it is cut or damaged: it ends before its header")
+    return start
 
 
 def _parse(text: bytes) -> tuple[dict[str, Tensor], dict[str, str], int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.catalog import ComponentSpec
 from pipelines.diffusers_compat import clip_from_checkpoint, model_from_checkpoint
 from pipelines.errors import WeightsError
+from pipelines.weights.checkpoints import read_state
 from pipelines.weights.checks import check_loaded, check_tokenizer
-from pipelines.weights.files import ComponentFiles
+from pipelines.weights.files import ComponentFiles, read_config
+from pipelines.weights.vocabulary import clip_tokenizer
 
 Device = Literal["cpu", "cuda"]
 
@@ -32,17 +32,19 @@ def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
             no part of the class.
     """
     files = ComponentFiles(spec)
-    folder, subfolder = files.files.folder(), files.folders[0]
     if files.checkpoint:
         where = files.check_checkpoint(files.checkpoint)
+        config = read_config(spec)
         with files.explained(where):
-            state = load_file(files.checkpoint)
-            model = model_from_checkpoint(model_class, state, subfolder, folder, _dtype(spec, device), where)
+            state = read_state(files.checkpoint, spec.kind, _dtype(spec, device))
+            model, info = model_from_checkpoint(model_class, state, config)
     else:
+        subfolder = files.folders[0]
         where = files.check_weights(subfolder)
         with files.explained(where):
-            model, info = model_class.from_pretrained(folder, subfolder=subfolder, **_options(files, subfolder, device))
-        check_loaded(where, info)
+            options = _options(files, subfolder, device)
+            model, info = model_class.from_pretrained(files.root, subfolder=subfolder, **options)
+    check_loaded(where, info)
     return model.to(device)
 
 
@@ -53,32 +55,32 @@ def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str,
         WeightsError: as `load_model`, or a tokenizer's file is missing or knows words that the model does not.
     """
     files = ComponentFiles(spec)
-    folder = files.files.folder()
     state = None
     if files.checkpoint:
         where = files.check_checkpoint(files.checkpoint)
         with files.explained(where):
-            state = load_file(files.checkpoint)
+            state = read_state(files.checkpoint, spec.kind, _dtype(spec, device))
     for suffix in files.suffixes:
         model_class: Any = CLIPTextModelWithProjection if suffix else CLIPTextModel
         name = f"text_encoder{suffix}"
         if state is not None:
+            config = read_config(spec, name)
             with files.explained(where):
-                model = clip_from_checkpoint(model_class, state, name, folder, _dtype(spec, device))
-            unset = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
-            check_loaded(where, {"missing_keys": unset, "mismatched_keys": (), "unexpected_keys": ()})
+                model, info = clip_from_checkpoint(model_class, state, config)
         else:
             where = files.check_weights(name)
             with files.explained(where):
-                model, info = model_class.from_pretrained(folder, subfolder=name, **_options(files, name, device))
-            check_loaded(where, info, text=True)
-        yield name, _load_tokenizer(files, folder, f"tokenizer{suffix}", model), model.to(device)
+                model, info = model_class.from_pretrained(files.root, subfolder=name, **_options(files, name, device))
+        check_loaded(where, info, text=True)
+        yield name, _load_tokenizer(files, f"tokenizer{suffix}", model), model.to(device)
 
 
-def _load_tokenizer(files: ComponentFiles, folder: Path, subfolder: str, model: Any) -> CLIPTokenizer:
-    check_tokenizer(files.what, folder, subfolder)
+def _load_tokenizer(files: ComponentFiles, subfolder: str, model: Any) -> CLIPTokenizer:
+    if files.files is None:
+        return clip_tokenizer(**read_config(files.spec, subfolder))
+    check_tokenizer(files.what, files.root, subfolder)
     with files.explained(f"{files.what}, file {subfolder}"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(files.root, subfolder=subfolder, local_files_only=True)
     if len(tokenizer) > model.config.vocab_size:
         raise WeightsError(
             f"{files.what}, file {subfolder}: its tokenizer knows {len(tokenizer)} words, "

@@ -19,7 +19,8 @@ from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import read_config
-from tests.unit.test_weights import SMALL, original_layout, with_source
+from tests.support import original_layout
+from tests.unit.test_weights import SMALL, with_source
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -150,7 +151,7 @@ def test_a_folder_with_fp16_variants_alone(catalog: Catalog, folder: Path) -> No
 @pytest.fixture(scope="module")
 def original(tiny_models: Path) -> dict[str, torch.Tensor]:
     """The tiny SD1.5 as one checkpoint."""
-    return original_layout(tiny_models / "sd15")
+    return original_layout.of_folder(tiny_models / "sd15")
 
 
 def single(catalog: Catalog, component: str, path: Path, tiny_models: Path) -> Catalog:

@@ -18,7 +18,7 @@ from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import locate
-from tests.support import hub_cache
+from tests.support import hub_cache, original_layout
 
 SMALL = {"prompt": "a red fox", "width": 128, "height": 128, "steps": 4, "seed": 3, "sampler": "Euler"}
 
@@ -120,77 +120,10 @@ def test_a_distilled_unet_is_refused(catalog: Catalog, tiny_models: Path, tmp_pa
         load_engine(with_source(catalog, "unet-sd15", folder=tmp_path / "lcm"), "unet-sd15", "cpu")
 
 
-def original_layout(folder: Path) -> dict[str, torch.Tensor]:
-    """An SD1.5 folder as one checkpoint in the layout of the original release (CompVis), for a UNet of two levels."""
-    state: dict[str, torch.Tensor] = {}
-    resnet = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-    blocks = {
-        "conv_in": "input_blocks.0.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "down_blocks.0.resnets.0": "input_blocks.1.0",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-        "down_blocks.1.resnets.0": "input_blocks.3.0",
-        "down_blocks.1.attentions.0": "input_blocks.3.1",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "up_blocks.0.resnets.0": "output_blocks.0.0",
-        "up_blocks.0.attentions.0": "output_blocks.0.1",
-        "up_blocks.0.resnets.1": "output_blocks.1.0",
-        "up_blocks.0.attentions.1": "output_blocks.1.1",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
-        "up_blocks.1.resnets.0": "output_blocks.2.0",
-        "up_blocks.1.resnets.1": "output_blocks.3.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
-        block = max((b for b in blocks if name.startswith(f"{b}.")), key=len)
-        rest = name.removeprefix(f"{block}.")
-        part, _, leaf = rest.rpartition(".")
-        rest = f"{resnet[part]}.{leaf}" if ".resnets." in block else rest
-        state[f"model.diffusion_model.{blocks[block]}.{rest}"] = tensor
-    for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        bare = name.removeprefix("text_model.")
-        state[f"cond_stage_model.transformer.text_model.{bare}"] = tensor
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    for name, tensor in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
-        side, _, rest = name.partition(".")
-        levels = 4
-        parts = rest.split(".")
-        match parts:
-            case ["down_blocks", level, "resnets", index, *leaf]:
-                rest = ".".join(["down", level, "block", index, *leaf])
-            case ["down_blocks", level, "downsamplers", "0", *leaf]:
-                rest = ".".join(["down", level, "downsample", *leaf])
-            case ["up_blocks", level, "resnets", index, *leaf]:
-                rest = ".".join(["up", str(levels - 1 - int(level)), "block", index, *leaf])
-            case ["up_blocks", level, "upsamplers", "0", *leaf]:
-                rest = ".".join(["up", str(levels - 1 - int(level)), "upsample", *leaf])
-            case ["mid_block", "resnets", index, *leaf]:
-                rest = ".".join(["mid", f"block_{int(index) + 1}", *leaf])
-            case ["mid_block", "attentions", "0", *leaf]:
-                part = ".".join(leaf[:-1])
-                rest = f"mid.attn_1.{attention[part]}.{leaf[-1]}"
-                if leaf[-1] == "weight" and part != "group_norm":
-                    tensor = tensor[:, :, None, None]  # a linear layer there is a 1x1 convolution here
-        rest = rest.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        state[f"first_stage_model.{side}.{rest}" if rest else f"first_stage_model.{side}"] = tensor
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
 def test_a_single_checkpoint_in_the_original_layout(catalog: Catalog, tiny_models: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "configuration"
     shutil.copytree(tiny_models / "sd15", configuration, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(original_layout(tiny_models / "sd15"), tmp_path / "model.safetensors")
+    save_file(original_layout.of_folder(tiny_models / "sd15"), tmp_path / "model.safetensors")
     single = catalog
     for component in ("text-encoder-sd15", "unet-sd15", "vae-sd15"):
         source = {"checkpoint": tmp_path / "model.safetensors", "configuration": {"folder": configuration}}

@@ -3,6 +3,7 @@ names the assumption that no longer holds."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from transformers import CLIPTextModel
 
 from config.catalog import ROOT
 from pipelines import diffusers_compat as compat
-from pipelines.errors import WeightsError
 from pipelines.sampling.samplers import SAMPLERS
-from tests.unit.test_weights import original_layout
+from tests.support import original_layout
 
 TINY = ROOT / "models" / "tiny"
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -95,17 +95,19 @@ def test_a_clip_model_is_read_from_an_original_checkpoint(tiny_models: Path) -> 
     expected = load_file(tiny_models / "sd15" / "text_encoder" / "model.safetensors")
     bare = {name.removeprefix("text_model."): tensor for name, tensor in expected.items()}
     state = {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in bare.items()}
-    model = compat.clip_from_checkpoint(CLIPTextModel, state, "text_encoder", tiny_models / "sd15", torch.float32)
+    config = json.loads((tiny_models / "sd15" / "text_encoder" / "config.json").read_text())
+    model, _ = compat.clip_from_checkpoint(CLIPTextModel, state, config)
     read = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(read[name], tensor) for name, tensor in bare.items())
 
 
-def test_a_tensor_that_a_checkpoint_lacks_is_never_filled(tiny_models: Path) -> None:
-    """torch's NotImplementedError says so, and the table of converters which tensor it is."""
-    state = original_layout(tiny_models / "sd15")
+def test_a_tensor_that_a_checkpoint_lacks_is_told_and_never_filled(tiny_models: Path) -> None:
+    state = original_layout.of_folder(tiny_models / "sd15")
     del state["model.diffusion_model.out.2.bias"]
-    with pytest.raises(WeightsError, match=r"x: tensor conv_out\.bias is missing"):
-        compat.model_from_checkpoint(UNet2DConditionModel, state, "unet", tiny_models / "sd15", torch.float32, "x")
+    config = UNet2DConditionModel.load_config(tiny_models / "sd15" / "unet")
+    model, info = compat.model_from_checkpoint(UNet2DConditionModel, state, config)
+    assert info["missing_keys"] == ["conv_out.bias"]
+    assert model.conv_out.bias.is_meta
 
 
 def test_a_controlnet_takes_embedded_maps_once_its_embedder_is_taken(tiny_models: Path) -> None:

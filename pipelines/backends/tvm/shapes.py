@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from config.catalog import Catalog
 from pipelines.backends.tvm.artifacts import ArtifactKey, config_hash, sources_hash
 from pipelines.families import FAMILIES
 from pipelines.sampling.latents import LatentSpace
-from pipelines.weights.files import locate, read_config
+from pipelines.weights.files import read_config
 
 
 def artifact_key(
@@ -24,7 +23,7 @@ def artifact_key(
     vae = read_config(catalog.component(catalog.vae_of(component_id)))
     downscale = LatentSpace.from_vae_config(vae, FAMILIES[spec.family].applies_latent_statistics).downscale
     encoders = catalog.component(catalog.text_encoder_of(component_id))
-    tokenizer = json.loads((locate(encoders) / "tokenizer" / "tokenizer_config.json").read_text())
+    tokenizer = read_config(encoders, "tokenizer")
     pooled = 0
     if spec.family == "sdxl":
         pooled = int(read_config(encoders, "text_encoder_2")["projection_dim"])

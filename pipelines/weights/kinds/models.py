@@ -52,7 +52,7 @@ def _unet_or_checkpoint(file: Path, header: Header) -> FileReport | None:
         "layout": unet.layout,
         "channels": unet.channels,
         "context": unet.context,
-        "prediction": _prediction(header, base),
+        "prediction": _prediction(header, unet),
         "zero_terminal_snr": "ztsnr" in tensors,
     }
     if not encoders and vae is None:
@@ -81,16 +81,16 @@ def text_encoders_of(tensors: Tensors) -> list[tuple[Part, Base | None]]:
     return found
 
 
-def _prediction(header: Header, base: Base | None) -> Prediction | None:
+def _prediction(header: Header, unet: UNetShape) -> Prediction | None:
     """What marks and metadata say; where neither does, epsilon, but for SD2, which comes in both kinds."""
     if "edm_mean" in header.tensors or "edm_vpred.sigma_max" in header.tensors:
         return "edm"
     said = header.metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" in header.tensors or said.startswith("v"):
+    sized = header.metadata.get("modelspec.architecture", "").lower()
+    if "v_pred" in header.tensors or said.startswith("v") or sized.endswith("-768-v"):
         return "v_prediction"
-    if header.metadata.get("modelspec.architecture", "").lower().endswith("-768-v"):
-        return "v_prediction"
-    return None if base in ("sd2", None) and said != "epsilon" else "epsilon"
+    open_question = unet.base == "sd2" and unet.channels == LATENT_CHANNELS and said != "epsilon"
+    return None if open_question else "epsilon"
 
 
 def _unet_notes(unet: UNetShape, header: Header) -> Iterable[str]:
