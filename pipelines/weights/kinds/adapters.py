@@ -6,6 +6,7 @@ layers exist at all (SDXL's outermost level has no attention, its inner ones are
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -161,6 +162,8 @@ class _Factors:
             self.widths["lora"], self.rank = shape[1], max(self.rank, shape[0])
         elif "hada_w1_b" in leaf:
             self.widths["hada"], self.rank = shape[1], max(self.rank, shape[0])
+        elif "oft_R" in leaf:  # blocks of n x n rotations, each as the numbers above its diagonal
+            self.widths["oft"] = shape[0] * round((1 + math.sqrt(1 + 8 * shape[1])) / 2)
         elif match := re.search(r"lokr_(w[12])(_b)?$", leaf):
             self.widths[match[1]] = shape[1]
             self.rank = max(self.rank, shape[0]) if match[2] else self.rank
@@ -170,7 +173,7 @@ class _Factors:
         """Width of the layer's input: of a LoKr the product of its two sides'."""
         if "w1" in self.widths and "w2" in self.widths:
             return self.widths["w1"] * self.widths["w2"]
-        return self.widths.get("lora", self.widths.get("hada"))
+        return next((self.widths[kind] for kind in ("lora", "hada", "oft") if kind in self.widths), None)
 
 
 def _part_of(module: str) -> Part | None:

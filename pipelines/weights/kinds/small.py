@@ -38,7 +38,9 @@ STRANGERS: Mapping[str, re.Pattern[str]] = {
     "Flux": re.compile(r"(^|\.)(double_blocks|single_transformer_blocks)\."),
     "Stable Diffusion 3": re.compile(r"(^|\.)joint_blocks\."),
     "Stable Cascade": re.compile(r"(^|\.)(clip_txt_mapper|clip_txt_pooled_mapper|effnet_mapper)\."),
-    "a diffusion transformer": re.compile(r"(^|\.)(x_embedder|adaln_single|patch_embedding|t_embedder)\."),
+    "a diffusion transformer": re.compile(
+        r"(^|\.)(x_embedder|adaln_single|t_embedder)\.|^(model\.diffusion_model\.)?patch_embedding\."
+    ),
 }
 """What people have and nobody is served, and a tensor that gives each away, whatever else is in the file."""
 LATE_STRANGERS: Mapping[str, re.Pattern[str]] = {
