@@ -46,6 +46,7 @@ def run(code: str) -> str:
         # Not backends.tvm.compile: it builds a UNet, and diffusers' UNet class itself imports transformers and scipy.
         ("pipelines.backends.tvm.loading", ["cv2", "transformers", "scipy"]),
         ("pipelines.weights.download", ["torch", "diffusers", "transformers"]),
+        ("pipelines.weights.inspect", ["torch", "numpy", "safetensors", "pydantic"]),
         ("deployments.app", ["torch", "diffusers", "transformers"]),
         ("deployments.replicas.engine_loop", ["ray", "torch", "fastapi"]),
     ],

@@ -52,7 +52,7 @@ class ComponentFiles:
     @property
     def on_hub(self) -> bool:
         """Whether its files may have to be fetched."""
-        return isinstance(self.files.source, HubSource)
+        return self.files is not None and isinstance(self.files.source, HubSource)
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ PIECES = [
     "time_embedding.linear_1.weight",
     "add_embedding.linear_1.weight",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-    "controlnet_cond_embedding.conv_in.weight",
+    "controlnet_down_blocks.0.weight",
     "input_hint_block.0.weight",
     "input_blocks.0.0.weight",
     "time_embed.0.weight",

@@ -112,7 +112,7 @@ def _controlnet(file: Path, header: Header) -> FileReport | None:
     tensors = header.tensors
     for prefix in CONTROLNET_PREFIXES:
         hint = f"{prefix}input_hint_block.0.weight" in tensors or f"{prefix}zero_convs.0.0.weight" in tensors
-        if not hint and f"{prefix}controlnet_cond_embedding.conv_in.weight" not in tensors:
+        if not hint and f"{prefix}controlnet_down_blocks.0.weight" not in tensors:
             continue
         net = read_unet(tensors, (prefix,))
         if net is None:
