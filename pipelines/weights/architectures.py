@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from config.catalog import ROOT, Family
+from config.components import ARCHITECTURES, Family
 from pipelines.errors import WeightsError
 from pipelines.weights.checkpoints import latent_statistics, sd2_prediction
-from pipelines.weights.inspection import FileReport, inspect_file
+from pipelines.weights.inspection import inspect_file
 from pipelines.weights.kinds.reports import Base
 
-FOLDER = ROOT / "config" / "architectures"
 _BASES: Mapping[Family, Base] = {"sd": "sd15", "sdxl": "sdxl"}
 """Whose VAE a file with a VAE alone is, whose tensors do not tell: the family's that it is to serve."""
-_LIKE_THE_UNET = (
-    "down_block_types",
-    "block_out_channels",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "cross_attention_dim",
-    "use_linear_projection",
-    "upcast_attention",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-)
-"""What a ControlNet has in common with the UNet it steers."""
+_LIKE: Mapping[Base, Base] = {"ssd": "sdxl", "sdxl-refiner": "sdxl"}
+"""Which of two published models the other takes from what it has none of its own."""
 _COSXL = {
     "_class_name": "EDMEulerScheduler",
     "sigma_min": 0.002,
@@ -54,9 +40,8 @@ _PLAYGROUND = {
 @functools.cache
 def published(base: Base) -> Mapping[str, Mapping[str, Any]]:
     """Settings of each part of a published model: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ..."""
-    parts: dict[str, Any] = yaml.safe_load((FOLDER / f"{base}.yaml").read_text())
-    like = parts.pop("like", None)
-    return parts if like is None else {**published(like), **parts}
+    own = {path.parent.name: json.loads(path.read_text()) for path in (ARCHITECTURES / base).glob("*/*config.json")}
+    return {**published(_LIKE[base]), **own} if base in _LIKE else own
 
 
 def settings(what: str, checkpoint: Path, part: str, family: Family) -> dict[str, Any]:
@@ -75,32 +60,28 @@ def settings(what: str, checkpoint: Path, part: str, family: Family) -> dict[str
     where = f"{what}, file {checkpoint.name}"
     if report.kind == "unknown":
         raise WeightsError(f"{where}: {report.reason}")
-    model = {"scheduler": "unet"}.get(part, part.replace("tokenizer", "text_encoder"))
+    model = "unet" if part == "scheduler" else part.replace("tokenizer", "text_encoder")
     if model not in (report.kind, *report.parts):
         raise WeightsError(f"{where}: this is a {report.kind}, in which there is no {model}")
     base = _BASES[family] if report.kind == "vae" else report.base
-    if base is None:
+    union = report.control_types is not None
+    name = "controlnet_union" if union else part
+    if base is None or name not in published(base):
         raise WeightsError(
             f"{where}: {report.reason}; give its configuration beside the checkpoint: "
             "a diffusers folder, whose weights are not read"
         )
-    if part == "controlnet":
-        return _controlnet(report, base)
-    config = dict(published(base)[part])
-    if part == "unet" and report.channels is not None:
+    config = dict(published(base)[name])
+    if part == "unet":
         config["in_channels"] = report.channels
+        if base == "sd2":
+            config["upcast_attention"] = True  # 2.1 overflows without it; diffusers reads every SD2 file as 2.1
     if part == "vae":
         config |= latent_statistics(checkpoint)
     if part == "scheduler":
         if report.prediction == "edm":
             return dict(_COSXL if any("CosXL" in note for note in report.notes) else _PLAYGROUND)
         config["prediction_type"] = report.prediction or sd2_prediction(checkpoint)
-    return config
-
-
-def _controlnet(report: FileReport, base: Base) -> dict[str, Any]:
-    unet = published(base)["unet"]
-    config = {key: unet[key] for key in _LIKE_THE_UNET if key in unet}
-    if report.control_types is not None:
+    if union:
         config["num_control_type"] = report.control_types
     return config

@@ -21,13 +21,15 @@ LAYERS_PER_BLOCK = 2
 def unet(base: Any, channels: int = 4) -> State:
     """A UNet in diffusers' layout."""
     with torch.device("meta"):
-        return UNet2DConditionModel(**published(base)["unet"] | {"in_channels": channels}).half().state_dict()
+        return (
+            UNet2DConditionModel.from_config({**published(base)["unet"], "in_channels": channels}).half().state_dict()
+        )
 
 
 @functools.cache
 def vae(base: Any) -> State:
     with torch.device("meta"):
-        return AutoencoderKL(**published(base)["vae"]).half().state_dict()
+        return AutoencoderKL.from_config(published(base)["vae"]).half().state_dict()
 
 
 @functools.cache
@@ -41,15 +43,11 @@ def text_encoder(base: Any, part: str = "text_encoder") -> State:
 @functools.cache
 def controlnet(base: Any, control_types: int | None = None) -> State:
     """A ControlNet of a base's UNet, or a union of several controls."""
+    net_class: Any = ControlNetModel if control_types is None else ControlNetUnionModel
+    config = dict(published(base)["controlnet" if control_types is None else "controlnet_union"])
     with torch.device("meta"):
-        net = ControlNetModel.from_unet(UNet2DConditionModel(**published(base)["unet"]), load_weights_from_unet=False)
-        if control_types is None:
-            return net.half().state_dict()
-        shape = {key: value for key, value in net.config.items() if not key.startswith("_")}
-        shape |= {"num_control_type": control_types}
-        for key in ("controlnet_conditioning_channel_order", "global_pool_conditions", "mid_block_type"):
-            shape.pop(key, None)
-        return ControlNetUnionModel(**shape).half().state_dict()
+        net = net_class.from_config(config | ({"num_control_type": control_types} if control_types else {}))
+        return net.half().state_dict()
 
 
 def checkpoint(base: Any, channels: int = 4) -> State:
