@@ -66,7 +66,7 @@ class Bench:
             model_name="SDXL1.0-base",
             prompt=f"a fox {index}",
             seed=index,
-            steps=200 + index,
+            steps=100 + index,
             cfg_scale=5.0 if guided else 1.0,
             sampler=SAMPLERS[index % len(SAMPLERS)],
         )
@@ -80,7 +80,9 @@ class Bench:
             hint = ControlHint(str(index), "controlnet-sdxl-union", 3, torch.rand(1, 3, 1024, 1024))
             self.jobs += 1
             conditioning = self.encoders.encode(stage)
-            engine.add(str(self.jobs), stage, conditioning, None, loras, hint if index < controlled else None)
+            job = engine.prepare(str(self.jobs), stage, conditioning, None, hint if index < controlled else None)
+            job.loras = loras
+            engine.add(job)
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -112,7 +114,7 @@ def company(bench: Bench, repeats: int) -> dict[str, Any]:
     alone = [load_engine(bench.catalog, "unet-sdxl-base", "cpu") for _ in range(8)]
     for index, engine in enumerate(alone):
         stage = bench.stage(index)
-        engine.add("job", stage, bench.encoders.encode(stage), None)
+        engine.add(engine.prepare("job", stage, bench.encoders.encode(stage), None))
     medians = alternate({"shared": bench.engine.tick, "sequential": lambda: [e.tick() for e in alone]}, repeats)
     return medians | {"speedup": round(medians["sequential"] / medians["shared"], 2), "goal": 1.8}
 

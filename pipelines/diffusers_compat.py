@@ -7,7 +7,7 @@ the names of samplers are known to processes without torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -176,19 +176,25 @@ def takes_generator(scheduler: Any) -> bool:
     return "generator" in inspect.signature(scheduler.step).parameters
 
 
-def draw_brownian_tree_on_cpu(scheduler: Any, latents: torch.Tensor) -> None:
-    """Let a DPMSolverSDEScheduler draw its noise on the CPU, where its `step` would draw on the device of the latents.
+def brownian_levels(scheduler: Any) -> tuple[float, float] | None:
+    """Lowest and highest noise level of the Brownian tree that a DPMSolverSDEScheduler asks; None for all others."""
+    if not hasattr(scheduler, "noise_sampler"):
+        return None
+    sigmas = scheduler.sigmas
+    return sigmas[sigmas > 0].min().item(), sigmas.max().item()
 
-    Generators of different devices draw different numbers from one seed. Made as `step` makes it, before the first
-    step after `set_timesteps`; at other times, and for other schedulers, this does nothing.
+
+def brownian_tree(
+    shape: Sequence[int], dtype: torch.dtype, levels: tuple[float, float], seed: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The Brownian tree of a DPMSolverSDEScheduler, which gives the noise between two noise levels; on the CPU.
+
+    The scheduler's `step` would make one on the device of the latents, and generators of different devices draw
+    different numbers from one seed.
     """
-    if getattr(scheduler, "noise_sampler", scheduler) is not None:
-        return
     import torch
     from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
-    device, sigmas = latents.device, scheduler.sigmas
-    like = torch.zeros(latents.shape, dtype=latents.dtype)
-    lowest, highest = sigmas[sigmas > 0].min().item(), sigmas.max().item()
-    tree = BrownianTreeNoiseSampler(like, lowest, highest, scheduler.noise_sampler_seed)
-    scheduler.noise_sampler = lambda sigma, sigma_next: tree(sigma, sigma_next).to(device)
+    tree: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    tree = BrownianTreeNoiseSampler(torch.zeros(tuple(shape), dtype=dtype), *levels, seed)
+    return tree

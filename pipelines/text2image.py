@@ -130,8 +130,8 @@ class Text2Image:
                     report = engine.tick()
                     if report.failed:
                         raise report.failed[0][1]
-                    for job in report.finished:
-                        by_job[job.id].latents = job.result()
+                    for fetched in report.finished:
+                        by_job[fetched.job.id].latents = fetched.result()
         finally:  # a request that failed must not leave the others' jobs to the next call
             for engine in engines:
                 engine.clear()
@@ -140,9 +140,9 @@ class Text2Image:
         """A job for one stage, in its engine."""
         engine = self.engine(stage)
         conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
-        loras = engine.loras.mixture(stage)
         hint = work.hint if stage.control else None
-        return engine, engine.add(str(next(self._ids)), stage, conditioning, work.latents, loras, hint).id
+        job = engine.prepare(str(next(self._ids)), stage, conditioning, work.latents, hint)
+        return engine, engine.add(job).id
 
     def _decode(self, work: _Work) -> Picture:
         assert work.latents is not None, "every plan has a stage, and every stage ends with latents"

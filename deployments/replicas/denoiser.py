@@ -164,12 +164,12 @@ class DenoiserDeployment(Replica):
         assert result is not None
         yield seal(watch.timed(result, conditioning, begin, hint))
 
-    def _count(self, component: str, report: TickReport) -> None:
+    def _count(self, component: str, report: TickReport, seconds: float) -> None:
         for _, error in report.failed:
             self._notice(error)
         metrics().cache("lora", component, self._engines[component].loras.cache)
         if report.rows:
-            metrics().tick(component, report.rows, report.padding, report.seconds)
+            metrics().tick(component, report.rows, report.padding, seconds)
 
 
 def _work(

@@ -1,8 +1,11 @@
 """The loop of a denoiser replica: asyncio around step engines, without Ray.
 
-Requests enter with `submit` or `watch`; while any are inside, one task ticks the engine of the oldest. Engines are
-touched on the worker's thread alone, so a job that arrives during a tick joins after it, and one that leaves is gone
-after it.
+Requests enter with `submit` or `watch`. Their jobs are prepared on threads beside; while any are inside, one task ticks
+the engine of the oldest. Engines are touched on the worker's thread alone, so a job that arrives during a tick joins
+after it, and one that leaves is gone after it.
+
+On a GPU a tick is only queued when it returns. The next one is queued behind it while it runs, and no further; what
+came of a tick is told when the device has done it.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import logging
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deployments.graph import Progress
@@ -35,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 MOST_RETRY_AFTER_S = 60
 """Most seconds a refused client is told to wait: by then other replicas may have started."""
+PREPARING_THREADS = 4
+"""So that a LoRA on a slow disk or a long drawing of noise holds up nobody else."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,9 @@ class _Request:
     started: Callable[[], None]
     result: asyncio.Future[Latents]
     job: DenoiseJob | None = None
+    leaving: bool = False
+    """Whether its last tick is queued: it is in no engine any more, and its result is under way."""
     updates: asyncio.Queue[Update] | None = None
-    previews: bool = False
     position: int | None = None
 
     @property
@@ -85,11 +92,27 @@ class _Request:
             self.result.set_result(outcome)
 
 
+@dataclass
+class _Tick:
+    """A tick that was begun."""
+
+    component: str
+    report: TickReport
+    begun: float
+    """By the clock of `time.perf_counter`."""
+    progress: dict[str, Progress] = field(default_factory=dict)
+    """How far its watched jobs were after it."""
+
+    @property
+    def over(self) -> bool:
+        return self.report.mark is None or self.report.mark.passed
+
+
 def _nothing() -> None:
     pass
 
 
-def _ignore(component: str, report: TickReport) -> None:
+def _ignore(component: str, report: TickReport, seconds: float) -> None:
     pass
 
 
@@ -105,7 +128,7 @@ class EngineLoop:
         engines: Mapping[str, StepEngine],
         worker: Worker,
         *,
-        on_tick: Callable[[str, TickReport], None] = _ignore,
+        on_tick: Callable[[str, TickReport, float], None] = _ignore,
         unwrap: Callable[[SdgraphError], BaseException] = _itself,
     ) -> None:
         """Run `engines`, by component id.
@@ -113,15 +136,18 @@ class EngineLoop:
         Args:
             engines: what runs the work of each component.
             worker: the thread that touches them.
-            on_tick: told of every tick, on the event loop.
+            on_tick: told of every tick and its seconds when it is over, on the event loop.
             unwrap: what a request is told of an error that its tick raised.
         """
         self._engines = engines
         self._worker = worker
+        self._preparers = worker.beside("prepare", PREPARING_THREADS)
+        self._waiter = worker.beside("wait")
         self._on_tick = on_tick
         self._unwrap = unwrap
         self._requests: dict[str, _Request] = {}  # oldest first
         self._task: asyncio.Task[None] | None = None
+        self._last_end = 0.0
         self.throughput = Throughput()
 
     def __len__(self) -> int:
@@ -150,9 +176,8 @@ class EngineLoop:
         self, work: Work, started: Callable[[], None] = _nothing, previews: bool = False
     ) -> AsyncGenerator[Update | Latents, None]:
         """The same, telling of every step; the last item is the result. Closing it frees the rows."""
-        async with self._inside(work, started) as request:
-            updates: asyncio.Queue[Update] = asyncio.Queue()
-            request.updates, request.previews = updates, previews
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+        async with self._inside(work, started, updates, previews) as request:
             while not request.result.done() or not updates.empty():
                 update = asyncio.ensure_future(updates.get())
                 try:
@@ -164,19 +189,29 @@ class EngineLoop:
             yield request.result.result()
 
     @asynccontextmanager
-    async def _inside(self, work: Work, started: Callable[[], None]) -> AsyncIterator[_Request]:
+    async def _inside(
+        self,
+        work: Work,
+        started: Callable[[], None],
+        updates: asyncio.Queue[Update] | None = None,
+        previews: bool = False,
+    ) -> AsyncIterator[_Request]:
         """A job in its engine for as long as the block."""
         job_id = uuid.uuid4().hex
         engine = self._engines[work.stage.component]
-        request = _Request(work, started, asyncio.get_running_loop().create_future())
+        request = _Request(work, started, asyncio.get_running_loop().create_future(), updates=updates)
         self._requests[job_id] = request
+
+        def wanted() -> bool:
+            return job_id in self._requests
+
         try:
-            # Reading a LoRA from disk must not hold up the ticks of others.
-            loras = await asyncio.to_thread(engine.loras.mixture, work.stage) if work.stage.loras else ()
             hint = work.hint if work.stage.control else None
-            request.job = await self._worker.run(
-                engine.add, job_id, work.stage, work.conditioning, work.latents, loras, hint
+            job = await self._preparers.run(
+                engine.prepare, job_id, work.stage, work.conditioning, work.latents, hint, wanted
             )
+            job.previews = previews
+            request.job = await self._worker.run(engine.add, job)
             self._refuse_if_late(work.expires)
             self._ensure_task()
             yield request
@@ -196,7 +231,7 @@ class EngineLoop:
     def shed(self) -> None:
         """Let go of jobs that would be late even if they were in every tick, so that others can use theirs."""
         for request in self._requests.values():
-            if request.job and not request.job.done:
+            if request.job and not request.leaving:
                 late_by = time.time() + self.throughput.least_seconds_for(request.job) - request.work.expires
                 if late_by > 0:
                     request.settle(_overloaded(late_by))
@@ -208,41 +243,70 @@ class EngineLoop:
 
     async def _run(self) -> None:
         """Decide, execute, account, until nobody is left."""
+        begun: deque[_Tick] = deque()
         try:
-            while oldest := next((r for r in self._requests.values() if r.job), None):
-                begin = time.perf_counter()
-                report = await self._worker.run(self._engines[oldest.component].tick)
-                self._account(oldest.component, report, time.perf_counter() - begin)
+            while (component := self._next_component()) or begun:
+                if component:
+                    begun.append(await self._begin(component))
+                while begun and (len(begun) > 1 or not component or begun[0].over):
+                    await self._account(begun.popleft())
         except Exception as error:  # a bug of the loop itself must not leave anybody waiting for ever
             for request in self._requests.values():
                 request.settle(error)
             logger.exception("the engine loop failed")
 
-    def _account(self, component: str, report: TickReport, seconds: float) -> None:
-        """What follows from a tick: times, progress, results."""
-        if report.rows:
-            self.throughput.record(report.advanced, seconds)
-        self._on_tick(component, report)
-        self.shed()
-        self._tell(component, report)
-        for job in report.finished:
-            if request := self._requests.pop(job.id, None):
-                request.settle(job.result())
-        for job, error in report.failed:
-            if request := self._requests.pop(job.id, None):
-                request.settle(self._unwrap(error))
+    def _next_component(self) -> str | None:
+        """That of the oldest job; None if no engine has any."""
+        return next((r.component for r in self._requests.values() if r.job and not r.leaving), None)
 
-    def _tell(self, component: str, report: TickReport) -> None:
-        """Step i of n to the watchers of jobs that ran, their place in the queue to those that wait."""
-        ran = {job.id for job in report.advanced}
+    async def _begin(self, component: str) -> _Tick:
+        """Tick an engine, and note how far its jobs are now: they may be further when the device has done it."""
+        begun = time.perf_counter()
+        report = await self._worker.run(self._engines[component].tick)
+        tick = _Tick(component, report, begun)
         for job in report.advanced:
             if request := self._requests.get(job.id):
                 request.started()
                 if request.updates is not None:
-                    latents = job.result() if request.previews and not job.done else None
-                    request.updates.put_nowait(Update(Progress(component, job.steps_done, job.steps), latents))
+                    tick.progress[job.id] = Progress(component, job.steps_done, job.steps)
+        for job in (*(fetched.job for fetched in report.finished), *(job for job, _ in report.failed)):
+            if request := self._requests.get(job.id):
+                request.leaving = True
+        return tick
+
+    async def _account(self, tick: _Tick) -> None:
+        """What follows from a tick when the device has done it: times, progress, results."""
+        report = tick.report
+        if report.mark is not None and not report.mark.passed:
+            await self._waiter.run(report.mark.wait)
+        end = time.perf_counter()
+        seconds, self._last_end = end - max(tick.begun, self._last_end), end  # what it waited for others is theirs
+        if report.rows:
+            self.throughput.record(report.advanced, seconds)
+        self._on_tick(tick.component, report, seconds)
+        self.shed()
+        self._tell(tick)
+        for fetched in report.finished:
+            if request := self._requests.pop(fetched.job.id, None):
+                try:
+                    request.settle(fetched.result())
+                except SdgraphError as no_picture:
+                    request.settle(no_picture)
+        for job, error in report.failed:
+            if request := self._requests.pop(job.id, None):
+                request.settle(self._unwrap(error))
+
+    def _tell(self, tick: _Tick) -> None:
+        """Step i of n to the watchers of jobs that ran, their place in the queue to those that wait."""
+        previews = {fetched.job.id: fetched for fetched in tick.report.previews}
+        for job_id, progress in tick.progress.items():
+            request = self._requests.get(job_id)
+            if request is not None and request.updates is not None:
+                latents = previews[job_id].preview() if job_id in previews else None
+                request.updates.put_nowait(Update(progress, latents))
         for position, (job_id, request) in enumerate(self._requests.items()):
-            if job_id not in ran and request.updates is not None and request.position != position:
+            waits = job_id not in tick.progress and not request.leaving
+            if waits and request.updates is not None and request.position != position:
                 request.position = position
                 request.updates.put_nowait(Update(Progress(request.component, 0, 0, position), None))
 

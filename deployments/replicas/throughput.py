@@ -48,7 +48,7 @@ class Throughput:
         self._kinds: defaultdict[tuple[str, int], _TickKind] = defaultdict(_TickKind)
 
     def record(self, jobs: Sequence[DenoiseJob], seconds: float) -> None:
-        """Record a tick's duration, including the gap before it; its jobs share UNet and size."""
+        """Record how long a tick took since it began and the one before it had ended; its jobs share UNet and size."""
         work_per_second = sum(job.work for job in jobs) / seconds
         self.overall.add(work_per_second)
         kind = self._kind_of(jobs[0])

@@ -1,4 +1,4 @@
-"""The one thread on which a replica touches its models."""
+"""Threads of a replica: the one on which it touches its models, and those beside it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,19 @@ def _ignore(error: BaseException) -> None:
 class Worker:
     """Runs functions one after another, so that the replica's event loop stays free to cancel and answer."""
 
-    def __init__(self, on_error: Callable[[BaseException], None] = _ignore) -> None:
-        """A thread that waits for work; `on_error` is told there of every exception that `run` passes on."""
+    def __init__(
+        self, on_error: Callable[[BaseException], None] = _ignore, threads: int = 1, name: str = "model"
+    ) -> None:
+        """Threads that wait for work, one unless the order does not matter.
+
+        `on_error` is told there of every exception that `run` passes on.
+        """
         self._on_error = on_error
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    def beside(self, name: str, threads: int = 1) -> Worker:
+        """Other threads, whose errors go to the same ears."""
+        return Worker(self._on_error, threads, name)
 
     async def run(self, function: Callable[..., R], *args: object, started: Callable[[], None] | None = None) -> R:
         """Run `function(*args)` after everything handed in before it, in the caller's context (request id, trace).

@@ -1,68 +1,71 @@
 """The step engine: one tick = one UNet evaluation.
 
 Between ticks jobs join and leave. A tick selects jobs that can share a forward pass, stacks their rows, predicts once,
-guides each job's rows and advances each job's own sampler. Only latent shape and context shape must agree; sampler,
-timestep, number of steps, guidance, seed and LoRAs are free per row. Synchronous: the caller decides when and where.
+and advances all jobs by one product (`courses.py`). Only latent shape and context shape must agree; sampler, timestep,
+number of steps, guidance, seed and LoRAs are free per row. Synchronous: the caller decides when and where.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pipelines.adapters.layers import Mixture
 from pipelines.adapters.store import LoraStore
-from pipelines.backends.base import Denoiser, StepBatch
-from pipelines.control.rows import take_rows
-from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource, HintUse
+from pipelines.backends.base import Denoiser
+from pipelines.control.types import ControlHint, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows
-from pipelines.engine.checks import check_job
-from pipelines.engine.job import DenoiseJob
+from pipelines.engine.courses import TickNumbers, advance
+from pipelines.engine.job import DenoiseJob, Fetched
 from pipelines.engine.memory import Retreat
+from pipelines.engine.preparing import JobMaker, always
+from pipelines.engine.stacking import RowStack
 from pipelines.errors import DenoiseError, SdgraphError
 from pipelines.families import Family
 from pipelines.plan import StagePlan
-from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
-from pipelines.sampling.samplers import make_sampler
+from pipelines.sampling.latents import Latents, LatentSpace
+from pipelines.sampling.tables import SamplerTables
 from pipelines.text.conditioning import Conditioning
 from pipelines.torch_compat import ran_out_of_memory
+from pipelines.transfers import Mark
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TickReport:
-    """What a tick did."""
+    """What a tick did, or queued on its device."""
 
     rows: int = 0
     """UNet batch entries that jobs asked for."""
     padding: int = 0
     """Entries that only filled a batch."""
-    seconds: float = 0.0
-    """Wall-clock time of the tick."""
     advanced: tuple[DenoiseJob, ...] = ()
     """Jobs that took part, those that left included."""
-    finished: tuple[DenoiseJob, ...] = ()
-    """Jobs that left with a result."""
+    finished: tuple[Fetched, ...] = ()
+    """What jobs left with."""
+    previews: tuple[Fetched, ...] = ()
+    """How jobs stand that want to be seen on the way."""
     failed: tuple[tuple[DenoiseJob, SdgraphError], ...] = ()
     """Jobs that left with an exception."""
+    mark: Mark | None = None
+    """Passed when the device has done it all; None where nothing was evaluated."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
     """One evaluation of the UNet: whom it was for, and what came of it."""
 
-    jobs: list[DenoiseJob]
-    outputs: Sequence[tuple[DenoiseJob, torch.Tensor]] = ()
-    """Each job with its rows of the model output; none where the evaluation failed."""
+    jobs: Sequence[DenoiseJob]
     padding: int = 0
     error: Exception | None = None
+    """Of all its jobs, none of which advanced."""
+    failed: list[tuple[DenoiseJob, Exception]] = field(default_factory=list)
+    """Jobs whose own sampler failed after it."""
 
 
 def _nobodys(error: Exception) -> bool:
@@ -70,7 +73,7 @@ def _nobodys(error: Exception) -> bool:
 
 
 class StepEngine:
-    """Jobs of one component, oldest first. Not thread-safe: one thread calls it, though any may use `loras`."""
+    """Jobs of one component, oldest first. Not thread-safe: one thread calls it, though any may `prepare`."""
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class StepEngine:
         max_rows: int = 16,
         strict: bool = False,
         rows_that_fit: Callable[[BatchKey], int] | None = None,
+        tables: SamplerTables | None = None,
     ) -> None:
         """Run jobs on `denoiser`.
 
@@ -91,18 +95,16 @@ class StepEngine:
             family: what else the UNet is told.
             scheduler_config: the model's `scheduler_config.json`, which every sampler starts from.
             space: of the VAE that made and will read the latents.
-            loras: loads the LoRAs of a stage; on any thread, so that reading a file does not hold up a tick.
+            loras: loads the LoRAs of a stage.
             control: where residuals come from, for jobs that bring a hint.
             max_rows: most rows of a tick; halved for a while when memory runs out.
             strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
             rows_that_fit: rows of a shape that fit into memory now, asked before every tick; None trusts `max_rows`.
+            tables: of the samplers over `scheduler_config`; made here if None.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} is out of range: at least 1")
         self.denoiser = denoiser
-        self._family = family
-        self._scheduler_config = scheduler_config
-        self._space = space
         self.loras = loras
         self.control = control
         self.max_rows = max_rows
@@ -111,23 +113,25 @@ class StepEngine:
         self._retreat = Retreat()
         self.control_lost: Callable[[Exception], bool] = _nobodys
         """Whether an error says that `control` itself is gone: no job's own fault, and no use in trying each alone."""
+        tables = tables or SamplerTables(scheduler_config)
+        self._maker = JobMaker(denoiser, family, scheduler_config, space, loras, tables)
+        self._rows = RowStack(denoiser.dtype)
         self._jobs: dict[str, DenoiseJob] = {}
 
     def __len__(self) -> int:
         """Jobs in flight."""
         return len(self._jobs)
 
-    @torch.inference_mode()
-    def add(
+    def prepare(
         self,
         job_id: str,
         plan: StagePlan,
         conditioning: Conditioning,
         latents: Latents | None,
-        loras: Mixture = (),
         hint: ControlHint | None = None,
+        wanted: Callable[[], bool] = always,
     ) -> DenoiseJob:
-        """Prepare a job as diffusers' pipelines prepare their loop; it joins at the next tick.
+        """Do what a job needs before its first tick: load its LoRAs, draw its noise, check it. On any thread.
 
         Args:
             job_id: unique in this engine.
@@ -135,31 +139,24 @@ class StepEngine:
             conditioning: one row, or uncond and cond.
             latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
-            loras: what `self.loras.mixture(plan)` gave, on whatever thread it was loaded.
             hint: the control map, where the plan has a ControlNet.
+            wanted: whether anybody still waits for the job, asked on the way.
 
         Raises:
             DenoiseError: something of this job alone would break the batch it joins; see `checks.py`.
             NonFiniteError: its latents or embeddings have values that are not finite numbers.
-            InvalidValueError: no sampler can be made of the plan.
+            InvalidValueError: no sampler can be made of the plan, or a LoRA does not fit.
+            CancelledError: nobody waits.
         """
-        if job_id in self._jobs:
-            raise ValueError(f"job {job_id} is already here")
-        device, dtype = self.denoiser.device, self.denoiser.dtype
-        sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed, device)
-        generator = make_generator(plan.seed, latents.generator_state if latents else None)
-        shape = self._space.shape(plan.width, plan.height)
-        if latents is None:
-            values = draw_noise(shape, generator, device, dtype) * sampler.init_noise_sigma
-        else:
-            values = latents.values.to(device, dtype)
-            if plan.schedule.strength is not None:
-                values = sampler.add_noise(values, draw_noise(tuple(values.shape), generator, device, dtype))
-        conditioning = conditioning.to(device, dtype)
-        added = self._family.added_conditions(plan, conditioning, self.denoiser.config)
-        check_job(plan, values, conditioning, added, hint, shape, self.denoiser.config)
-        job = DenoiseJob(job_id, plan, sampler, generator, values, conditioning, added, loras, hint)
-        self._jobs[job_id] = job
+        return self._maker.make(job_id, plan, conditioning, latents, hint, wanted)
+
+    @torch.inference_mode()
+    def add(self, job: DenoiseJob) -> DenoiseJob:
+        """Take a prepared job in; it joins at the next tick."""
+        if job.id in self._jobs:
+            raise ValueError(f"job {job.id} is already here")
+        job.send(self.denoiser.device)
+        self._jobs[job.id] = job
         return job
 
     def cancel(self, job_id: str) -> DenoiseJob | None:
@@ -178,38 +175,32 @@ class StepEngine:
         the evaluation fails otherwise, each of its jobs is evaluated alone once, so that only the guilty one fails;
         when the source of residuals is gone, the jobs it steers fail at once and the others stay for the next tick. An
         exception of a job's own sampler fails that job.
+
+        On a GPU all of this is only queued when it returns; `TickReport.mark` tells when it is done.
         """
-        begin = time.perf_counter()
         ready = [job for job in self._jobs.values() if job.done]  # a slice can be empty: a refiner with nothing left
-        together = self._attempt(self._select([job for job in self._jobs.values() if not job.done]))
-        if ran_out_of_memory(together.error):
-            together = self._attempt(self._with_fewer_rows(together))
-        elif together.outputs:
-            self._retreat.had_enough(self.max_rows)
-        evaluations = [together] if together.error is None else self._apart(together, together.error)
-        failed: list[tuple[DenoiseJob, SdgraphError]] = []
+        chosen = self._select([job for job in self._jobs.values() if not job.done])
+        groups = [[job] for job in chosen] if self._strict else [chosen] if chosen else []
+        evaluations = [evaluation for group in groups for evaluation in self._evaluate(group)]
+        failed: list[tuple[DenoiseJob, Exception]] = []
         for evaluation in evaluations:
-            if evaluation.error is not None:
-                failed += [(job, _ours(evaluation.error)) for job in evaluation.jobs]
-            for job, output in evaluation.outputs:
-                try:
-                    job.advance(output)
-                except Exception as error:  # the job's own
-                    failed.append((job, _ours(error)))
-                else:
-                    if job.done:
-                        ready.append(job)
-        # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
-        left = [job for job in ready if self._jobs.pop(job.id, None) is not None]
-        broken = [(job, error) for job, error in failed if self._jobs.pop(job.id, None) is not None]
+            failed += evaluation.failed
+            failed += [(job, evaluation.error) for job in evaluation.jobs if evaluation.error is not None]
         advanced = tuple(job for evaluation in evaluations for job in evaluation.jobs)
+        lost = {job.id for job, _ in failed}
+        ready += [job for job in advanced if job.done and job.id not in lost]
+        # A job cancelled while the tick ran on another thread is no longer here: nobody waits for it.
+        left = [job.fetch() for job in ready if self._jobs.pop(job.id, None) is not None]
+        seen = [job.fetch() for job in advanced if job.previews and job.id in self._jobs and job.id not in lost]
+        broken = [(job, _ours(error)) for job, error in failed if self._jobs.pop(job.id, None) is not None]
         return TickReport(
             rows=sum(job.rows for job in advanced),
             padding=sum(evaluation.padding for evaluation in evaluations),
-            seconds=time.perf_counter() - begin,
             advanced=advanced,
             finished=tuple(left),
+            previews=tuple(seen),
             failed=tuple(broken),
+            mark=Mark(self.denoiser.device) if evaluations else None,
         )
 
     def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
@@ -219,20 +210,27 @@ class StepEngine:
             budget = min(budget, self.rows_that_fit(jobs[0].batch_key))
         return select_rows(jobs, budget)
 
-    def _attempt(self, jobs: list[DenoiseJob]) -> _Evaluation:
-        """Evaluate the UNet for these jobs, together or in strict mode one by one."""
-        groups = [[job] for job in jobs] if self._strict or not jobs else [jobs]
-        outputs: list[tuple[DenoiseJob, torch.Tensor]] = []
-        padding = 0
+    def _evaluate(self, jobs: list[DenoiseJob]) -> list[_Evaluation]:
+        """Advance these jobs together, or as many as memory and faults allow."""
+        together = self._attempt(jobs)
+        if together.error is None:
+            self._retreat.had_enough(self.max_rows)
+        elif ran_out_of_memory(together.error):
+            together = self._attempt(self._with_fewer_rows(together, together.error))
+        return [together] if together.error is None else self._apart(together, together.error)
+
+    def _attempt(self, jobs: Sequence[DenoiseJob]) -> _Evaluation:
+        """Evaluate the UNet for these jobs and advance them."""
+        rows = [job.rows for job in jobs]
+        courses = [job.course for job in jobs]
         try:
-            for group in groups:
-                batch = self._stack(group)
-                parts = self.denoiser.predict(batch).split([job.rows for job in group])
-                outputs += zip(group, parts, strict=True)
-                padding += self.denoiser.padding(batch)
+            numbers = TickNumbers(courses, rows, self.denoiser.device)
+            batch = self._rows.stack(jobs, numbers.timesteps, self.control)
+            failures = advance(courses, rows, self.denoiser.predict(batch), numbers.weights)
+            padding = self.denoiser.padding(batch)
         except Exception as error:
             return _Evaluation(jobs, error=error)
-        return _Evaluation(jobs, outputs, padding)
+        return _Evaluation(jobs, padding, failed=[(jobs[position], error) for position, error in failures.items()])
 
     def _apart(self, together: _Evaluation, error: Exception) -> list[_Evaluation]:
         """What becomes of the jobs of an evaluation that failed: each alone, once."""
@@ -245,48 +243,16 @@ class StepEngine:
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the pass that failed
         return [self._attempt([job]) for job in together.jobs]
 
-    def _with_fewer_rows(self, evaluation: _Evaluation) -> list[DenoiseJob]:
+    def _with_fewer_rows(self, evaluation: _Evaluation, error: Exception) -> list[DenoiseJob]:
         """Halve the row budget and free what can be freed; the jobs that fit now. A job alone teaches no budget."""
         budget = sum(job.rows for job in evaluation.jobs)
         if len(evaluation.jobs) > 1:
             budget = self._retreat.halve(budget)
             logger.warning("out of memory: the row budget is %d for a while", budget)
-        assert evaluation.error is not None
-        traceback.clear_frames(evaluation.error.__traceback__)  # they hold the activations of the pass that failed
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the pass that failed
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
         return select_rows(evaluation.jobs, budget)
-
-    def _stack(self, jobs: list[DenoiseJob]) -> StepBatch:
-        """The jobs' rows, and their residuals under way."""
-        batch = StepBatch(
-            sample=torch.cat([job.model_input().expand(job.rows, -1, -1, -1) for job in jobs]),
-            timesteps=torch.cat([job.timestep.reshape(1).float().expand(job.rows) for job in jobs]),
-            prompt_embeds=torch.cat([job.conditioning.prompt_embeds for job in jobs]),
-            added_conditions={
-                name: torch.cat([job.added_conditions[name] for job in jobs]) for name in jobs[0].added_conditions
-            },
-            loras=[job.loras for job in jobs for _ in range(job.rows)],
-        )
-        hints = [job.hint for job in jobs for _ in range(job.rows)]
-        if any(hints):
-            batch = replace(batch, controlled=self._start_control(batch, hints))
-        return batch
-
-    def _start_control(self, batch: StepBatch, hints: list[ControlHint | None]) -> ControlledRows:
-        """Ask for the residuals of every row that has a hint, in one call, without waiting for them."""
-        if self.control is None:
-            raise ValueError("a job brought a control hint, but this engine has no ControlNet")
-        rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
-        own = [hint for hint in hints if hint is not None]
-        request = ControlBatch(
-            uses=tuple((HintUse(hint.ref),) for hint in own),
-            sample=take_rows(batch.sample, rows),
-            timesteps=take_rows(batch.timesteps, rows),
-            prompt_embeds=take_rows(batch.prompt_embeds, rows),
-            **{name: take_rows(tensor, rows) for name, tensor in batch.added_conditions.items()},
-        )
-        return ControlledRows(rows, self.control.start(request, {hint.id: hint for hint in own}))
 
 
 def _ours(error: Exception) -> SdgraphError:

@@ -12,11 +12,11 @@ from pipelines.adapters.layers import Mixture
 from pipelines.control.types import ControlHint
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.checks import check_finite
-from pipelines.engine.guidance import guide
+from pipelines.engine.courses import Course
 from pipelines.plan import StagePlan
-from pipelines.sampling.base import Sampler
 from pipelines.sampling.latents import Latents
 from pipelines.text.conditioning import Conditioning
+from pipelines.transfers import Mark, fetch, pinned, send
 
 
 @dataclass
@@ -26,16 +26,16 @@ class DenoiseJob:
     id: str
     """Unique among the jobs of an engine."""
     plan: StagePlan
-    sampler: Sampler
-    generator: torch.Generator
-    latents: torch.Tensor
-    """`[1, channels, height, width]`."""
+    course: Course
+    """Its way through the schedule; holds the latents."""
+    dtype: torch.dtype
+    """Of the latents it ends with."""
     conditioning: Conditioning
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loras: Mixture = ()
     hint: ControlHint | None = None
-    tick: int = 0
-    """How many UNet evaluations are done."""
+    previews: bool = False
+    """Whether its latents are wanted after every tick."""
 
     @property
     def rows(self) -> int:
@@ -48,6 +48,11 @@ class DenoiseJob:
         return BatchKey(tuple(self.latents.shape[1:]), tuple(self.conditioning.prompt_embeds.shape[1:]))
 
     @property
+    def latents(self) -> torch.Tensor:
+        """`[1, channels, height, width]`, as they stand, where the engine computes."""
+        return self.course.latents
+
+    @property
     def done(self) -> bool:
         """Whether the slice of the schedule is finished."""
         return self.ticks_left <= 0
@@ -55,12 +60,12 @@ class DenoiseJob:
     @property
     def steps_done(self) -> int:
         """Sampler steps taken; a step of a second-order sampler is two ticks."""
-        return math.ceil(self.tick / self.sampler.order)
+        return math.ceil(self.course.tick / self.course.order)
 
     @property
     def steps(self) -> int:
         """Sampler steps of this stage."""
-        return math.ceil(len(self.sampler.timesteps) / self.sampler.order)
+        return math.ceil(len(self.course.timesteps) / self.course.order)
 
     @property
     def work(self) -> int:
@@ -70,34 +75,50 @@ class DenoiseJob:
     @property
     def ticks_left(self) -> int:
         """UNet evaluations to come."""
-        return len(self.sampler.timesteps) - self.tick
+        return len(self.course.timesteps) - self.course.tick
 
     @property
     def outstanding_work(self) -> int:
         """What is left to do: work of a tick x ticks to come."""
         return self.work * self.ticks_left
 
-    @property
-    def timestep(self) -> torch.Tensor:
-        """What the UNet is asked next, a scalar."""
-        return self.sampler.timesteps[self.tick]
+    def send(self, device: torch.device) -> None:
+        """Move everything the ticks need to `device`, before the first."""
+        self.course.send(device)
 
-    def model_input(self) -> torch.Tensor:
-        """The latents as the UNet sees them, `[1, channels, height, width]`."""
-        return self.sampler.scale_input(self.latents, self.timestep)
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return send(pinned(tensor, device), device)
 
-    def advance(self, model_output: torch.Tensor) -> None:
-        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step.
+        embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
+        self.conditioning = Conditioning(moved(embeds), moved(pooled) if pooled is not None else None)
+        self.added_conditions = {name: moved(tensor) for name, tensor in self.added_conditions.items()}
 
-        Raises:
-            NonFiniteError: the stage ends with latents that are no picture.
-        """
-        guided = guide(model_output, self.plan.guidance_scale)
-        self.latents = self.sampler.step(guided, self.timestep, self.latents, self.generator)
-        self.tick += 1
-        if self.done:  # once a stage: what is not finite stays so, and on a GPU the question waits for the device
-            check_finite(self.latents, self.plan, "the latents have")
+    def fetch(self) -> Fetched:
+        """Begin to copy the latents, as they stand, to the host."""
+        return Fetched(self, fetch(self.latents), self.course.generator_state, Mark(self.latents.device))
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The latents of a job on their way to the host."""
+
+    job: DenoiseJob
+    values: torch.Tensor
+    """`[1, channels, height, width]`; there when `mark` is passed."""
+    generator_state: torch.Tensor
+    mark: Mark
 
     def result(self) -> Latents:
-        """Latents and generator, for the next stage."""
-        return Latents(self.latents, self.generator.get_state())
+        """Latents and generator, for the next stage; waits for the device where it is not there yet.
+
+        Raises:
+            NonFiniteError: they are no picture. What is not finite stays so, so this is asked once a stage.
+        """
+        latents = self.preview()
+        check_finite(latents.values, self.job.plan, "the latents have")
+        return latents
+
+    def preview(self) -> Latents:
+        """The same before the last tick, whatever the values."""
+        self.mark.wait()
+        return Latents(self.values.to(self.job.dtype), self.generator_state)

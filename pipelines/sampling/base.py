@@ -54,11 +54,12 @@ class Sampler(Protocol):
         ...
 
 
-MakeSampler = Callable[[Mapping[str, Any], "ScheduleSlice", int, "str | torch.device"], Sampler]
-"""`(scheduler_config, part, seed, device) -> Sampler`: a new one for a job.
+MakeSampler = Callable[[Mapping[str, Any], "ScheduleSlice", int], Sampler]
+"""`(scheduler_config, part, seed) -> Sampler`: a new one for a job, or for `pipelines.sampling.tables` to read.
 
 `scheduler_config` is the model's `scheduler_config.json` (betas, prediction type, timestep spacing). `part` says how
-many steps the whole schedule has and which of them to run (see `part_of_schedule`). Latents live on `device`.
+many steps the whole schedule has and which of them to run (see `part_of_schedule`). Its own tensors stay on the CPU;
+the latents may be elsewhere.
 """
 
 

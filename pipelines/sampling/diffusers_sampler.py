@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from pipelines.diffusers_compat import begin_schedule_at, draw_brownian_tree_on_cpu, takes_generator
+from pipelines.diffusers_compat import begin_schedule_at, brownian_levels, brownian_tree, takes_generator
 from pipelines.sampling.base import part_of_schedule
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ class DiffusersSampler:
         config: Mapping[str, Any],
         part: ScheduleSlice,
         seed: int,
-        device: str | torch.device = "cpu",
     ) -> None:
         """Set up the scheduler as diffusers' pipelines do.
 
@@ -41,17 +40,14 @@ class DiffusersSampler:
             config: the model's `scheduler_config.json`.
             part: number of steps and which part of them to run.
             seed: for the Brownian tree of the DPM SDE samplers, the only ones that do not draw from the generator.
-            device: where the latents live.
         """
         import diffusers  # when a sampler is made, not before: the ingress needs just the names
 
         own = dict(settings)
-        if scheduler == "DPMSolverSDEScheduler":
-            own["noise_sampler_seed"] = seed
         if scheduler == "PNDMScheduler" and part.steps < RUNGE_KUTTA_STEPS:
             own["skip_prk_steps"] = True
         self._scheduler = getattr(diffusers, scheduler).from_config(dict(config), **own)
-        self._scheduler.set_timesteps(part.steps, device=device)
+        self._scheduler.set_timesteps(part.steps)
         self.order: int = self._scheduler.order
         every = cast("torch.Tensor", self._scheduler.timesteps)
         if not hasattr(self._scheduler, "sigmas"):
@@ -64,6 +60,9 @@ class DiffusersSampler:
         self.timesteps = every[ticks]
         self._first = every[ticks.start : ticks.start + 1]
         self._takes_generator = takes_generator(self._scheduler)
+        self._seed = seed
+        self.tree_levels = brownian_levels(self._scheduler)
+        """Lowest and highest noise level of the Brownian tree, for the samplers that ask one."""
 
     @property
     def init_noise_sigma(self) -> float:
@@ -82,7 +81,14 @@ class DiffusersSampler:
         self, model_output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Advance `latents` `[1, channels, height, width]` by one tick; noise comes from the CPU."""
-        draw_brownian_tree_on_cpu(self._scheduler, latents)
+        if self.tree_levels and self._scheduler.noise_sampler is None:
+            tree = brownian_tree(latents.shape, latents.dtype, self.tree_levels, self._seed)
+            self.ask_instead_of_the_tree(lambda sigma, sigma_next: tree(sigma, sigma_next).to(latents.device))
         extra = {"generator": generator} if self._takes_generator else {}
         stepped = self._scheduler.step(model_output, timestep, latents, return_dict=False, **extra)
         return cast("torch.Tensor", stepped[0])
+
+    def ask_instead_of_the_tree(self, noise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """Where the noise between two noise levels comes from, for samplers that ask a Brownian tree."""
+        if self.tree_levels:
+            self._scheduler.noise_sampler = noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,6 @@ def make_generator(seed: int, state: torch.Tensor | None = None) -> torch.Genera
     return generator
 
 
-def draw_noise(
-    shape: tuple[int, ...], generator: torch.Generator, device: str | torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """Standard normal noise, drawn on the CPU and moved, so that a seed means the same on every device."""
-    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+def draw_noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """Standard normal noise, drawn on the CPU, so that a seed means the same on every device."""
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype)

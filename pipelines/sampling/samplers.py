@@ -19,8 +19,6 @@ from pipelines.sampling.base import MakeSampler, Sampler
 from pipelines.sampling.diffusers_sampler import DiffusersSampler
 
 if TYPE_CHECKING:
-    import torch
-
     from pipelines.plan import ScheduleSlice
 
 
@@ -136,9 +134,7 @@ def check_sampler(name: str, steps: int, edm_model: bool) -> None:
         raise InvalidValueError(f"steps {steps} is out of range: sampler '{name}' takes {span} steps", "steps")
 
 
-def make_sampler(
-    name: str, config: Mapping[str, Any], part: ScheduleSlice, seed: int, device: str | torch.device = "cpu"
-) -> Sampler:
+def make_sampler(name: str, config: Mapping[str, Any], part: ScheduleSlice, seed: int) -> Sampler:
     """A new sampler for one job.
 
     Args:
@@ -146,8 +142,7 @@ def make_sampler(
         config: the model's `scheduler_config.json`.
         part: number of steps and which part of them to run.
         seed: of the job, for samplers that keep a noise source of their own.
-        device: where the latents live.
     """
     spec = SAMPLERS[name]
     make = spec.make or functools.partial(DiffusersSampler, spec.scheduler, spec.settings)
-    return make(config, part, seed, device)
+    return make(config, part, seed)

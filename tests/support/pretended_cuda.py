@@ -9,7 +9,8 @@ There are no gradients: modules are run in inference mode, or torch ends the pro
 
 It counts kernels, copies in both directions, and waits of the host, each with file and line. An operation of several
 kernels counts as one where torch shows it as one (`linear`, `scaled_dot_product_attention`); copies of pageable memory
-stop the host too, and are counted as copies alone. A copy from pinned memory that is not waited for is `sent`.
+stop the host too, and are counted as copies alone. A copy from pinned memory that is not waited for is `sent`, one into
+pinned memory is `fetched`: what it brings is not a number until an event behind it was waited for.
 
     with PretendedCuda() as cuda:
         text2image = Text2Image(catalog, device="cuda")
@@ -19,7 +20,7 @@ stop the host too, and are counted as copies alone. A copy from pinned memory th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 from unittest.mock import patch
@@ -38,6 +39,8 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 """Operations that launch nothing."""
 _pinned: dict[int, StorageWeakRef] = {}
 """Storages of the CPU that are said to be pinned, by address."""
+_fetched: list[Callable[[], object] | None] = []
+"""Copies into pinned memory in their order; None for those that were waited for."""
 POINTWISE = {"where", "true_divide", "divide", "subtract", "multiply", "rsub", "__rsub__", "pow", "fill_"}
 """Pointwise operations that torch does not tag as such where it shows them whole."""
 RANDOM = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "uniform_", "normal_"}
@@ -139,10 +142,44 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    ref = _pinned.get(tensor.untyped_storage()._cdata)
+    return ref is not None and not ref.expired()
+
+
 def _sent(source: torch.Tensor, non_blocking: bool) -> Kind:
     """What copying a tensor of the CPU to the device is."""
-    ref = _pinned.get(source.untyped_storage()._cdata)
-    return "sent" if non_blocking and ref is not None and not ref.expired() else "to device"
+    return "sent" if non_blocking and _is_pinned(source) else "to device"
+
+
+def _fetch(held: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A copy into pinned memory, which comes true when it is waited for."""
+    note("fetched", "copy_")
+    content = held.clone()
+    target.fill_(float("nan") if target.is_floating_point() else 0)
+    _fetched.append(lambda: target.copy_(content))
+    return target
+
+
+class PretendedEvent:
+    """`torch.cuda.Event`: a place in the queue of copies to the host."""
+
+    def __init__(self, **_: Any) -> None:
+        self._behind = 0
+
+    def record(self, *_: Any) -> None:
+        self._behind = len(_fetched)
+
+    def query(self) -> bool:
+        return all(copy is None for copy in _fetched[: self._behind])
+
+    def synchronize(self) -> None:
+        note("wait", "synchronize")
+        for place, copy in enumerate(_fetched[: self._behind]):
+            if copy is not None:
+                with torch.inference_mode():  # on whatever thread: the target may have been made in it
+                    copy()
+                _fetched[place] = None
 
 
 def _seen(operation: str, held: torch.Tensor) -> torch.Tensor:
@@ -170,6 +207,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     target = all(on_cuda(leaf) for leaf in leaves if isinstance(leaf, torch.device))
     if name == "copy_":
         source, target = on_cuda(args[1]), on_cuda(args[0])
+        if source and not target and any(args[2:]) and _is_pinned(args[0]):
+            return _fetch(args[1].held, args[0])
     elif name in ("_to_copy", "to"):
         source = on_cuda(args[0])
     else:
@@ -234,6 +273,7 @@ class PretendedCuda(TorchFunctionMode):
         answers = {"memory_reserved": 2**30, "memory_allocated": 2**30, "get_per_process_memory_fraction": 1.0}
         for name, answer in answers.items():
             self._patches.enter_context(patch.object(torch.cuda, name, lambda device=None, answer=answer: answer))
+        self._patches.enter_context(patch.object(torch.cuda, "Event", PretendedEvent))
         for name, answer in {"mem_get_info": (40 * 2**30, 80 * 2**30), "empty_cache": None}.items():
             self._patches.enter_context(patch.object(torch.cuda, name, _driver_call(name, answer)))
         return super().__enter__()
@@ -241,6 +281,7 @@ class PretendedCuda(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._patches.close()
+        _fetched.clear()
 
     @contextmanager
     def counting(self) -> Iterator[Traffic]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from config.catalog import ROOT
 
-Kind = Literal["kernel", "to device", "to host", "sent", "wait", "driver call"]
+Kind = Literal["kernel", "to device", "to host", "sent", "fetched", "wait", "driver call"]
 
 SKIPPED = {__file__, str(Path(__file__).with_name("pretended_cuda.py"))}
 """Files whose lines say nothing about who asked."""

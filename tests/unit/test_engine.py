@@ -17,12 +17,14 @@ from pipelines.backends.base import StepBatch
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ColocatedControl, ControlNets
 from pipelines.control.types import ControlBatch, ControlHint
+from pipelines.engine.courses import SamplerCourse
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.job import DenoiseJob
 from pipelines.engine.memory import Retreat
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
+from pipelines.sampling.tables import MOST_TICKS
 from pipelines.text.encoders import TextEncoderStack
 
 
@@ -72,13 +74,13 @@ def add(
 ) -> DenoiseJob:
     request = {"model_name": "SD1.5", "prompt": name, "width": 128, "height": 128, "steps": 4, "seed": 1}
     (stage,) = make_plan(GenerationParams(**(request | {"sampler": "Euler"} | fields)), catalog).stages
-    return engine.add(name, stage, encoders.encode(stage), latents, ())
+    return engine.add(engine.prepare(name, stage, encoders.encode(stage), latents))
 
 
 def finish(engine: StepEngine) -> dict[str, torch.Tensor]:
     done: dict[str, torch.Tensor] = {}
     while len(engine):
-        done |= {job.id: job.latents for job in engine.tick().finished}
+        done |= {fetched.job.id: fetched.result().values for fetched in engine.tick().finished}
     return done
 
 
@@ -88,7 +90,7 @@ def test_jobs_join_and_leave_between_ticks(
     add(engine, encoders, catalog, "first", steps=3)
     engine.tick()
     add(engine, encoders, catalog, "second", steps=3, cfg_scale=1.0)
-    finished = [[job.id for job in engine.tick().finished] for _ in range(3)]
+    finished = [[fetched.job.id for fetched in engine.tick().finished] for _ in range(3)]
     assert recorder.rows == [2, 3, 3, 1]
     assert finished == [[], ["first"], ["second"]]
 
@@ -169,9 +171,10 @@ def test_an_evaluation_that_fails_for_each_alone_reaches_the_jobs_in_it_and_no_o
 def test_a_failing_sampler_reaches_its_own_job(
     engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog
 ) -> None:
-    broken = add(engine, encoders, catalog, "broken")
+    broken = add(engine, encoders, catalog, "broken", steps=MOST_TICKS + 1)
     add(engine, encoders, catalog, "sound")
-    broken.sampler.step = None  # type: ignore[assignment, method-assign]
+    assert isinstance(broken.course, SamplerCourse), "too long for a table"
+    broken.course.sampler.step = None  # type: ignore[assignment, method-assign]
     report = engine.tick()
     assert [job.id for job, _ in report.failed] == ["broken"]
     assert list(finish(engine)) == ["sound"]
@@ -183,10 +186,10 @@ def test_an_empty_slice_passes_the_latents_on(engine: StepEngine, encoders: Text
     (stage,) = make_plan(GenerationParams(**fields), catalog).stages
     stage = stage.model_copy(update={"schedule": stage.schedule.model_copy(update={"start": 0.9999})})
     latents = Latents(torch.ones(1, 4, 16, 16))
-    engine.add("idle", stage, encoders.encode(stage), latents, ())
+    engine.add(engine.prepare("idle", stage, encoders.encode(stage), latents))
     report = engine.tick()
     assert report.rows == 0
-    torch.testing.assert_close(report.finished[0].latents, latents.values)
+    torch.testing.assert_close(report.finished[0].result().values, latents.values)
 
 
 NO_MEMORY = [

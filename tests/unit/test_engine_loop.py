@@ -36,7 +36,7 @@ class Loop(EngineLoop):
         self.ticked = asyncio.Event()
         super().__init__({UNET: engine}, Worker(), on_tick=self._keep, unwrap=lambda error: error.__cause__ or error)
 
-    def _keep(self, component: str, report: TickReport) -> None:
+    def _keep(self, component: str, report: TickReport, seconds: float) -> None:
         self.reports.append(report)
         self.ticked.set()
 

@@ -66,9 +66,10 @@ def add(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> Add
     ) -> DenoiseJob:
         (stage,) = make_plan(GenerationParams(**fields(**changes)), catalog).stages
         text = conditioning(encoders.encode(stage))
-        if loras:
-            stage = stage.model_copy(update={"loras": tuple(LoraUse(name=lora.name, weight=w) for lora, w in loras)})
-        return engine.add(name, stage, text, latents, loras, hint)
+        job = engine.prepare(name, stage, text, latents, hint)
+        uses = tuple(LoraUse(name=lora.name, weight=weight) for lora, weight in loras)
+        job.loras, job.plan = loras, stage.model_copy(update={"loras": uses})  # past the store, which would check them
+        return engine.add(job)
 
     return add_job
 
@@ -78,8 +79,12 @@ def finish(engine: StepEngine) -> tuple[dict[str, Latents], dict[str, SdgraphErr
     failed: dict[str, SdgraphError] = {}
     while len(engine):
         report = engine.tick()
-        done |= {job.id: job.result() for job in report.finished}
         failed |= {job.id: error for job, error in report.failed}
+        for fetched in report.finished:
+            try:
+                done[fetched.job.id] = fetched.result()
+            except NonFiniteError as error:
+                failed[fetched.job.id] = error
     return done, failed
 
 

@@ -25,16 +25,14 @@ class PlainEuler:
 
     order = 1
 
-    def __init__(
-        self, config: Mapping[str, Any], part: ScheduleSlice, seed: int, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], part: ScheduleSlice, seed: int) -> None:
         trained = config["num_train_timesteps"]
         betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, trained) ** 2
         alphas = (1 - betas).cumprod(0)
         every = torch.arange(part.steps).flip(0) * (trained // part.steps) + config["steps_offset"]  # "leading"
         sigmas = torch.cat([((1 - alphas) / alphas).sqrt()[every], torch.zeros(1)])
         ticks = part_of_schedule(every, part, self.order, trained)
-        self.timesteps = every[ticks].to(device)
+        self.timesteps = every[ticks]
         self.init_noise_sigma = float((sigmas[0] ** 2 + 1).sqrt())
         self._sigmas = sigmas[ticks.start :].tolist()  # of each tick, and where the last one ends
         self._done = 0

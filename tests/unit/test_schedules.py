@@ -78,14 +78,14 @@ def ours(sampler: str, config: dict[str, Any], parts: Sequence[ScheduleSlice]) -
             height=16,
             seed=SEED,
         )
-        engine.add("job", plan, Conditioning(torch.zeros(1, 1, 8)), latents)
+        engine.add(engine.prepare("job", plan, Conditioning(torch.zeros(1, 1, 8)), latents))
         while len(engine):
             report = engine.tick()
             for _, error in report.failed:
                 raise error
             assert all(job.latents.shape == PICTURE.shape for job in report.advanced)
-            for job in report.finished:
-                latents = job.result()
+            for fetched in report.finished:
+                latents = fetched.result()
     assert latents is not None
     return latents.values, unet.asked
 

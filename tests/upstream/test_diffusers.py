@@ -170,7 +170,7 @@ def test_a_vae_says_whether_half_precision_overflows(tiny_models: Path) -> None:
 
 
 def test_the_noise_of_a_seed_is_torchs_own_on_the_cpu() -> None:
-    """Pipelines draw with `randn_tensor`; latents.draw_noise says the same without it."""
+    """Pipelines draw with `randn_tensor`; `latents.draw_noise` says the same without it."""
     from diffusers.utils.torch_utils import randn_tensor
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -187,11 +187,12 @@ def test_a_brownian_tree_made_before_the_first_step_is_the_one_that_step_makes(d
         assert scheduler.noise_sampler is None
         latents = torch.ones(1, 4, 8, 8, dtype=dtype)
         for timestep in scheduler.timesteps:
-            if ours:
-                compat.draw_brownian_tree_on_cpu(scheduler, latents)
+            if ours and scheduler.noise_sampler is None:
+                levels = compat.brownian_levels(scheduler)
+                assert levels is not None
+                scheduler.noise_sampler = compat.brownian_tree(latents.shape, dtype, levels, 3)
             (latents, *_) = scheduler.step(latents * 0.1, timestep, latents, return_dict=False)
         drawn.append(latents)
     assert torch.equal(*drawn)
     others = diffusers.EulerDiscreteScheduler.from_config(CONFIG)
-    compat.draw_brownian_tree_on_cpu(others, latents)
-    assert not hasattr(others, "noise_sampler")
+    assert compat.brownian_levels(others) is None

@@ -1,0 +1,204 @@
+"""A job's way through its schedule: by a sampler's table, or by a sampler's own steps where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from pipelines.engine.guidance import guide
+from pipelines.sampling.base import Sampler
+from pipelines.sampling.tables import Table
+from pipelines.transfers import pinned, send
+
+
+class TableCourse:
+    """By a table: everything was decided and drawn before the first tick."""
+
+    timesteps: Sequence[float]
+    """What the UNet is asked at each tick."""
+    order: int
+    """Ticks of one step."""
+    tick: int
+    """Ticks done."""
+    generator_state: torch.Tensor
+    """Of the job's noise generator after its last tick, `[bytes]` uint8."""
+
+    def __init__(
+        self,
+        table: Table,
+        latents: torch.Tensor,
+        noise: Sequence[torch.Tensor],
+        generator_state: torch.Tensor,
+        guidance_scale: float | None,
+        device: torch.device,
+    ) -> None:
+        """Begin with `latents` `[1, channels, height, width]`.
+
+        Args:
+            table: of the sampler.
+            latents: on the CPU.
+            noise: what `table.draw` gave.
+            generator_state: after the last draw.
+            guidance_scale: None for a job of one row.
+            device: where it will run; its tensors wait in memory that the device can copy from.
+        """
+        self.timesteps, self.order, self.tick = table.timesteps, table.order, 0
+        self.generator_state = generator_state
+        self._shape = latents.shape
+        self._weights = table.guided(guidance_scale)
+        self._slots = table.slots
+        start = torch.zeros(1 + table.slots + len(noise), latents.numel())
+        start[1] = latents.flatten()
+        start[0] = start[1] * table.first_input
+        for row, drawn in zip(start[1 + table.slots :], noise, strict=True):
+            row.copy_(drawn.flatten())
+        draws = iter(range(len(noise)))
+        self._draws = [None if draw is None else next(draws) for draw in table.draws]
+        self._take(pinned(start, device))
+
+    def _take(self, start: torch.Tensor) -> None:
+        """The state `[1 + slots, elements]`, next model input first, and the noise of the ticks that draw."""
+        self._start: torch.Tensor | None = start
+        self._state = start[: 1 + self._slots]
+        self._noise = start[1 + self._slots :].split(1)
+
+    def send(self, device: torch.device) -> None:
+        """Move the state and the noise to `device`, in one copy."""
+        assert self._start is not None, "sent before the first tick"
+        self._take(send(self._start, device))
+        self._start = None
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """`[1, channels, height, width]`, as they stand."""
+        return self._state[1].view(self._shape)
+
+    @property
+    def slots(self) -> int:
+        """Tensors remembered between ticks."""
+        return self._slots
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of the next tick, `[1 + slots, 3 + slots]`."""
+        own: np.ndarray = self._weights[self.tick]
+        return own
+
+    def model_input(self) -> torch.Tensor:
+        """What the UNet sees next, `[1, elements]` float32."""
+        return self._state[:1]
+
+    def columns(self, output: torch.Tensor, slots: int) -> Iterator[torch.Tensor]:
+        """What the next tick's weights multiply, `3 + slots` rows in all: outputs, noise, slots.
+
+        Where there is nothing (no second output, no noise, fewer slots than a neighbour's) the weight is zero, and
+        something finite of the job's own stands in.
+        """
+        yield from (output,) * (3 - len(output))
+        draw = self._draws[self.tick]
+        yield self._noise[draw] if draw is not None else self._state[1:2]
+        yield self._state[1:]
+        yield from (self._state[1:2],) * (slots - self._slots)
+
+    def move_on(self, state: torch.Tensor) -> None:
+        """Take the rows `[1 + slots or more, elements]` of the product for the next tick."""
+        self._state = state[: 1 + self._slots]
+        self.tick += 1
+
+
+class SamplerCourse:
+    """By the sampler's own steps; members as above."""
+
+    def __init__(
+        self, sampler: Sampler, latents: torch.Tensor, generator: torch.Generator, guidance_scale: float | None
+    ) -> None:
+        """Begin with `latents` `[1, channels, height, width]`, in the model's dtype, on the CPU."""
+        self.sampler = sampler
+        self.timesteps: Sequence[float] = sampler.timesteps.tolist()
+        self.order, self.tick, self.latents = sampler.order, 0, latents
+        self._generator, self._guidance_scale = generator, guidance_scale
+
+    @property
+    def generator_state(self) -> torch.Tensor:
+        """As it stands."""
+        return self._generator.get_state()
+
+    def send(self, device: torch.device) -> None:
+        """Move the latents to `device`."""
+        self.latents = send(pinned(self.latents, device), device)
+
+    def model_input(self) -> torch.Tensor:
+        """What the UNet sees next, `[1, elements]` float32."""
+        scaled = self.sampler.scale_input(self.latents, self.sampler.timesteps[self.tick])
+        return scaled.reshape(1, -1).float()
+
+    def advance(self, output: torch.Tensor) -> None:
+        """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step."""
+        # A copy where guidance makes none: the sampler may remember it, and the next evaluation overwrites `output`.
+        guided = output.clone() if self._guidance_scale is None else guide(output, self._guidance_scale)
+        timestep = self.sampler.timesteps[self.tick]
+        self.latents = self.sampler.step(guided, timestep, self.latents, self._generator)
+        self.tick += 1
+
+
+Course = TableCourse | SamplerCourse
+
+
+class TickNumbers:
+    """What a tick takes from the host, in one copy: the timesteps of its rows and the weights of its tables."""
+
+    def __init__(self, courses: Sequence[Course], rows: Sequence[int], device: torch.device) -> None:
+        """For these jobs' next tick, of so many rows each."""
+        tables = [course for course in courses if isinstance(course, TableCourse)]
+        slots = max((table.slots for table in tables), default=0)
+        shape = (len(tables), 1 + slots, 3 + slots)
+        size = shape[0] * shape[1] * shape[2]
+        buffer = torch.zeros(size + sum(rows))  # torch's memory is aligned, on which the last bits of a product depend
+        numbers = buffer.numpy()
+        for matrix, table in zip(numbers[:size].reshape(shape), tables, strict=True):
+            own = table.weights
+            matrix[: own.shape[0], : own.shape[1]] = own
+        numbers[size:] = np.repeat([course.timesteps[course.tick] for course in courses], rows)
+        sent = send(pinned(buffer, device), device)
+        self.weights = sent[:size].view(shape)
+        """`[tables, 1 + slots, 3 + slots]`, smaller ones padded with zeros."""
+        self.timesteps = sent[size:]
+        """`[rows]`. Whole numbers below 2^24 are exact in float32, so integer timesteps fit."""
+
+
+def advance(
+    courses: Sequence[Course], rows: Sequence[int], output: torch.Tensor, weights: torch.Tensor
+) -> dict[int, Exception]:
+    """Advance jobs of whatever samplers by one tick: those with tables in one product, the others one by one.
+
+    Args:
+        courses: the jobs' ways.
+        rows: how many rows of `output` each has.
+        output: `[rows, channels, height, width]` of the model; nothing of it is kept.
+        weights: of `TickNumbers`.
+
+    Returns:
+        What the own sampler of a job raised, by the job's position. If the product fails nobody has advanced, and it
+        is raised.
+    """
+    tables = [course for course in courses if isinstance(course, TableCourse)]
+    if tables:
+        flat = output.to(torch.float32, memory_format=torch.contiguous_format).flatten(1).split(list(rows))
+        slots = weights.shape[1] - 1
+        columns: list[torch.Tensor] = []
+        for course, part in zip(courses, flat, strict=True):
+            if isinstance(course, TableCourse):
+                columns += course.columns(part, slots)
+        product = torch.bmm(weights, torch.cat(columns).view(len(tables), 3 + slots, -1))
+        for table, state in zip(tables, product.unbind(), strict=True):
+            table.move_on(state)
+    failures: dict[int, Exception] = {}
+    for position, (course, part) in enumerate(zip(courses, output.split(list(rows)), strict=True)):
+        if isinstance(course, SamplerCourse):
+            try:
+                course.advance(part)
+            except Exception as error:  # the job's own
+                failures[position] = error
+    return failures

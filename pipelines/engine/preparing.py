@@ -1,0 +1,115 @@
+"""Everything a job needs before its first tick, on whatever thread: adapters, table, noise, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
+from typing import Any
+
+import torch
+
+from pipelines.adapters.store import LoraStore
+from pipelines.backends.base import Denoiser
+from pipelines.control.types import ControlHint
+from pipelines.engine.checks import check_job
+from pipelines.engine.courses import Course, SamplerCourse, TableCourse
+from pipelines.engine.job import DenoiseJob
+from pipelines.families import Family
+from pipelines.plan import StagePlan
+from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
+from pipelines.sampling.samplers import make_sampler
+from pipelines.sampling.tables import SamplerTables, Table
+from pipelines.text.conditioning import Conditioning
+
+
+def always() -> bool:
+    """Somebody waits."""
+    return True
+
+
+class JobMaker:
+    """Makes the jobs of one engine as diffusers' pipelines prepare their loop. Any thread may use it."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        family: Family,
+        scheduler_config: Mapping[str, Any],
+        space: LatentSpace,
+        loras: LoraStore,
+        tables: SamplerTables,
+    ) -> None:
+        """Arguments are those of `StepEngine`."""
+        self._denoiser = denoiser
+        self._family = family
+        self._scheduler_config = scheduler_config
+        self._space = space
+        self._loras = loras
+        self._tables = tables
+
+    @torch.inference_mode()
+    def make(
+        self,
+        job_id: str,
+        plan: StagePlan,
+        conditioning: Conditioning,
+        latents: Latents | None,
+        hint: ControlHint | None = None,
+        wanted: Callable[[], bool] = always,
+    ) -> DenoiseJob:
+        """See `StepEngine.prepare`."""
+        dtype = self._denoiser.dtype
+        conditioning = conditioning.to(conditioning.prompt_embeds.device, dtype)
+        added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
+        shape = self._space.shape(plan.width, plan.height)
+        begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
+        check_job(plan, begin, conditioning, added, hint, shape, self._denoiser.config)
+        mixture = self._loras.mixture(plan)
+        _check(wanted)
+        table = self._tables.get(plan.sampler, plan.schedule)
+        _check(wanted)
+        generator = make_generator(plan.seed, latents.generator_state if latents else None)
+        scale = plan.guidance_scale if plan.guided else None
+        course: Course
+        if table is None:
+            course = self._by_sampler(plan, latents is None, begin, generator, scale)
+        else:
+            course = self._by_table(table, plan, latents is None, begin, generator, scale, wanted)
+        return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, hint)
+
+    def _by_table(
+        self,
+        table: Table,
+        plan: StagePlan,
+        from_text: bool,
+        begin: torch.Tensor,
+        generator: torch.Generator,
+        scale: float | None,
+        wanted: Callable[[], bool],
+    ) -> TableCourse:
+        if from_text:
+            begin = draw_noise(begin.shape, generator, begin.dtype) * table.init_noise_sigma
+        elif table.noised is not None:
+            of_picture, of_noise = table.noised
+            noise = draw_noise(begin.shape, generator, begin.dtype)
+            begin = of_picture * begin.float() + of_noise * noise.float()
+        drawn = []
+        for noise in table.draw(begin.shape, self._denoiser.dtype, generator, plan.seed):
+            _check(wanted)
+            drawn.append(noise)
+        return TableCourse(table, begin, drawn, generator.get_state(), scale, self._denoiser.device)
+
+    def _by_sampler(
+        self, plan: StagePlan, from_text: bool, begin: torch.Tensor, generator: torch.Generator, scale: float | None
+    ) -> SamplerCourse:
+        sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed)
+        if from_text:
+            begin = draw_noise(begin.shape, generator, begin.dtype) * sampler.init_noise_sigma
+        elif plan.schedule.strength is not None:
+            begin = sampler.add_noise(begin, draw_noise(begin.shape, generator, begin.dtype))
+        return SamplerCourse(sampler, begin, generator, scale)
+
+
+def _check(wanted: Callable[[], bool]) -> None:
+    if not wanted():
+        raise CancelledError("nobody waits for this job any more")

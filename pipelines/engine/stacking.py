@@ -1,0 +1,71 @@
+"""The rows of several jobs -> one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from pipelines.backends.base import StepBatch
+from pipelines.control.rows import take_rows
+from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource, HintUse
+from pipelines.engine.job import DenoiseJob
+from pipelines.text.conditioning import Conditioning
+
+
+class RowStack:
+    """Stacks the rows of a tick. What is the same as at the last tick is not stacked again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Samples are given in `dtype`, the model's."""
+        self._dtype = dtype
+        self._told: Sequence[Conditioning] = ()
+        self._embeds = torch.empty(0)
+        self._added: Mapping[str, torch.Tensor] = {}
+
+    def stack(self, jobs: Sequence[DenoiseJob], timesteps: torch.Tensor, control: ControlSource | None) -> StepBatch:
+        """The jobs' rows, and their residuals under way.
+
+        Args:
+            jobs: of one batch key.
+            timesteps: of every row, `[rows]`.
+            control: where residuals come from.
+        """
+        sample = torch.cat([job.course.model_input() for job in jobs for _ in range(job.rows)])
+        self._stack_conditions(jobs)
+        batch = StepBatch(
+            sample=sample.view(-1, *jobs[0].latents.shape[1:]).to(self._dtype),
+            timesteps=timesteps,
+            prompt_embeds=self._embeds,
+            added_conditions=self._added,
+            loras=[job.loras for job in jobs for _ in range(job.rows)],
+        )
+        hints = [job.hint for job in jobs for _ in range(job.rows)]
+        return replace(batch, controlled=_start(control, batch, hints)) if any(hints) else batch
+
+    def _stack_conditions(self, jobs: Sequence[DenoiseJob]) -> None:
+        told = [job.conditioning for job in jobs]
+        if len(told) == len(self._told) and all(a is b for a, b in zip(told, self._told, strict=True)):
+            return
+        self._embeds = torch.cat([conditioning.prompt_embeds for conditioning in told])
+        self._added = {
+            name: torch.cat([job.added_conditions[name] for job in jobs]) for name in jobs[0].added_conditions
+        }
+        self._told = told
+
+
+def _start(control: ControlSource | None, batch: StepBatch, hints: Sequence[ControlHint | None]) -> ControlledRows:
+    """Ask for the residuals of every row that has a hint, in one call, without waiting for them."""
+    if control is None:
+        raise ValueError("a job brought a control hint, but this engine has no ControlNet")
+    rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
+    own = [hint for hint in hints if hint is not None]
+    request = ControlBatch(
+        uses=tuple((HintUse(hint.ref),) for hint in own),
+        sample=take_rows(batch.sample, rows),
+        timesteps=take_rows(batch.timesteps, rows),
+        prompt_embeds=take_rows(batch.prompt_embeds, rows),
+        **{name: take_rows(tensor, rows) for name, tensor in batch.added_conditions.items()},
+    )
+    return ControlledRows(rows, control.start(request, {hint.id: hint for hint in own}))
