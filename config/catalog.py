@@ -63,6 +63,8 @@ class ModelSpec(Spec):
     tvm_sizes: tuple[Size, ...] = ()
     edm: bool = False
     """Trained in the EDM formulation (Karras et al. 2022): takes the EDM samplers and no other."""
+    max_prompt_chunks: int = Field(default=16, ge=1)
+    """A text longer than a text encoder's context is read in chunks of it; more than these are refused."""
     requires_controlnet: bool = False
     unavailable: str | None = None
     """Why this server does not serve the name, when it does not."""

@@ -142,11 +142,12 @@ def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Dev
 def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> TextEncoderStack:
     """A family's text encoders with their tokenizers."""
     spec = catalog.component(component_id)
+    family = FAMILIES[spec.family]
     encoders = [
-        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part))
+        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part), family.text_layer)
         for part, tokenizer, model in load_text_models(spec, device)
     ]
-    return TextEncoderStack(encoders, FAMILIES[spec.family].embed)
+    return TextEncoderStack(encoders, family.embed)
 
 
 def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:

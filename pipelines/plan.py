@@ -15,6 +15,12 @@ BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
 OUTPUT_QUALITY = 95
 """Of JPEG and WebP, 0 to 100."""
+PromptSyntax = Literal["plain", "weighted"]
+"""`plain` text is read as it stands; `pipelines/text/syntax.py` says what `weighted` text may hold."""
+Emphasis = Literal["Original", "No norm", "Ignore"]
+"""What weights do to embeddings, by AUTOMATIC1111's names; see `pipelines/text/emphasis.py`."""
+LongPrompt = Literal["chunk", "cut"]
+"""A prompt longer than a text encoder's context is read in chunks, or cut as CLIP's own tokenizer does."""
 
 # What a request may ask for: planning checks it, and the API says it in its schema.
 SEED_LIMIT = 2**32
@@ -24,6 +30,7 @@ MIN_SIDE, MAX_SIDE = 128, 2496
 MIN_STEPS, MAX_STEPS = 1, 1000
 MIN_CFG_SCALE, MAX_CFG_SCALE = 0, 50
 MIN_STRENGTH, MAX_STRENGTH = 0, 1
+MIN_CLIP_SKIP, MAX_CLIP_SKIP = 1, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,10 @@ class GenerationParams:
     prompt_2: str | None = None
     negative_prompt: str | None = None
     negative_prompt_2: str | None = None
+    prompt_syntax: str = "plain"
+    emphasis: str = "Original"
+    long_prompt: str = "chunk"
+    clip_skip: int | None = None
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -76,6 +87,20 @@ class _Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class TextReading(_Plan):
+    """How text encoders read the texts of a picture.
+
+    `clip_skip` counts hidden states from the end, 1 being the last one; a family whose UNets read an earlier one by
+    default (SDXL: 2) begins there. `max_chunks` is what the model allows one text.
+    """
+
+    syntax: PromptSyntax = "plain"
+    emphasis: Emphasis = "Original"
+    long_prompt: LongPrompt = "chunk"
+    clip_skip: int = 1
+    max_chunks: int = 16
+
+
 class TextPlan(_Plan):
     """What each text encoder of a stage reads. One entry an encoder, styles applied.
 
@@ -85,6 +110,7 @@ class TextPlan(_Plan):
     encoders: tuple[int, ...]
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...] | None
+    reading: TextReading = TextReading()
 
 
 class ScheduleSlice(_Plan):

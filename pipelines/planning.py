@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from config.catalog import Catalog, ComponentSpec, ModelSpec
+from config.catalog import Catalog, ModelSpec
 from config.choices import Choices, UnknownChoiceError
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.plan import (
     MAX_CFG_SCALE,
+    MAX_CLIP_SKIP,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
     MIN_CFG_SCALE,
+    MIN_CLIP_SKIP,
     MIN_SIDE,
     MIN_STEPS,
     MIN_STRENGTH,
@@ -25,14 +28,19 @@ from pipelines.plan import (
     BackendName,
     CompiledSize,
     ControlUse,
+    Emphasis,
     GenerationParams,
     GenerationPlan,
+    LongPrompt,
     LoraUse,
+    PromptSyntax,
     ScheduleSlice,
     StagePlan,
-    TextPlan,
+    TextReading,
 )
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
+from pipelines.text.prompts import Prompts
+from pipelines.text.syntax import LoraTag
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +83,13 @@ def make_plan(
     _check_budget(width, height, steps, limits or PlanLimits())
     _check_family(params, model)
     control = _control(params, model, catalog)
-    loras = _loras(params, model, catalog)
     strength = _strength(params, model, steps)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(params.backend, model, width, height, compiled)
-    prompts = _styled(params, catalog)
+    style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
+    prompts = Prompts.create(params, style, _reading(params, model))
+    loras = _loras(params, prompts.lora_tags, model, catalog)
 
     def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
         own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
@@ -90,7 +99,7 @@ def make_plan(
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,
-            text=_text_plan(catalog.component(component_id), *prompts),
+            text=prompts.plan(catalog.component(component_id)),
             width=width,
             height=height,
             seed=seed,
@@ -210,28 +219,53 @@ def _control(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> Co
     return ControlUse(name=spec.name, component=spec.component, mode=spec.mode, preprocess=params.controlnet_preprocess)
 
 
-def _loras(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tuple[LoraUse, ...]:
-    """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet."""
+def _reading(params: GenerationParams, model: ModelSpec) -> TextReading:
+    clip_skip = params.clip_skip if params.clip_skip is not None else MIN_CLIP_SKIP
+    _check_range("clip_skip", clip_skip, MIN_CLIP_SKIP, MAX_CLIP_SKIP)
+    named = {
+        "syntax": _choose(Choices("prompt_syntax", get_args(PromptSyntax)), params.prompt_syntax),
+        "emphasis": _choose(Choices("emphasis", get_args(Emphasis)), params.emphasis),
+        "long_prompt": _choose(Choices("long_prompt", get_args(LongPrompt)), params.long_prompt),
+    }
+    return TextReading.model_validate(named | {"clip_skip": clip_skip, "max_chunks": model.max_prompt_chunks})
+
+
+def _loras(
+    params: GenerationParams, tags: Sequence[LoraTag], model: ModelSpec, catalog: Catalog
+) -> tuple[LoraUse, ...]:
+    """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet.
+
+    A LoRA that tags in the prompt name, once or more, beside `loras` or not, gets the sum of its weights.
+    """
     fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
     choices = catalog.lora_choices()
-    uses: dict[str, LoraUse] = {}
+    weights: dict[str, float] = {}
     for wanted, weight in params.loras.items():
-        try:
-            name = choices.resolve(wanted)
-        except UnknownChoiceError as error:
-            message = str(UnknownChoiceError("loras", wanted, fitting, error.suggestion))
-            raise InvalidValueError(message, "loras") from None
+        name = _fitting_lora(wanted, choices, fitting, model, catalog)
         if not math.isfinite(weight):
             raise InvalidValueError(f"loras: the weight {weight} of '{name}' is not a finite number", "loras")
-        if name not in fitting:
-            reason = next(entry for entry in catalog.loras if entry.name == name).unavailable or "made for other models"
-            raise InvalidValueError(
-                f"loras '{name}' is not available with {model.name}: {reason}. Only {fitting} allowed now", "loras"
-            )
-        if name in uses:
+        if name in weights:
             raise InvalidValueError(f"loras: '{name}' is given twice", "loras")
-        uses[name] = LoraUse(name=name, weight=weight)
-    return tuple(use for use in uses.values() if use.weight)
+        weights[name] = weight
+    for tag in tags:
+        name = _fitting_lora(tag.name, choices, fitting, model, catalog)
+        weights[name] = weights.get(name, 0) + tag.unet
+    return tuple(LoraUse(name=name, weight=weight) for name, weight in weights.items() if weight)
+
+
+def _fitting_lora(wanted: str, choices: Choices, fitting: list[str], model: ModelSpec, catalog: Catalog) -> str:
+    """The canonical name of a LoRA that fits the model."""
+    try:
+        name = choices.resolve(wanted)
+    except UnknownChoiceError as error:
+        message = str(UnknownChoiceError("loras", wanted, fitting, error.suggestion))
+        raise InvalidValueError(message, "loras") from None
+    if name not in fitting:
+        reason = next(entry for entry in catalog.loras if entry.name == name).unavailable or "made for other models"
+        raise InvalidValueError(
+            f"loras '{name}' is not available with {model.name}: {reason}. Only {fitting} allowed now", "loras"
+        )
+    return name
 
 
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:
@@ -301,34 +335,3 @@ class BackendChoice:
         if not sizes:
             return "not compiled on this server. Only ['auto', 'torch'] allowed now"
         return f"not compiled for this size and ControlNet on this server. Only {sizes} are compiled"
-
-
-def _styled(params: GenerationParams, catalog: Catalog) -> tuple[str, str | None, str | None, str | None]:
-    """The four prompts with the style applied: its template to `prompt`, its negative text after the caller's.
-
-    The `_2` prompts are left as they came: who writes one wants that encoder to read exactly it.
-    """
-    prompt, negative = params.prompt, params.negative_prompt
-    if params.style_preset is not None:
-        style = catalog.style(_choose(catalog.style_choices(), params.style_preset))
-        prompt = style.prompt.replace("{prompt}", prompt)
-        negative = ", ".join(t for t in (negative, style.negative_prompt) if t) or negative
-    return prompt, params.prompt_2, negative, params.negative_prompt_2
-
-
-def _text_plan(
-    unet: ComponentSpec, prompt: str, prompt_2: str | None, negative: str | None, negative_2: str | None
-) -> TextPlan:
-    """Hand each encoder its text as diffusers' `encode_prompt` does: in order, a missing `_2` repeats the first.
-
-    The refiner has one encoder, so it reads `prompt`, as StableDiffusionXLImg2ImgPipeline does.
-    """
-    count = len(unet.text_encoders)
-    prompts = (prompt, prompt_2 or prompt)[:count]
-    if negative is None and negative_2:
-        negative = ""  # diffusers drops a lone negative_prompt_2; here it is read, as if negative_prompt were ""
-    if negative is None and unet.force_zeros_for_empty_prompt:
-        negatives = None
-    else:
-        negatives = (negative or "", negative_2 or negative or "")[:count]
-    return TextPlan(encoders=unet.text_encoders, prompts=prompts, negative_prompts=negatives)

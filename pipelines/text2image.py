@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -83,8 +83,7 @@ class Text2Image:
 
     def generate_many(self, requests: Sequence[GenerationParams]) -> list[Picture]:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
-        sizes = [size for unet in self._compiled.values() for size in unet.sizes]
-        plans = [make_plan(params, self._catalog, self._limits, sizes) for params in requests]
+        plans = [self._plan(params) for params in requests]
         works = [
             _Work(plan, self._encode_image(plan, params), self._prepare_hint(plan, params))
             for plan, params in zip(plans, requests, strict=True)
@@ -92,6 +91,16 @@ class Text2Image:
         for position in range(max(len(plan.stages) for plan in plans)):
             self._denoise(works, position)
         return [self._decode(work) for work in works]
+
+    def _plan(self, params: GenerationParams) -> GenerationPlan:
+        """Everything decided; unless tvm was asked for by name, a prompt longer than what is compiled runs on torch."""
+        sizes = [size for unet in self._compiled.values() for size in unet.sizes]
+        plan = make_plan(params, self._catalog, self._limits, sizes)
+        compiled = [stage for stage in plan.stages if stage.backend == "tvm" and params.backend != "tvm"]
+        texts = [self.text_encoders(plan.text_encoder).encode(stage) for stage in compiled]
+        if any(text.size is not None and text.size.chunks > 1 for text in texts):
+            return make_plan(replace(params, seed=plan.seed), self._catalog, self._limits)
+        return plan
 
     def _load_engine(self, component: str) -> StepEngine:
         control = self._control_of(component)

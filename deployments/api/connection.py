@@ -37,6 +37,8 @@ async def _disconnected(request: Request) -> None:
 
 
 def describe(response: Response, generated: Generated) -> None:
-    """Tell stages and backend in the reply's headers."""
+    """Tell stages, backend and how long the prompt is in the reply's headers."""
     response.headers["server-timing"] = server_timing(generated.times)
     response.headers["x-backend"] = generated.plan.stages[0].backend
+    if notes := [taken.note for taken in generated.times if taken.note]:  # of two stages the first one ends last
+        response.headers["x-prompt-tokens"] = notes[-1]

@@ -12,10 +12,12 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, 
 from pipelines.errors import InvalidValueError
 from pipelines.plan import (
     MAX_CFG_SCALE,
+    MAX_CLIP_SKIP,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
     MIN_CFG_SCALE,
+    MIN_CLIP_SKIP,
     MIN_SIDE,
     MIN_STEPS,
     MIN_STRENGTH,
@@ -59,6 +61,32 @@ class GenerationRequest(BaseModel):
     prompt_2: str | None = Field(None, max_length=20_000, description="For the second text encoder; SDXL family only.")
     negative_prompt: str | None = Field(None, max_length=20_000)
     negative_prompt_2: str | None = Field(None, max_length=20_000, description="SDXL family only.")
+    prompt_syntax: str | None = Field(
+        None,
+        max_length=200,
+        description="plain (default): the prompts are read as they stand. weighted: as A1111 reads them: (x), [x], "
+        "(x:1.3), a backslash before a bracket that is text, BREAK, <lora:name:weight>; weights are -100 to 100.",
+    )
+    emphasis: str | None = Field(
+        None,
+        max_length=200,
+        description="What weights do: Original (default) scales each chunk back to its mean, No norm does not, "
+        "Ignore leaves them out.",
+    )
+    long_prompt: str | None = Field(
+        None,
+        max_length=200,
+        description="chunk (default): a prompt longer than the text encoder's context is read in pieces. cut: its end "
+        "is left out. The header x-prompt-tokens tells.",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=MIN_CLIP_SKIP,
+        le=MAX_CLIP_SKIP,
+        description="Which hidden state of the text encoder is read, from its end, as A1111 counts: 1 (default) is the "
+        "last. SDXL reads the one before it, so 1 and 2 are the same there. diffusers counts 1 less, with SDXL 2 "
+        "less.",
+    )
     width: int | None = Field(
         None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024)."
     )
@@ -104,6 +132,10 @@ class GenerationRequest(BaseModel):
             prompt_2=self.prompt_2,
             negative_prompt=self.negative_prompt,
             negative_prompt_2=self.negative_prompt_2,
+            prompt_syntax=self.prompt_syntax or "plain",
+            emphasis=self.emphasis or "Original",
+            long_prompt=self.long_prompt or "chunk",
+            clip_skip=self.clip_skip,
             width=self.width,
             height=self.height,
             steps=self.steps,
@@ -156,7 +188,7 @@ class OpenAIImageRequest(BaseModel):
 
 _HYPERBOLIC_UNSET = frozenset(
     {"prompt_2", "negative_prompt_2", "backend", "image", "sampler", "style_preset"}
-    | {"controlnet_name", "controlnet_image", "output_format"}
+    | {"controlnet_name", "controlnet_image", "output_format", "prompt_syntax", "emphasis", "long_prompt"}
 )
 """Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
 _OPENAI_UNSET = frozenset({"size", "response_format", "output_format"})

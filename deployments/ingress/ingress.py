@@ -28,7 +28,14 @@ from deployments.ray_compat import cause_of, replica_died
 from deployments.telemetry.logs import LogFormat, show_logs
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import StageTime, Timed
-from pipelines.errors import BackendError, DeadlineError, OverloadedError, RequestError, UnstartableError
+from pipelines.errors import (
+    BackendError,
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    UncompiledPromptError,
+    UnstartableError,
+)
 from pipelines.pictures.images import EncodedImage, check_image
 from pipelines.pictures.signing import ContentSigner
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, SourcePicture
@@ -208,18 +215,21 @@ class Ingress:
     def _second_try(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
         """How to go on after the graph failed; the seed is decided, so it is the same picture.
 
-        What ran on tvm and may run on torch does. A replica that died, of whatever kind, is worth another try: Serve
-        sends it to another one, or to its successor.
+        What ran on tvm and may run on torch does, also where only the prompt was too long for it. A replica that died,
+        of whatever kind, is worth another try: Serve sends it to another one, or to its successor.
 
         Raises:
             BackendError: the request asked for tvm by name.
             Exception: `error` itself, if another try would fail like this one.
         """
         cause = cause_of(error)
+        named = params.backend.lower() == "tvm"
+        if isinstance(cause, UncompiledPromptError) and not named:
+            logger.info("the prompt is longer than what is compiled, torch takes over: %s", cause)
+            return self._on_torch(params, plan)
         if isinstance(cause, RequestError | DeadlineError | OverloadedError | UnstartableError | BackPressureError):
             raise error
         compiled = [stage.component for stage in plan.stages if stage.backend == "tvm"]
-        named = params.backend.lower() == "tvm"
         died = replica_died(cause)
         if compiled and not (died and named):
             for component in compiled:
@@ -234,6 +244,10 @@ class Ingress:
             raise BackendError(f"backend 'tvm' failed: {cause}. Send backend 'auto' or 'torch'") from error
         logger.warning("backend tvm failed, torch takes over: %s", cause)
         metrics().retries.inc(1, {"reason": "tvm failed"})
+        return self._on_torch(params, plan)
+
+    def _on_torch(self, params: GenerationParams, plan: GenerationPlan) -> GenerationPlan:
+        """The same picture, with nothing compiled."""
         again = make_plan(replace(params, seed=plan.seed), self.catalog, self.limits.plan)
         return again.model_copy(update={"source": plan.source})
 

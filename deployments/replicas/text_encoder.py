@@ -29,6 +29,7 @@ class TextEncoderDeployment(Replica):
         stack = self._stacks[component]
         with stopwatch("text_encoder", component) as watch:
             conditioning = await self._worker.run(stack.encode, stage, started=watch.start_work)
+            watch.note = str(conditioning.size)
         metrics().cache("embedding", component, *(encoder.cache for encoder in stack.encoders))
         metrics().cache("lora", component, *(encoder.loras.cache for encoder in stack.encoders))
         return watch.timed(conditioning)

@@ -27,6 +27,8 @@ class StageTime:
 
     name: str
     seconds: float
+    note: str | None = None
+    """What the stage found out that a client is told; nothing of it could come back otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Stopwatch:
         self._begin = time.perf_counter()
         self._working = False
         self._waited = 0.0
+        self.note: str | None = None
+        """What `StageTime` says beside the time; set before the stage ends."""
         self.stage_time: StageTime | None = None
 
     def start_work(self) -> None:
@@ -63,7 +67,7 @@ class Stopwatch:
         """The stage is done."""
         seconds = time.perf_counter() - self._begin
         name = f"{self._stage}_{self._component}" if self._stage == "denoise" else self._stage
-        self.stage_time = StageTime(name, seconds)
+        self.stage_time = StageTime(name, seconds, self.note)
         metrics().stage_seconds.observe(seconds, {"stage": self._stage, "component": self._component})
         logger.log(
             self._level,

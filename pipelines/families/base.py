@@ -9,11 +9,14 @@ import torch
 
 if TYPE_CHECKING:
     from pipelines.plan import StagePlan
-    from pipelines.text.conditioning import Conditioning, EncodedText
+    from pipelines.text.conditioning import Conditioning, EncodedText, HiddenLayer
 
 
 class Family(Protocol):
     """How a family of models turns text into conditioning and what else its UNets are told."""
+
+    text_layer: HiddenLayer
+    """What its UNets read of a text encoder."""
 
     applies_latent_statistics: bool
     """Whether its pipelines use the VAE config's `latents_mean` and `latents_std`."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.text.conditioning import HiddenLayer
+
 if TYPE_CHECKING:
     from pipelines.plan import StagePlan
     from pipelines.text.conditioning import Conditioning, EncodedText
@@ -15,13 +17,14 @@ if TYPE_CHECKING:
 class SDFamily:
     """One text encoder, its last hidden state after the final layer norm; nothing added."""
 
+    text_layer = HiddenLayer(from_end=1, normed=True)
     applies_latent_statistics = False
     upcasts_vae = False
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last hidden state of the only encoder."""
+        """The hidden state of the only encoder."""
         (text,) = texts
-        return text.last_hidden_state, None
+        return text.hidden_state, None
 
     def added_conditions(
         self, stage: StagePlan, conditioning: Conditioning, unet_config: Mapping[str, Any]

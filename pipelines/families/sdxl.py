@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.errors import WeightsError
+from pipelines.text.conditioning import HiddenLayer
 
 if TYPE_CHECKING:
     from pipelines.plan import StagePlan
@@ -20,12 +21,13 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 class SDXLFamily:
     """Penultimate hidden states of one or two encoders side by side, the last one's pooled state, and time ids."""
 
+    text_layer = HiddenLayer(from_end=2, normed=False)
     applies_latent_statistics = True
     upcasts_vae = True
 
     def embed(self, texts: list[EncodedText]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Concatenate the penultimate states; pooled is the last encoder's."""
-        return torch.cat([t.penultimate_hidden_state for t in texts], dim=-1), texts[-1].pooled
+        """Concatenate the hidden states; pooled is the last encoder's."""
+        return torch.cat([t.hidden_state for t in texts], dim=-1), texts[-1].pooled
 
     def added_conditions(
         self, stage: StagePlan, conditioning: Conditioning, unet_config: Mapping[str, Any]

@@ -110,6 +110,23 @@ async def test_auto_takes_tvm_where_it_can(with_compiled: Connect, compiled: Gra
         assert await backend(client, loras={"Pixel_Art": 0.0}) == "tvm"
 
 
+async def test_a_prompt_longer_than_what_is_compiled_runs_on_torch(
+    with_compiled: Connect, compiled: Graph, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How long a text is, only the text encoder finds out; tvm is not blamed for it."""
+    long = "a cat on a mat, " * 12
+    async with with_compiled(claiming(compiled, 2.0)) as client:
+        plain = pixels(picture(await post(client, prompt=long, backend="torch", output_format="png")))
+        reply = await post(client, prompt=long, output_format="png")
+        assert reply.headers["x-backend"] == "torch"
+        assert np.abs(pixels(picture(reply)) - plain).max() <= 1
+        assert await backend(client) == "tvm"
+        assert await backend(client, prompt=long, long_prompt="cut") == "tvm"
+        message = check(await post(client, prompt=long, backend="tvm"), 400, 40302, "backend")
+    assert "['auto', 'torch']" in message
+    assert "failed" not in caplog.text
+
+
 async def test_both_backends_draw_the_same_picture(with_compiled: Connect, compiled: Graph) -> None:
     async with with_compiled(claiming(compiled, 2.0)) as client:
         drawn = [pixels(picture(await post(client, backend=b, output_format="png"))) for b in ("tvm", "torch")]

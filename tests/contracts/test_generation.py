@@ -103,7 +103,7 @@ def test_every_field_of_the_contract_is_in_the_schema() -> None:
         "cfg_scale sampler steps style_preset enable_refiner controlnet_name controlnet_image loras output_format "
         "controlnet_preprocess"
     )
-    ours = {"stream", "preview"}
+    ours = {"stream", "preview", "prompt_syntax", "emphasis", "long_prompt", "clip_skip"}
     assert set(GenerationRequest.model_fields) == set(contract.split()) | ours
 
 

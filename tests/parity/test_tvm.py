@@ -23,7 +23,7 @@ from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_pro
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
 from pipelines.control.residuals import ReadyResiduals, Residuals
 from pipelines.control.types import ControlledRows
-from pipelines.errors import DenoiseError
+from pipelines.errors import DenoiseError, UncompiledPromptError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import read_config
@@ -226,3 +226,13 @@ def test_two_jobs_share_a_padded_batch(text2image: Text2Image) -> None:
         alone = text2image.generate(params)
         ours, theirs = (np.asarray(p.image).astype(int) for p in (picture, alone))
         assert np.abs(ours - theirs).max() <= 1
+
+
+def test_a_prompt_longer_than_a_program_reads_runs_on_torch(text2image: Text2Image) -> None:
+    long = "a fox in the snow, " * 12
+    common: dict[str, Any] = {"model_name": "SD1.5", "width": 128, "height": 128, "steps": 2, "prompt": long, "seed": 1}
+    picture = text2image.generate(GenerationParams(**common))
+    assert [stage.backend for stage in picture.plan.stages] == ["torch"]
+    with pytest.raises(UncompiledPromptError, match=r"compiled UNets read 77 tokens, .* take 231") as caught:
+        text2image.generate(GenerationParams(backend="tvm", **common))
+    assert caught.value.param == "backend"

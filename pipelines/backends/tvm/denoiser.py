@@ -22,7 +22,7 @@ from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactEr
 from pipelines.backends.tvm.packing import Layout, aligned
 from pipelines.backends.tvm.shapes import example_inputs
 from pipelines.control.buffers import spread
-from pipelines.errors import DenoiseError
+from pipelines.errors import DenoiseError, UncompiledPromptError
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class TvmDenoiser:
 
         Raises:
             DenoiseError: a row brings LoRAs, or nothing is compiled for this shape.
+            UncompiledPromptError: the rows' context is longer than the programs'.
         """
         if any(batch.loras):
             raise DenoiseError("backend tvm takes no LoRAs")
@@ -115,6 +116,13 @@ class TvmDenoiser:
         if shape not in self._programs:
             raise DenoiseError(
                 f"nothing is compiled for latents of {shape.width}x{shape.height}, control {shape.control}"
+            )
+        read = next(iter(self._programs[shape].values())).artifact.key.tokens
+        if (tokens := batch.prompt_embeds.shape[1]) != read:
+            raise UncompiledPromptError(
+                f"backend 'tvm': compiled UNets read {read} tokens, the prompts of this request take {tokens}. "
+                "Only ['auto', 'torch'] allowed with them, or send long_prompt 'cut'",
+                "backend",
             )
         inputs = [batch.sample, batch.timesteps, batch.prompt_embeds]
         inputs += [batch.added_conditions[name] for name in ("text_embeds", "time_ids") if batch.added_conditions]
