@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 from config.choices import UnknownChoiceError
-from pipelines.plan import GenerationPlan
+from pipelines.plan import Emphasis, GenerationPlan, TextReading
 from pipelines.sampling.samplers import SAMPLER_CHOICES
 
 _A1111_SAMPLERS = {"PNDM": "PLMS", "UniPC 2M": "UniPC", "DPM SDE": "DPM++ SDE", "DEIS 2M": "DEIS"}
@@ -47,17 +47,23 @@ def infotext(plan: GenerationPlan) -> str:
         pairs |= {"Refiner": plan.stages[1].component, "Refiner switch at": first.schedule.end}
     if first.control is not None:
         pairs["ControlNet 0"] = f"Module: {first.control.name}, Model: {first.control.component}"
+    reading = first.text.reading
+    if reading.clip_skip > 1:
+        pairs["Clip skip"] = reading.clip_skip
+    if reading.emphasis != "Original":
+        pairs["Emphasis"] = reading.emphasis
     pairs["Version"] = "sdgraph"
     loras = "".join(f" <lora:{use.name}:{use.weight:g}>" for use in first.loras)
-    lines = [_escaped(first.text.prompts[0]) + loras]
+    lines = [_weighted(first.text.prompts[0], reading) + loras]
     if first.text.negative_prompts and first.text.negative_prompts[0]:
-        lines.append(_NEGATIVE + _escaped(first.text.negative_prompts[0]))
+        lines.append(_NEGATIVE + _weighted(first.text.negative_prompts[0], reading))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
     return _CONTROL.sub(" ", "\n".join(lines))
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"[()\[\]]", r"\\\g<0>", text)
+def _weighted(text: str, reading: TextReading) -> str:
+    """A text as A1111 must see it to read it as it was read here."""
+    return text if reading.syntax == "weighted" else re.sub(r"[()\[\]\\]", r"\\\g<0>", text)
 
 
 def _quoted(value: object) -> str:
@@ -99,12 +105,16 @@ def our_sampler(sampler: str, schedule: str = "Automatic") -> str | None:
 
 def request_fields(prompt: str, negative: str | None, pairs: dict[str, str]) -> dict[str, Any]:
     """Fields of a request, by the names of our API, that an infotext sets. Models are left out: servers differ."""
-    fields: dict[str, Any] = {"prompt": prompt}
+    fields: dict[str, Any] = {"prompt": prompt, "prompt_syntax": "weighted"}
     if negative is not None:
         fields["negative_prompt"] = negative
     sampler = our_sampler(pairs.get("Sampler", ""), pairs.get("Schedule type", "Automatic"))
     if sampler is not None:
         fields["sampler"] = sampler
+    if pairs.get("Emphasis") in get_args(Emphasis):
+        fields["emphasis"] = pairs["Emphasis"]
+    if re.fullmatch(r"[1-9]|1[0-2]", pairs.get("Clip skip", "")):
+        fields["clip_skip"] = int(pairs["Clip skip"])
     size = _SIZE.fullmatch(pairs.get("Size", ""))
     if size is not None:
         fields |= {"width": int(size[1]), "height": int(size[2])}

@@ -58,7 +58,8 @@ async def test_what_starts_from_a_photo_is_a_composite_and_needs_it(client: http
 
 async def test_control_and_refiner_are_repeated(client: httpx.AsyncClient) -> None:
     control = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": encoded(photo())}
-    fields = {"width": 256, "height": 256, "prompt_2": "a dog", "enable_refiner": True, "steps": 5}
+    fields = {"width": 256, "height": 256, "prompt_2": "a (dog)", "enable_refiner": True, "steps": 5}
+    fields |= {"prompt_syntax": "weighted", "emphasis": "No norm", "long_prompt": "cut", "clip_skip": 3}
     told = await info(client, (await post(client, **control, **fields)).json()["images"][0]["image"])
     assert told["needs"] == ["controlnet_image"]
     expected = fields | {"controlnet_name": "canny", "controlnet_preprocess": True, "model_name": "SDXL-ControlNet"}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,6 +23,7 @@ from pipelines.pictures.provenance import COMPOSITE, MACHINE_MADE, VOCABULARY, r
 from pipelines.plan import GenerationParams, GenerationPlan, OutputFormat, SourcePicture
 from pipelines.planning import make_plan
 from pipelines.sampling.samplers import SAMPLERS
+from pipelines.text.syntax import read_sections
 
 FORMATS: list[OutputFormat] = ["jpeg", "png", "webp"]
 NOISE = Image.effect_noise((48, 32), 80).convert("RGB")
@@ -161,9 +163,30 @@ def test_an_infotext_of_a1111_is_read() -> None:
     assert pairs["Lora hashes"] == "detail: 5d4a, other: 77"
     assert pairs["Version"] == "v1.10.1"
     fields = request_fields(prompt, negative, pairs)
-    numbers = {"steps": 22, "seed": 1234, "cfg_scale": 6.5, "strength": 0.4, "width": 512, "height": 768}
-    texts = {"prompt": prompt, "negative_prompt": negative, "sampler": "DPM++ 2M Karras"}
+    numbers = {
+        "steps": 22,
+        "seed": 1234,
+        "cfg_scale": 6.5,
+        "strength": 0.4,
+        "width": 512,
+        "height": 768,
+        "clip_skip": 2,
+    }
+    texts = {"prompt": prompt, "negative_prompt": negative, "sampler": "DPM++ 2M Karras", "prompt_syntax": "weighted"}
     assert fields == numbers | texts
+
+
+@pytest.mark.parametrize("syntax", ["plain", "weighted"])
+def test_our_infotext_says_what_the_text_encoders_read(catalog: Catalog, syntax: str) -> None:
+    how: dict[str, Any] = {"prompt_syntax": syntax, "emphasis": "No norm", "clip_skip": 3}
+    plan = plan_of(catalog, prompt="a (red:1.3) [cat] \\(", negative_prompt="(fog)", **how)
+    parsed = parse_infotext(infotext(plan))
+    assert parsed is not None
+    again = plan_of(catalog, **request_fields(*parsed))
+    for side in ("prompts", "negative_prompts"):
+        ((text, *_), (told, *_)) = getattr(plan.stages[0].text, side), getattr(again.stages[0].text, side)
+        assert read_sections(text, plan.stages[0].text.reading.syntax) == read_sections(told, "weighted")
+    assert again.stages[0].text.reading == plan.stages[0].text.reading.model_copy(update={"syntax": "weighted"})
 
 
 @pytest.mark.parametrize("sampler", [name for name, spec in SAMPLERS.items() if not spec.edm])
