@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
@@ -43,6 +43,7 @@ def test_weighted_text(text: str, sections: list[list[tuple[str, float]]]) -> No
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
+@settings(deadline=None)
 def test_any_text_reads_as_the_rules_say(text: str) -> None:
     """Beside a second reader, which multiplies weights in place; spaces around BREAK are no token of either."""
 
@@ -55,6 +56,7 @@ def test_any_text_reads_as_the_rules_say(text: str) -> None:
 
 
 @given(st.text(max_size=60))
+@settings(deadline=None)
 def test_plain_text_is_never_read(text: str) -> None:
     ((fragment,),) = read_sections(text, "plain")
     assert (fragment.text, fragment.weight) == (text, 1)
@@ -116,6 +118,7 @@ def test_lora_tags_that_cannot_be_read_are_refused(tag: str) -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from(["w", ","]), max_size=200), min_size=1, max_size=3), st.integers(30, 75))
+@settings(deadline=None)
 def test_chunks_break_where_the_rules_say(sections: list[list[str]], room: int) -> None:
     words = tokenizer()
     words.model_max_length = room + 2
