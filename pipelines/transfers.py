@@ -6,7 +6,12 @@ before it is done. On a CPU nothing is copied and nothing is ever waited for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import torch
+
+R = TypeVar("R")
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -45,3 +50,16 @@ class Mark:
         """Return when the device is past it; on any thread."""
         if self._event is not None:
             self._event.synchronize()
+
+
+class Fetching(Generic[R]):
+    """Something that a device computes, and its way to the host."""
+
+    def __init__(self, device: torch.device, finish: Callable[[], R]) -> None:
+        """`finish` makes it of copies that `fetch` began, when they are there."""
+        self._mark, self._finish = Mark(device), finish
+
+    def result(self) -> R:
+        """Wait for the device; on any thread, once. Raises what `finish` raises."""
+        self._mark.wait()
+        return self._finish()

@@ -30,6 +30,7 @@ class ControlNetDeployment(Replica):
         from pipelines.assembly import load_controlnets
 
         self._nets = load_controlnets(catalog, components, self._device)
+        self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
         self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)
 
     async def prepare(self, *, plan: GenerationPlan, photo: bytes) -> Timed[ControlHint]:
@@ -37,7 +38,7 @@ class ControlNetDeployment(Replica):
         control = plan.stages[0].control
         assert control is not None
         with stopwatch("controlnet_prepare", control.component) as watch:
-            hint = await self._worker.run(
+            hint = await self._annotating.run(
                 self._nets.prepare, photo, control, plan.width, plan.height, started=watch.start_work
             )
         self._hints.put(hint.id, hint)

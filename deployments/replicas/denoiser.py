@@ -67,6 +67,7 @@ class DenoiserDeployment(Replica):
             self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
         for engine in self._engines.values():
             engine.control_lost = replica_died
+        self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
         self._loop = EngineLoop(self._engines, self._worker, on_tick=self._count, unwrap=_death_or_error)
 
     def _load_compiled(
@@ -119,7 +120,7 @@ class DenoiserDeployment(Replica):
         assert stage.control is not None
         nets = self._colocated[stage.component]
         with stopwatch("controlnet_prepare", stage.control.component) as watch:
-            hint = await self._worker.run(
+            hint = await self._annotating.run(
                 nets.prepare, photo, stage.control, plan.width, plan.height, started=watch.start_work
             )
         return watch.timed(hint)

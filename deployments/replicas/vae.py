@@ -14,22 +14,35 @@ from pipelines.pictures.images import EncodedImage, read_image, write_image
 from pipelines.plan import GenerationPlan
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipelines.sampling.latents import Latents
+    from pipelines.transfers import Fetching
+
+FILE_THREADS = 2
+"""Threads that read and write picture files, and wait for the device meanwhile."""
 
 
 class VAEDeployment(Replica):
-    """Hosts one VAE, or all of them when components are grouped by role. Files are made here: tensors stop here."""
+    """Hosts one VAE, or all of them when components are grouped by role. Files are made here: tensors stop here.
+
+    The model's thread only queues work on the device; files are read and written beside it.
+    """
 
     def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
         super().__init__(runtime)
         from pipelines.assembly import load_vae
 
         self._vaes = {c: load_vae(catalog, c, self._device) for c in components}
+        self._files = self._worker.beside("files", FILE_THREADS)
 
     async def encode(self, *, plan: GenerationPlan, image: bytes) -> Timed[Latents]:
         """Latents of the picture an img2img request starts from."""
         with stopwatch("vae_encode", plan.vae) as watch:
-            latents = await self._worker.run(self._encode, plan, image, started=watch.start_work)
+            opened = await self._files.run(read_image, image, "image", plan.width, plan.height)
+            begin = self._vaes[plan.vae].begin_encoding
+            fetching = await self._worker.run(begin, opened, plan.seed, started=watch.start_work)
+            latents = await self._files.run(fetching.result)
         return watch.timed(latents)
 
     async def decode(
@@ -38,18 +51,20 @@ class VAEDeployment(Replica):
         """The finished file, marked and with the plan inside."""
         opened = unseal(latents)
         with stopwatch("vae_decode", plan.vae) as watch:
-            image = await self._worker.run(self._decode, plan, opened.value, started=watch.start_work)
+            begin = self._vaes[plan.vae].begin_decoding
+            fetching = await self._worker.run(begin, opened.value, started=watch.start_work)
+            image = await self._files.run(_write, fetching, plan)
         return watch.timed(image, opened)
 
     async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents]) -> bytes:
         """A small JPEG of a picture in the making."""
-        return await self._worker.run(self._preview, plan, unseal(latents))
+        fetching = await self._worker.run(self._vaes[plan.vae].begin_preview, unseal(latents))
+        return await self._files.run(_write_preview, fetching)
 
-    def _preview(self, plan: GenerationPlan, latents: Latents) -> bytes:
-        return write_image(self._vaes[plan.vae].preview(latents), "jpeg").data
 
-    def _encode(self, plan: GenerationPlan, data: bytes) -> Latents:
-        return self._vaes[plan.vae].encode(read_image(data, "image", plan.width, plan.height), plan.seed)
+def _write(fetching: Fetching[Image], plan: GenerationPlan) -> EncodedImage:
+    return write_image(fetching.result(), plan.output_format, plan, plan.output_quality)
 
-    def _decode(self, plan: GenerationPlan, latents: Latents) -> EncodedImage:
-        return write_image(self._vaes[plan.vae].decode(latents), plan.output_format, plan, plan.output_quality)
+
+def _write_preview(fetching: Fetching[Image]) -> bytes:
+    return write_image(fetching.result(), "jpeg").data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,8 +12,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pipelines.errors import NonFiniteError
-from pipelines.sampling.latents import Latents, LatentSpace, make_generator
+from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.torch_compat import ran_out_of_memory
+from pipelines.transfers import Fetching, fetch, pinned, send
 
 logger = logging.getLogger(__name__)
 
@@ -52,42 +53,78 @@ class VAE:
         self.space = space
         self._processor = VaeImageProcessor(vae_scale_factor=self.space.downscale)
 
-    @torch.inference_mode()
     def encode(self, image: Image.Image, seed: int) -> Latents:
         """Latents of an RGB picture, sampled with the job's generator, whose state goes on with them."""
-        pixels = self._processor.preprocess(image).to(self._model.device, self._model.dtype)
-        generator = make_generator(seed)
-        encoded = self._in_tiles_if_it_must(image.width * image.height, lambda: self._model.encode(pixels))
-        return Latents(self.space.normalise(encoded.latent_dist.sample(generator=generator)), generator.get_state())
+        return self.begin_encoding(image, seed).result()
 
-    @torch.inference_mode()
     def decode(self, latents: Latents) -> Image.Image:
         """The picture of `latents`, RGB 8 bit.
 
         Raises:
             NonFiniteError: pixels that are not finite numbers, which would be drawn black.
         """
-        values = self.space.denormalise(latents.values.to(self._model.device, self._model.dtype))
-        size = values.shape[-1] * values.shape[-2] * self.space.downscale**2
-        pixels = self._in_tiles_if_it_must(size, lambda: self._model.decode(values, return_dict=False)[0])
-        if not bool(pixels.isfinite().all()):
-            raise NonFiniteError(
-                "the VAE made pixels that are not finite numbers of these latents. Try another sampler, other steps, "
-                "a lower cfg_scale or smaller weights of LoRAs",
-                "sampler",
-            )
-        return cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
+        return self.begin_decoding(latents).result()
+
+    def preview(self, latents: Latents) -> Image.Image:
+        """A rough picture of unfinished latents, at most 32 latents and 256 pixels a side, for progress."""
+        return self.begin_preview(latents).result()
 
     @torch.inference_mode()
-    def preview(self, latents: Latents) -> Image.Image:
-        """A rough picture of unfinished latents, at most 32 latents a side, for progress."""
-        values = latents.values.to(self._model.device, self._model.dtype)
+    def begin_encoding(self, image: Image.Image, seed: int) -> Fetching[Latents]:
+        """`encode`, queued on the device."""
+        device = self._model.device
+        pixels = send(pinned(self._processor.preprocess(image).to(self._model.dtype), device), device)
+        generator = make_generator(seed)
+        encoded = self._in_tiles_if_it_must(image.width * image.height, lambda: self._model.encode(pixels))
+        spread = encoded.latent_dist
+        noise = send(pinned(draw_noise(spread.mean.shape, generator, spread.mean.dtype), device), device)
+        values = fetch(self.space.normalise(spread.mean + spread.std * noise))
+        return Fetching(device, lambda: Latents(values, generator.get_state()))
+
+    @torch.inference_mode()
+    def begin_decoding(self, latents: Latents) -> Fetching[Image.Image]:
+        """`decode`, queued on the device."""
+        values = self.space.denormalise(self._on_device(latents))
+        size = values.shape[-1] * values.shape[-2] * self.space.downscale**2
+        return self._seen(self._in_tiles_if_it_must(size, lambda: self._model.decode(values, return_dict=False)[0]))
+
+    @torch.inference_mode()
+    def begin_preview(self, latents: Latents) -> Fetching[Image.Image]:
+        """`preview`, queued on the device."""
+        values = self._on_device(latents)
         scale = min(1.0, PREVIEW_LATENTS / max(values.shape[-2:]))
         small = torch.nn.functional.interpolate(values, scale_factor=scale, mode="area") if scale < 1 else values
         pixels = self._model.decode(self.space.denormalise(small), return_dict=False)[0]
-        image = cast(Image.Image, self._processor.postprocess(pixels.float(), output_type="pil")[0])
-        image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
-        return image
+        return self._seen(pixels, PREVIEW_PIXELS)
+
+    def _on_device(self, latents: Latents) -> torch.Tensor:
+        device = self._model.device
+        return send(pinned(latents.values.to(self._model.dtype), device), device)
+
+    def _seen(self, pixels: torch.Tensor, thumbnail: int | None = None) -> Fetching[Image.Image]:
+        """Pixels `[1, 3, height, width]` in -1..1 as a picture. Bytes are made on the device: a quarter of the copy.
+
+        Args:
+            pixels: of the VAE.
+            thumbnail: most pixels a side; None asks for a whole picture, whose values are finite.
+        """
+        shares = (pixels[0].float() / 2 + 0.5).clamp(0, 1)  # as diffusers' VaeImageProcessor rounds them
+        shown = fetch((shares * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous())
+        finite = fetch(pixels.isfinite().all())
+
+        def finish() -> Image.Image:
+            if thumbnail is None and not bool(finite):
+                raise NonFiniteError(
+                    "the VAE made pixels that are not finite numbers of these latents. Try another sampler, other "
+                    "steps, a lower cfg_scale or smaller weights of LoRAs",
+                    "sampler",
+                )
+            image = Image.fromarray(shown.numpy())
+            if thumbnail is not None:
+                image.thumbnail((thumbnail, thumbnail))
+            return image
+
+        return Fetching(pixels.device, finish)
 
     def _in_tiles_if_it_must(self, pixels: int, code: Callable[[], R]) -> R:
         """What `code` makes of a picture of so many pixels: in tiles if it is large, or if memory ran out for it whole.

@@ -13,9 +13,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.catalog import Catalog, ComponentSpec
-from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
+from pipelines.assembly import load_controlnets, load_engine, load_text_encoders, load_vae
 from pipelines.control.nets import ColocatedControl
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
@@ -190,6 +191,22 @@ def test_pictures_are_the_cpus(catalog: Catalog, walk: str) -> None:
     for params, ours, theirs in zip(WALKS[walk], drawn, expected, strict=True):
         assert theirs.std() > 1, "a flat picture proves nothing"
         assert np.array_equal(ours, theirs), params
+
+
+def test_pictures_leave_the_vae_without_a_wait(catalog: Catalog) -> None:
+    """Queued by one thread, waited for by another."""
+    with PretendedCuda() as cuda:
+        vae = load_vae(catalog, "vae-sd15", "cuda")
+        with cuda.counting() as queueing:
+            encoding = vae.begin_encoding(Image.effect_noise((128, 128), 60).convert("RGB"), seed=1)
+        latents = encoding.result()
+        with cuda.counting() as more:
+            decoding, preview = vae.begin_decoding(latents), vae.begin_preview(latents)
+        queueing.events += more.events
+        for kind in ("wait", "to host", "to device"):
+            assert not queueing.counts()[kind], queueing.told(kind)
+        assert (decoding.result().size, preview.result().size) == ((128, 128), (128, 128))
+    assert latents.values.device.type == "cpu"
 
 
 class Budget(NamedTuple):

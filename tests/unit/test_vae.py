@@ -81,6 +81,14 @@ def test_an_encode_too_with_the_same_noise(vae: VAE, model: AutoencoderKL, monke
     assert torch.equal(tiled.generator_state, whole.generator_state)
 
 
+def test_bytes_are_rounded_as_diffusers_rounds_them(vae: VAE, model: AutoencoderKL, latents: Latents) -> None:
+    with torch.no_grad():
+        pixels = model.decode(vae.space.denormalise(latents.values), return_dict=False)[0]
+    (expected,) = vae._processor.postprocess(pixels, output_type="pil")
+    assert np.asarray(expected).std() > 1
+    assert np.array_equal(vae.decode(latents), expected)
+
+
 def test_a_second_shortage_and_any_other_error_are_passed_on(
     vae: VAE, model: AutoencoderKL, latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
