@@ -57,6 +57,9 @@ class AppArgs(BaseModel):
     """Serve only these; every available model of the catalog if empty."""
     max_rows: int = Field(default=16, ge=2)
     """Most rows of a tick of every denoiser; fewer where memory does not hold them."""
+    row_price: float | None = Field(default=None, gt=0, le=10)
+    """Denoisers measure at start how a tick's time grows with its rows, for the sizes of their models, and take more of
+    them as long as one costs less than this share of what each of the first two does. None: up to `max_rows`."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
     tvm: bool = False
@@ -140,6 +143,7 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
                     max_rows=args.max_rows,
                     controlnets=None if colocated else _control_of(ids, catalog, bound),
                     strict=args.reproducible == "strict",
+                    row_price=args.row_price,
                 )
                 if colocated:
                     bound |= {net: app for unet in ids for net in catalog.controlnets_of(unet)}

@@ -6,7 +6,7 @@ The only place that knows of which parts each is made; `weights/` only reads fil
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
 from pipelines.diffusers_compat import with_defaults
+from pipelines.engine.batching import BatchKey
+from pipelines.engine.curve import RowCurves, trial_batch
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
@@ -31,6 +33,7 @@ from pipelines.pictures.vae import VAE
 from pipelines.plan import CompiledSize
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
+from pipelines.transfers import Mark
 from pipelines.weights.checks import damage
 from pipelines.weights.files import lora_files, read_config
 from pipelines.weights.loading import Device, load_model, load_text_models
@@ -54,8 +57,19 @@ def load_engine(
     max_rows: int = 16,
     strict: bool = False,
     control: ControlSource | None = None,
+    row_price: float | None = None,
 ) -> StepEngine:
-    """A UNet component on the torch backend, in an engine ready for jobs; `control` is what steers it, if anything.
+    """A UNet component on the torch backend, in an engine ready for jobs.
+
+    Args:
+        catalog: says what it is.
+        component_id: the UNet.
+        device: where it runs.
+        max_rows: most rows of a tick; memory may allow fewer.
+        strict: equal bytes whatever the neighbours.
+        control: what steers it, if anything.
+        row_price: measure now how many rows of a tick are worth their time, each at less than this share of what the
+            first ones cost (`engine/curve.py`); None takes `max_rows` at their word.
 
     Raises:
         WeightsError: the weights are missing, or the UNet does not fit its VAE.
@@ -65,7 +79,30 @@ def load_engine(
     def fit(name: str, base: str) -> Adapter:
         return denoiser.adapters.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
 
-    return engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
+    engine = engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
+    if row_price is not None:
+        engine.rows_that_fit = _measured(engine, catalog, component_id, row_price)
+    return engine
+
+
+def _measured(engine: StepEngine, catalog: Catalog, component_id: str, price: float) -> Callable[[BatchKey], int]:
+    """Rows of a tick that are worth their time and that memory holds, measured for the sizes of the UNet's models."""
+    spec, denoiser = catalog.component(component_id), engine.denoiser
+    space = latent_space(catalog, component_id)
+    encoders = catalog.component(catalog.text_encoder_of(component_id))
+    context = (int(read_config(encoders, "tokenizer")["model_max_length"]), denoiser.config["cross_attention_dim"])
+    pooled = int(read_config(encoders, "text_encoder_2")["projection_dim"]) if spec.family == "sdxl" else 0
+    models = [model for model in catalog.models if component_id in (model.unet, model.refiner)]
+    sizes = {size: None for model in models for size in model.sizes}
+    keys = [BatchKey(space.shape(size.width, size.height)[1:], context) for size in sizes]
+
+    def evaluate(key: BatchKey, rows: int) -> None:
+        denoiser.predict(trial_batch(denoiser, key, pooled, rows))
+        Mark(denoiser.device).wait()
+
+    curves, fits = RowCurves(evaluate, price, engine.max_rows), engine.rows_that_fit
+    curves.measure(keys)
+    return lambda key: min(curves(key), fits(key) if fits is not None else engine.max_rows)
 
 
 def load_compiled(
@@ -109,9 +146,7 @@ def engine_over(
         WeightsError: the UNet works on latents that its VAE does not have.
     """
     spec = catalog.component(component_id)
-    family = FAMILIES[spec.family]
-    vae_config = read_config(catalog.component(catalog.vae_of(component_id)))
-    space = LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
+    space = latent_space(catalog, component_id)
     if denoiser.config["in_channels"] != space.channels:
         raise WeightsError(
             f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
@@ -119,7 +154,7 @@ def engine_over(
         )
     return StepEngine(
         denoiser,
-        family,
+        FAMILIES[spec.family],
         read_config(spec, "scheduler"),
         space,
         loras,
@@ -128,6 +163,13 @@ def engine_over(
         strict=strict,
         rows_that_fit=RowBudget(denoiser.config, denoiser.dtype, denoiser.device),
     )
+
+
+def latent_space(catalog: Catalog, component_id: str) -> LatentSpace:
+    """Of the VAE that a UNet component works with."""
+    family = FAMILIES[catalog.component(component_id).family]
+    vae_config = read_config(catalog.component(catalog.vae_of(component_id)))
+    return LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
 
 
 def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:

@@ -9,7 +9,7 @@ from typing import Any
 from config.catalog import Catalog
 from deployments.app import AppArgs
 from deployments.plan_config.cards import parse_cards
-from deployments.plan_config.shares import CPUS, DENOISING, MAX_ROWS, Deployment, plan_cluster, plan_one_card
+from deployments.plan_config.shares import CPUS, DENOISING, MAX_ROWS, ROW_PRICE, Deployment, plan_cluster, plan_one_card
 
 DRAIN_S = 620
 """A replica that leaves finishes its pictures first: the longest may take the deadline, 600 s."""
@@ -77,6 +77,7 @@ def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = ()) -> str:
         grouping="role" if one else "component",
         models=tuple(chosen.model_choices().resolve(name) for name in models),
         max_rows=MAX_ROWS,
+        row_price=ROW_PRICE,
         controlnet_placement="colocated" if one else "deployment",
     )
     command = f"python -m deployments.plan_config --catalog {catalog} --gpus {gpus}" + " --models" * bool(models)

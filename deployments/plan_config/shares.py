@@ -13,6 +13,8 @@ from deployments.plan_config.cards import Cards, PlanError
 from pipelines.footprint import Footprint, footprint, together
 
 MAX_ROWS = 16
+ROW_PRICE = 0.9
+"""Above it a row more saves so little that everybody in the tick had better wait less."""
 LEAST_ROWS = 2
 """Rows of one guided picture: what a denoiser must have room for."""
 STEP = 0.05

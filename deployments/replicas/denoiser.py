@@ -43,6 +43,7 @@ class DenoiserDeployment(Replica):
         controlnets: Mapping[str, Any] | None = None,
         strict: bool = False,
         compiled: Path | None = None,
+        row_price: float | None = None,
     ) -> None:
         """Load the UNets.
 
@@ -54,6 +55,7 @@ class DenoiserDeployment(Replica):
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
             strict: equal bytes whatever the neighbours.
             compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
+            row_price: what a row more may cost, see `assembly.load_engine`; compiled UNets come in fixed sizes.
         """
         super().__init__(runtime)
         from pipelines.assembly import load_engine
@@ -62,7 +64,9 @@ class DenoiserDeployment(Replica):
         self._colocated: dict[str, ControlNets] = {}
         control = {component: self._control_of(component, catalog, controlnets) for component in components}
         if compiled is None:
-            self._engines = {c: load_engine(catalog, c, self._device, max_rows, strict, control[c]) for c in components}
+            self._engines = {
+                c: load_engine(catalog, c, self._device, max_rows, strict, control[c], row_price) for c in components
+            }
         else:
             self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
         for engine in self._engines.values():
