@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 from benchmarks.real_models import write_sd15, write_sd15_catalog
 from config.catalog import Catalog
 from deployments.launcher import laptop_config, request_picture, running_graph
-from pipelines.adapters.layers import Adapter, LoraLayer, Mixture
+from pipelines.adapters.layers import Mixture
+from pipelines.adapters.reading import AdapterFile
 from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.nets import ColocatedControl
@@ -133,13 +134,15 @@ def attention_shapes(catalog: Catalog, component_id: str) -> dict[str, tuple[int
 def prices(bench: Bench, repeats: int) -> dict[str, Any]:
     """A tick of eight rows: plain, with a LoRA on every attention layer of every row, with ControlNet, strict."""
     generator = torch.Generator().manual_seed(0)
-    layers = {}
+    layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, (out, inner) in attention_shapes(bench.catalog, "unet-sdxl-base").items():
         down = torch.randn(8, inner, generator=generator) * 0.01
-        layers[name] = LoraLayer(down, torch.randn(out, 8, generator=generator) * 0.01, 1.0)
+        layers[name] = {"down": down, "up": torch.randn(out, 8, generator=generator) * 0.01}
     denoiser = bench.engine.denoiser
     assert isinstance(denoiser, TorchDenoiser)
-    mixture: Mixture = ((denoiser.adapters.fit(Adapter("bench", layers), denoiser.device, denoiser.dtype), 0.7),)
+    mixture: Mixture = (
+        (denoiser.adapters.fit(AdapterFile("bench", layers, {}), denoiser.device, denoiser.dtype), 0.7),
+    )
     variants: dict[str, tuple[StepEngine, dict[str, Any]]] = {
         "plain": (bench.engine, {}),
         "lora_on_all_8": (bench.engine, {"loras": mixture}),

@@ -14,15 +14,14 @@ from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet
 from safetensors import SafetensorError
 
 from config.catalog import Catalog
-from pipelines.adapters.formats import read_lora
 from pipelines.adapters.layers import Adapter
+from pipelines.adapters.reading import AdapterFile, read_adapter
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
-from pipelines.diffusers_compat import with_defaults
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.curve import RowCurves, trial_batch
 from pipelines.engine.engine import StepEngine
@@ -34,8 +33,8 @@ from pipelines.plan import CompiledSize
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
 from pipelines.transfers import Mark
-from pipelines.weights.checks import damage
 from pipelines.weights.files import lora_files, read_config
+from pipelines.weights.headers import read_header
 from pipelines.weights.loading import Device, load_model, load_text_models
 
 if TYPE_CHECKING:
@@ -212,7 +211,7 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     return vae
 
 
-def load_lora(catalog: Catalog, name: str, base: str, part: str) -> Adapter:
+def load_lora(catalog: Catalog, name: str, base: str, part: str) -> AdapterFile:
     """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models.
 
     Raises:
@@ -220,10 +219,12 @@ def load_lora(catalog: Catalog, name: str, base: str, part: str) -> Adapter:
         InvalidValueError: it is another kind of adapter.
     """
     spec, weights = catalog.component(base), catalog.lora_weights(name, base)
-    folder = lora_files(name, weights).folder()
-    unet_config = with_defaults(UNet2DConditionModel, read_config(spec)) if spec.family == "sdxl" else None
+    path = lora_files(name, weights).folder() / weights.file
+    parts = ("unet", "text_encoder", "text_encoder_2") if spec.family == "sdxl" else ("unet", "text_encoder")
     try:
-        return read_lora(folder / weights.file, name, part, unet_config)
-    except (OSError, SafetensorError) as error:
-        reason = damage(folder / weights.file) or str(error)
-        raise WeightsError(f"lora {name}, file {weights.file}: {reason}") from error
+        read_header(path)  # a damaged file stops here, and one of a million tensors before any of them is in memory
+        return read_adapter(path, name, part, parts)
+    except FileNotFoundError as error:
+        raise WeightsError(f"lora {name}, file {weights.file}: no such file") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"lora {name}, file {weights.file}: {error}") from error

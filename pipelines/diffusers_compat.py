@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,52 +25,6 @@ def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]
     """
     parameters = inspect.signature(model_class.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
-
-
-def rename_lora(
-    state: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any] | None
-) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:
-    """Tensors of a LoRA file under `<part>.<module>`, and kohya's alphas under the same names, None in other layouts.
-
-    SDXL's loader reads the files of SD too.
-
-    Args:
-        state: a file's tensors, in PEFT's, kohya's or diffusers' old layout.
-        unet_config: config of an SDXL UNet, whose blocks kohya counts differently; None for SD.
-
-    Raises:
-        ValueError: keys of two layouts, or of none.
-    """
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-
-    blocks = None if unet_config is None else SimpleNamespace(**unet_config)  # it reads attributes of a config object
-    renamed, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(state), unet_config=blocks)
-    if alphas is not None and len(renamed) != sum(key.endswith(".weight") for key in state):
-        raise ValueError("some keys name blocks as diffusers does and some as the original does")  # it drops some
-    return renamed, alphas
-
-
-def unet_lora_to_peft(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A UNet's LoRA in diffusers' old names -> PEFT's."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    converted: dict[str, torch.Tensor] = convert_unet_state_dict_to_peft(dict(state))
-    return converted
-
-
-def text_encoder_lora_to_peft(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A text encoder's LoRA in diffusers' old names -> PEFT's."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
-
-    # The converters tell a layout by its `to_out_lora`; a file without that layer needs the attention names mapped too.
-    names = {"to_q_lora": "q_proj", "to_k_lora": "k_proj", "to_v_lora": "v_proj", "to_out_lora": "out_proj"}
-    renamed = {}
-    for key, value in state.items():
-        for old, new in names.items():
-            key = key.replace(f".{old}.", f".{new}.lora_linear_layer.")
-        renamed[key] = value
-    converted: dict[str, torch.Tensor] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(renamed))
-    return converted
 
 
 def clip_from_checkpoint(

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions that add, row by row, what adapters give them.
+"""Layers that add, row by row, what adapters give them.
 
 The modules of a model change their class in place and for good, as `torch.nn.utils.parametrize` does it: names,
 weights and hooks stay. It happens before anything is compiled or captured, for `torch.compile` takes no notice of hooks
@@ -13,8 +13,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-Hook = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Module, its input and its output, `[rows, ...]` each -> the output that is wanted."""
+from pipelines.adapters.layers import Layer
+
+Hook = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
+"""Given a module, its input and its output, `[rows, ...]` each, changes the output in place."""
+
+
+@dataclass(frozen=True)
+class RowsHook:
+    """Changes the rows of one mixture."""
+
+    rows: slice | torch.Tensor
+    """Which rows; int64 indices where they do not stand together."""
+    uses: tuple[tuple[Layer, float], ...]
+    """What the mixture has for the module, with its weights."""
+
+    def __call__(self, module: nn.Module, rows: torch.Tensor, output: torch.Tensor) -> None:
+        """Change the output in place."""
+        own = output[self.rows]
+        base = own.clone() if len(self.uses) > 1 and any(layer.from_base for layer, _ in self.uses) else own
+        for layer, weight in self.uses:
+            layer.add(module, rows[self.rows], base, own, weight)
+        if isinstance(self.rows, torch.Tensor):
+            output.index_copy_(0, self.rows, own)
 
 
 @dataclass
@@ -66,17 +87,51 @@ class AdaptedConv2d(nn.Conv2d):
         return output
 
 
-AdaptedModule = AdaptedLinear | AdaptedConv2d
-_CLASSES: dict[type[nn.Module], type[AdaptedLinear] | type[AdaptedConv2d]] = {
+class AdaptedLayerNorm(nn.LayerNorm):
+    """A normalisation whose output hooks may change."""
+
+    name: str
+    current: Pass
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The layer's output for `[rows, ..., channels]`."""
+        output = super().forward(rows)
+        if self.current.hooks:
+            output = hooked(self.current.hooks.get(self.name, ()), self, rows, output)
+        return output
+
+
+class AdaptedGroupNorm(nn.GroupNorm):
+    """A normalisation whose output hooks may change."""
+
+    name: str
+    current: Pass
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The layer's output for `[rows, channels, ...]`."""
+        output = super().forward(rows)
+        if self.current.hooks:
+            output = hooked(self.current.hooks.get(self.name, ()), self, rows, output)
+        return output
+
+
+SlottedModule = AdaptedLinear | AdaptedConv2d
+AdaptedModule = AdaptedLinear | AdaptedConv2d | AdaptedLayerNorm | AdaptedGroupNorm
+_CLASSES: dict[type[nn.Module], type[AdaptedModule]] = {
     nn.Linear: AdaptedLinear,
     nn.Conv2d: AdaptedConv2d,
+    nn.LayerNorm: AdaptedLayerNorm,
+    nn.GroupNorm: AdaptedGroupNorm,
 }
 
 
 def adapt(model: nn.Module) -> tuple[dict[str, AdaptedModule], Pass]:
-    """Make every linear layer and convolution of a model take adapters; by name, with the pass they all look at.
+    """Make a model's linear layers, convolutions and normalisations take adapters.
 
     A model that was adapted before gets a new pass, and takes no adapters from the old one any more.
+
+    Returns:
+        The modules by name, and the pass they all look at.
     """
     current = Pass()
     adapted: dict[str, AdaptedModule] = {}
@@ -84,7 +139,9 @@ def adapt(model: nn.Module) -> tuple[dict[str, AdaptedModule], Pass]:
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]
         if isinstance(module, AdaptedModule):
-            module.name, module.current, module.factors = name, current, None
+            module.name, module.current = name, current
+            if isinstance(module, SlottedModule):
+                module.factors = None
             adapted[name] = module
     return adapted, current
 
@@ -93,7 +150,7 @@ def adapt(model: nn.Module) -> tuple[dict[str, AdaptedModule], Pass]:
 def hooked(hooks: Sequence[Hook], module: nn.Module, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """A module's output after its hooks, which come and go: never part of what is compiled."""
     for hook in hooks:
-        output = hook(module, rows, output)
+        hook(module, rows, output)
     return output
 
 

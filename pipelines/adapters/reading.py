@@ -1,15 +1,13 @@
-"""A LoRA file -> its tensors under the keys that diffusers' converters know, or a refusal that names file and key.
+"""An adapter file -> the parameters of its layers for one part of a pipeline, or a refusal that names file and key.
 
-Trainers spell the same layer in many ways. What is only spelling is put right here; what is another kind of adapter, or
-half of a layer, is refused before any converter sees it: those raise whatever they run into.
+What is refused here breaks no tick later: another kind of adapter, half of a layer, values that are not finite.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,166 +15,146 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from pipelines.adapters.keys import PARTS, Key, read_key, unsupported_kind
 from pipelines.errors import InvalidValueError
 
 logger = logging.getLogger(__name__)
 
-OTHER_ADAPTERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "lora_controlnet": "Control-LoRA",
-    ".w_norm": "LyCORIS norm",
-    ".b_norm": "LyCORIS norm",
-    ".diff_b": "full-difference",
-    ".diff": "full-difference",
-    ".on_input": "LyCORIS IA3",
-    "ia3_l": "PEFT IA3",
-    ".a1.weight": "GLoRA",
-    ".a2.weight": "GLoRA",
-    ".b1.weight": "GLoRA",
-    ".b2.weight": "GLoRA",
-    "lora_embedding_": "PEFT embedding",
-    "vera_lambda": "VeRA",
-}
-"""What occurs in the keys of other kinds of adapters, and their names."""
+Parameters = Mapping[str, torch.Tensor]
+"""A layer's parameters by the names of `keys.py`."""
 
-HALVES = {
-    ".lora_down.": ".lora_up.",
-    ".lora_A.": ".lora_B.",
-    "_lora.down.": "_lora.up.",
-    ".lora.down.": ".lora.up.",
-    ".lora_linear_layer.down.": ".lora_linear_layer.up.",
+_COMPLETE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "down": (("up",),),
+    "up": (("down",),),
+    "mid": (("down",),),
+    "up_bias": (("up",),),
+    "dora_scale": (("down", "hada_w1_a", "lokr_w1", "lokr_w1_a"),),
+    "magnitude": (("down",),),
+    "hada_w1_a": (("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)),
+    "hada_w1_b": (("hada_w1_a",),),
+    "hada_w2_a": (("hada_w1_a",),),
+    "hada_w2_b": (("hada_w1_a",),),
+    "hada_t1": (("hada_t2",), ("hada_w1_a",)),
+    "hada_t2": (("hada_t1",),),
+    "lokr_w1": (("lokr_w2", "lokr_w2_a"),),
+    "lokr_w2": (("lokr_w1", "lokr_w1_a"),),
+    "lokr_w1_a": (("lokr_w1_b",), ("lokr_w2", "lokr_w2_a")),
+    "lokr_w1_b": (("lokr_w1_a",),),
+    "lokr_w2_a": (("lokr_w2_b",), ("lokr_w1", "lokr_w1_a")),
+    "lokr_w2_b": (("lokr_w2_a",),),
+    "lokr_t2": (("lokr_w2_a",),),
+    "rescale": (("oft_blocks",),),
+    "weight": (("on_input",),),
+    "on_input": (("weight",),),
+    "a1": (("a2",), ("b1",), ("b2",)),
+    "a2": (("a1",),),
+    "b1": (("a1",),),
+    "b2": (("a1",),),
+    "bm": (("a1",),),
+    "alpha": (("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks", "a1", "diff"),),
 }
-"""How the down matrix of a layer is spelt, and how its up matrix is."""
-
-_SPELLINGS = (
-    (re.compile(r"^base_model\.model\."), ""),  # a PEFT model saved as a whole
-    (re.compile(r"^(unet|text_encoder|text_encoder_2)\.base_model\.model\."), r"\1."),
-    (re.compile(r"\.lora_(A|B)\.[^.]+\.weight$"), r".lora_\1.weight"),  # the adapter's name: default, default_0
-    (re.compile(r"text_model([._])text_model\1"), r"text_model\1"),
-    (re.compile(r"^text_model\."), "text_encoder.text_model."),
-    # OneTrainer names these as diffusers does; the converter of kohya's names knows them by the original's.
-    (re.compile(r"^lora_unet_add_embedding_linear_1\."), "lora_unet_label_emb_0_0."),
-    (re.compile(r"^lora_unet_add_embedding_linear_2\."), "lora_unet_label_emb_0_2."),
-)
+"""Parameter -> what must stand beside it: one of each group."""
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """A file's layers, complete and finite.
+class AdapterFile:
+    """The layers that a file has for one part, complete and finite.
 
     Attributes:
         name: its public name and the file's, for messages.
-        tensors: down and up matrices; kohya's alphas too.
-        alphas: those that stand beside PEFT's keys, by `<part>.<module>`.
-        config: PEFT's configuration from the metadata, with its keys `<part>.<setting>`.
+        layers: name of a layer, with dots or flattened -> its parameters.
+        config: PEFT's configuration of the part from the metadata.
     """
 
     name: str
-    tensors: Mapping[str, torch.Tensor]
-    alphas: Mapping[str, float]
+    layers: Mapping[str, Parameters]
     config: Mapping[str, Any]
 
 
 def refuse(name: str, reason: str) -> InvalidValueError:
-    """The error of a LoRA that cannot be used; `name` is its public name and its file's."""
+    """The error of an adapter that cannot be used; `name` is its public name and its file's."""
     return InvalidValueError(f"loras: {name} {reason}", "loras")
 
 
-def read_file(path: Path, name: str) -> LoraFile:
-    """Read and check a `.safetensors` file.
+def read_adapter(path: Path, name: str, part: str, family_parts: Sequence[str]) -> AdapterFile:
+    """Read what a `.safetensors` file has for one model.
+
+    Args:
+        path: the file.
+        name: public name, for messages.
+        part: `unet`, `text_encoder` or `text_encoder_2`.
+        family_parts: those that the pipelines of this family have.
 
     Raises:
-        InvalidValueError: another kind of adapter, half of a layer, no layer at all, or a key that belongs to none.
+        InvalidValueError: a kind of adapter that is not read, half of a layer, a key that belongs to none, or nothing
+            in it for a model of this family.
         OSError: the file cannot be read.
         SafetensorError: it is damaged.
     """
     with safe_open(path, "pt") as file:
-        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
-        metadata = file.metadata() or {}
-    name = f"'{name}'"
-    state = {_spelt(key): tensor for key, tensor in raw.items() if not _is_bundled(key, name)}
-    _refuse_other_adapters(state, name, path.name)
-    name = f"{name} ({path.name})"
-    state = _fold_mid(state, name)
-    layers = _check_halves(state, name)
-    for key, tensor in state.items():
-        _check_tensor(key, tensor, name)
-    alphas = {key: state.pop(f"{key}.alpha").item() for key in layers[".lora_A."] if f"{key}.alpha" in state}
-    return LoraFile(name, state, alphas, _config(metadata, name))
+        name = f"'{name}' ({path.name})"
+        keys = {key: _read(key, name) for key in file.keys() if not _is_bundled(key, name)}  # noqa: SIM118, no mapping
+        own = _of_part(keys, part, family_parts, name)
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        spelt: dict[tuple[str, str], str] = {}
+        for key, (_, layer, parameter) in own.items():
+            if (layer, parameter) in spelt:
+                raise refuse(name, f"has two keys for the same weight: {spelt[layer, parameter]} and {key}")
+            spelt[layer, parameter] = key
+            layers.setdefault(layer, {})[parameter] = _finite(key, file.get_tensor(key), name)
+        config = _config(file.metadata() or {}, name)
+    for (layer, parameter), key in spelt.items():
+        _check_complete(key, parameter, layers[layer], name)
+    prefix = f"{part}."
+    return AdapterFile(
+        name, layers, {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    )
 
 
-def _check_tensor(key: str, tensor: torch.Tensor, name: str) -> None:
-    """A factor is a matrix or a convolution with something in it, an alpha one number, and all of it finite."""
-    fits = tensor.numel() == 1 if key.endswith(".alpha") else tensor.ndim in (2, 4) and tensor.numel() > 0
-    if not fits:
-        raise refuse(
-            name, f"has {key} of shape {list(tensor.shape)}; a factor has 2 or 4 dimensions, an alpha is a number"
-        )
-    if not bool(tensor.isfinite().all()):
-        raise refuse(name, f"has values that are not finite numbers: {key}")
-
-
-def _spelt(key: str) -> str:
-    for pattern, right in _SPELLINGS:
-        key = pattern.sub(right, key)
-    return key
+def _read(key: str, name: str) -> Key:
+    if kind := unsupported_kind(key):
+        raise refuse(name, f"is a {kind} adapter (key {key}), which is not supported; use a LoRA")
+    found = read_key(key)
+    if found is None:
+        raise refuse(name, f"has a key that is no weight of a LoRA or its kin: {key}")
+    return found
 
 
 def _is_bundled(key: str, name: str) -> bool:
-    """OneTrainer puts trained embeddings beside the LoRA; prompts here have no words for them, as in diffusers."""
+    """OneTrainer puts trained embeddings beside the LoRA; they are no part of it, as in diffusers."""
     if not key.startswith("bundle_emb"):
         return False
     logger.warning("lora %s brings an embedding, which is left out: %s", name, key)
     return True
 
 
-def _refuse_other_adapters(keys: Iterable[str], name: str, file: str) -> None:
-    for key in keys:
-        for mark, kind in OTHER_ADAPTERS.items():
-            if mark in key:
-                reason = f"is a {kind} adapter (file {file}, key {key}), which is not supported; use a LoRA"
-                raise refuse(name, reason)
-
-
-def _fold_mid(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """LyCORIS' Tucker form of a convolution, down `[r, in, 1, 1]`, mid `[s, r, k, k]`, up: mid goes into down."""
-    folded = dict(state)
-    for key in [key for key in state if ".lora_mid." in key]:
-        mid, down_key = folded.pop(key), key.replace(".lora_mid.", ".lora_down.")
-        down = folded.get(down_key)
-        if down is None or mid.ndim != 4 or mid.shape[1] != down.shape[0]:
-            raise refuse(name, f"has a middle factor without a down factor of its rank: {key}")
-        rank = down.shape[0]
-        alpha_key = key.replace(".lora_mid.weight", ".alpha")
-        folded[down_key] = torch.einsum("srhw,ri->sihw", mid.float(), down.float().reshape(rank, -1)).contiguous()
-        # alpha counts in ranks of the factor that is gone.
-        folded[alpha_key] = folded.get(alpha_key, torch.tensor(float(rank))) * mid.shape[0] / rank
-    return folded
-
-
-def _check_halves(state: Mapping[str, torch.Tensor], name: str) -> dict[str, list[str]]:
-    """Names of the layers of each spelling of `HALVES`; every key must belong to a complete one."""
-    layers: dict[str, list[str]] = {down: [] for down in HALVES}
-    known: set[str] = set()
-    for down, up in HALVES.items():
-        for key in state:
-            for own, other in ((down, up), (up, down)):
-                if own in key and key.endswith(".weight"):
-                    if (wanted := key.replace(own, other)) not in state:
-                        raise refuse(name, f"has half of a layer: {key} without {wanted}")
-                    known.add(key)
-            if down in key and key in known:
-                layers[down].append(key.partition(down)[0])
-    owners = {f"{layer}.alpha" for found in layers.values() for layer in found}
-    if strays := [key for key in state if key not in known | owners]:
-        raise refuse(name, f"has a key that is not a LoRA weight: {strays[0]}")
-    if not known:
+def _of_part(keys: Mapping[str, Key], part: str, family_parts: Sequence[str], name: str) -> dict[str, Key]:
+    """The keys of one part; the oldest files of diffusers name none, and are for the UNet."""
+    if not keys:
         raise refuse(name, "has no layers at all")
-    return layers
+    if all(key.part is None for key in keys.values()):
+        return dict(keys) if part == PARTS[0] else {}
+    if stray := next((spelt for spelt, key in keys.items() if key.part is None), None):
+        raise refuse(name, f"has a key that belongs to no part of Stable Diffusion: {stray}")
+    if not any(key.part in family_parts for key in keys.values()):
+        raise refuse(name, f"has nothing for this model: its first key is {next(iter(keys))}")
+    return {spelt: key for spelt, key in keys.items() if key.part == part}
+
+
+def _finite(key: str, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if tensor.numel() == 0:
+        raise refuse(name, f"has nothing in {key}, of shape {list(tensor.shape)}")
+    if not bool(tensor.float().isfinite().all()):  # formats of 8 bits cannot say so themselves
+        raise refuse(name, f"has values that are not finite numbers: {key}")
+    return tensor
+
+
+def _check_complete(key: str, parameter: str, beside: Parameters, name: str) -> None:
+    for group in _COMPLETE.get(parameter, ()):
+        if not any(other in beside for other in group):
+            if parameter in ("alpha", "weight"):
+                raise refuse(name, f"has a key that is not a LoRA weight: {key}")
+            raise refuse(name, f"has half of a layer: {key} without its {' or '.join(group)}")
 
 
 def _config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -10,12 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipelines.adapters.fitting import fit_down, fit_up
-from pipelines.adapters.layers import Adapter, LoraLayer, Mixture
-from pipelines.adapters.modules import Hook, adapt
-from pipelines.adapters.slots import BUCKETS, Placed, Slots, settled
+from pipelines.adapters.building import MisfitError, build
+from pipelines.adapters.layers import Adapter, Layer, Mixture
+from pipelines.adapters.linear_changes import LoraLayer
+from pipelines.adapters.modules import Hook, RowsHook, SlottedModule, adapt
+from pipelines.adapters.places import Places
+from pipelines.adapters.reading import AdapterFile, refuse
+from pipelines.adapters.slots import BUCKETS, Placed, Slots
 from pipelines.adapters.transfer import moved
 from pipelines.errors import InvalidValueError
+from pipelines.transfers import pinned, send
+
+_PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 
 
 class SlotKey(NamedTuple):
@@ -53,33 +59,42 @@ class RowAdapters:
                 not depend on which other adapters have been in use.
         """
         self._modules, self._pass = adapt(model)
-        self._others = {name for name, _ in model.named_modules()} - set(self._modules)
-        self._slots = Slots(self._modules, buckets)
-        weight = next(iter(self._modules.values())).weight
+        self._places = Places(self._modules)
+        self._others = Places(name for name, _ in model.named_modules() if name not in self._modules)
+        self._slotted = {name: module for name, module in self._modules.items() if isinstance(module, SlottedModule)}
+        self._slots = Slots(self._slotted, buckets)
+        weight = next(iter(self._slotted.values())).weight
         self._device, self._dtype = weight.device, weight.dtype
         self._weights = torch.zeros(0, self._slots.most, dtype=self._dtype, device=self._device)
         self._layouts: dict[tuple[frozenset[str], int, int], int] = {}
         self._read: tuple[slice, frozenset[str], int] | None = None
         self._prepared = _NOTHING
 
-    def fit(self, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """The adapter with this model's module names, on its device. On any thread.
+    def fit(self, file: AdapterFile, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """What a file has for this model, on its device. On any thread.
 
         Raises:
             InvalidValueError: a layer fits no module of this model; the message names the first.
         """
-        layers = dict(self._fitted(adapter, name) for name in adapter.layers)
-        ranks = 0
-        if self._slots.most and all(len(layer.down) <= self._slots.most for layer in layers.values()):
-            slotted = {name: settled(layer, dtype) for name, layer in layers.items()}
-            whole = {name: layer for name, layer in slotted.items() if layer is not None}
-            if len(whole) == len(layers):
-                layers, ranks = whole, max(len(layer.down) for layer in layers.values())
-        there = iter(moved([t for layer in layers.values() for t in layer.tensors], device, dtype))
+        layers: dict[str, tuple[Layer, ...]] = {}
+        for name, parameters in file.layers.items():
+            found = self._places.find(name)
+            if found is None:
+                known = self._others.find(name) is not None
+                raise _misfit(file, name, "no module that takes a LoRA" if known else "no module")
+            if found in layers:
+                raise refuse(file.name, f"has two layers for the module {found}; the second is {name}")
+            module = self._modules[found]
+            try:
+                layers[found] = build(parameters, module, name, file.config)
+            except MisfitError as error:
+                kind = next(c.__name__ for c in _PLAIN if isinstance(module, c))
+                raise _misfit(file, name, f"{kind} {list(module.weight.shape)}, which takes {error}") from error
+        layers, ranks = self._slots.settled(layers, dtype)
+        tensors = [tensor for own in layers.values() for layer in own for tensor in layer.tensors()]
+        there = iter(moved([(t, torch.float32 if precise else dtype) for t, precise in tensors], device))
         return Adapter(
-            adapter.name,
-            {name: LoraLayer(next(there), next(there), layer.scale) for name, layer in layers.items()},
-            ranks,
+            file.name, {name: tuple(layer.moved(there) for layer in own) for name, own in layers.items()}, ranks
         )
 
     @contextmanager
@@ -104,47 +119,35 @@ class RowAdapters:
         finally:
             self._pass.weights, self._pass.hooks = None, {}
 
-    def _fitted(self, adapter: Adapter, name: str) -> tuple[str, LoraLayer]:
-        """The module and the layer in its shapes."""
-        layer = adapter.layers[name]
-        # CLIPTextModel lost its `text_model.` level in transformers 5, CLIPTextModelWithProjection kept it.
-        names = (name, name.removeprefix("text_model."), f"text_model.{name}")
-        found = next((n for n in names if n in self._modules), None)
-        if found is None:
-            known = any(n in self._others for n in names)
-            raise _misfit(adapter, name, layer, "no module that takes a LoRA" if known else "no module")
-        module = self._modules[found]
-        down = fit_down(layer.down, module)
-        up = fit_up(layer.up, layer.down.shape[0], module)
-        if down is None or up is None:
-            out, *inner = module.weight.shape
-            wanted = f"up [{out}, rank] and down {['rank', *inner]}".replace("'", "")
-            kind = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
-            raise _misfit(adapter, name, layer, f"{kind} {[out, *inner]}, which takes {wanted}")
-        return found, LoraLayer(down, up, layer.scale)
-
     @torch.inference_mode()
     def _prepare(self, rows: tuple[Mixture, ...], padded: int | None) -> _Prepared:
         adapters = list(dict.fromkeys(adapter for mixture in rows for adapter, _ in mixture))
         if not adapters:
             return _Prepared(rows, padded, None, {}, SlotKey(0, 0))
-        placed = self._slots.place([adapter for adapter in adapters if self._slots.fits(adapter)])
-        hooks = self._hooks(rows, [adapter for adapter in adapters if adapter not in placed.places])
-        weights, key = self._weighted(rows, placed, padded) if placed.places else (None, SlotKey(0, 0))
+        # What comes in an order comes by hooks alone, together with whatever else its row has.
+        ordered = {row for row, mixture in enumerate(rows) if any(adapter.from_base for adapter, _ in mixture)}
+        free = [mixture for row, mixture in enumerate(rows) if row not in ordered]
+        unordered = list(dict.fromkeys(adapter for mixture in free for adapter, _ in mixture))
+        placed = self._slots.place([adapter for adapter in unordered if self._slots.fits(adapter)])
+        hooks = self._hooks(rows, ordered, placed)
+        if not placed.places:
+            return _Prepared(rows, padded, None, hooks, None if hooks else SlotKey(0, 0))
+        slotted = [() if row in ordered else mixture for row, mixture in enumerate(rows)]
+        weights, key = self._weighted(slotted, placed, padded)
         return _Prepared(rows, padded, weights, hooks, None if hooks else key)
 
     def _weighted(self, rows: Sequence[Mixture], placed: Placed, padded: int | None) -> tuple[torch.Tensor, SlotKey]:
         """Each row's weights for the ranks in use, by one copy to where they always stand."""
         count = len(rows) if padded is None else padded
         span = placed.span if padded is None else slice(0, self._slots.bucket(placed.span.stop))
-        values = torch.zeros(count, self._slots.most, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        values = torch.zeros(count, self._slots.most, dtype=self._dtype)
         for row, mixture in enumerate(rows):
             for adapter, weight in mixture:
                 if adapter in placed.places:
                     values[row, placed.places[adapter]] += weight
         if len(self._weights) < count:  # what was captured over the old one is void
             self._weights = torch.zeros(2 * count, self._slots.most, dtype=self._dtype, device=self._device)
-        self._weights[:count].copy_(values, non_blocking=True)
+        self._weights[:count].copy_(pinned(values, self._device), non_blocking=True)
         self._point(span, placed.modules)
         layout = (placed.modules, self._slots.capacity, len(self._weights))
         number = self._layouts.setdefault(layout, len(self._layouts) + 1)
@@ -156,37 +159,41 @@ class RowAdapters:
         if reading == self._read:
             return
         for name in self._read[1] - modules if self._read else ():
-            self._modules[name].factors = None
+            self._slotted[name].factors = None
         for name in modules:
-            self._modules[name].factors = self._slots.factors(name, span)
+            self._slotted[name].factors = self._slots.factors(name, span)
         self._read = reading
 
-    def _hooks(self, rows: Sequence[Mixture], adapters: Sequence[Adapter]) -> dict[str, list[Hook]]:
-        """Hooks of the adapters that are not in the slots, by module."""
-        uses = {
-            adapter: [(i, w) for i, mixture in enumerate(rows) for a, w in mixture if a is adapter]
-            for adapter in adapters
-        }
+    def _hooks(self, rows: Sequence[Mixture], ordered: set[int], placed: Placed) -> dict[str, list[Hook]]:
+        """Hooks of what is not in the slots, by module; rows of one mixture share theirs."""
+        groups: dict[Mixture, list[int]] = {}
+        for row, mixture in enumerate(rows):
+            if mixture:
+                groups.setdefault(mixture, []).append(row)
         found: dict[str, list[Hook]] = {}
-        for adapter, own in uses.items():
-            index = torch.tensor([row for row, _ in own], device=self._device)
-            weights = torch.tensor([weight for _, weight in own], dtype=self._dtype, device=self._device)
-            for name, layer in adapter.layers.items():
-                assert name in self._modules, f"{adapter.name} was not fitted to this model"
-                found.setdefault(name, []).append(_hook(layer, index, weights))
+        for mixture, own in groups.items():
+            # The rows of one mixture are either all ordered or none.
+            held = frozenset() if own[0] in ordered else frozenset(placed.places)
+            uses: dict[str, list[tuple[Layer, float]]] = {}
+            for adapter, weight in mixture:
+                for name, layers in adapter.layers.items():
+                    if name not in self._modules:
+                        raise ValueError(f"{adapter.name} was not fitted to this model: it has no module {name}")
+                    left = [layer for layer in layers if adapter not in held or not isinstance(layer, LoraLayer)]
+                    uses.setdefault(name, []).extend((layer, weight) for layer in left)
+            index = self._index(own)
+            for name, use in uses.items():
+                if use:
+                    found.setdefault(name, []).append(RowsHook(index, tuple(use)))
         return found
 
-
-def _hook(layer: LoraLayer, index: torch.Tensor, weights: torch.Tensor) -> Hook:
-    def add(module: nn.Module, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        addition = layer.addition(module, rows[index])
-        return output.index_add_(0, index, addition * weights.view(-1, *[1] * (addition.ndim - 1)))
-
-    return add
+    def _index(self, rows: Sequence[int]) -> slice | torch.Tensor:
+        """Rows as a slice where they stand together, as those of a job do."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return send(pinned(torch.tensor(rows), self._device), self._device)
 
 
-def _misfit(adapter: Adapter, name: str, layer: LoraLayer, met: str) -> InvalidValueError:
-    shapes = f"up {list(layer.up.shape)} x down {list(layer.down.shape)}"
-    return InvalidValueError(
-        f"loras: {adapter.name} does not fit this model: its layer {name}, {shapes}, meets {met}", "loras"
-    )
+def _misfit(file: AdapterFile, name: str, met: str) -> InvalidValueError:
+    shapes = " x ".join(f"{key} {list(tensor.shape)}" for key, tensor in file.layers[name].items() if key != "alpha")
+    return refuse(file.name, f"does not fit this model: its layer {name}, {shapes}, meets {met}")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.adapters.layers import Adapter, LoraLayer
-from pipelines.adapters.modules import AdaptedModule
+from pipelines.adapters.layers import Adapter, Layer
+from pipelines.adapters.linear_changes import LoraLayer
+from pipelines.adapters.modules import SlottedModule
 
 BUCKETS = (32, 64, 128)
 """Ranks that the slots of a model may have; a captured graph is for one of these, so that there are few."""
@@ -37,7 +38,12 @@ def settled(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer | None:
     up = up / factors.view(1, -1, *[1] * (up.ndim - 2))
     if not bool(up.abs().max() <= torch.finfo(dtype).max) or not bool(down.isfinite().all()):
         return None
-    return LoraLayer(down, up, 1.0)
+    return LoraLayer(down, up)
+
+
+def pairs(adapter: Adapter) -> dict[str, LoraLayer]:
+    """An adapter's low-rank pairs, by module."""
+    return {name: layer for name, own in adapter.layers.items() for layer in own if isinstance(layer, LoraLayer)}
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Placed:
 class Slots:
     """The slots of one model. On the model's own thread, between passes."""
 
-    def __init__(self, modules: Mapping[str, AdaptedModule], buckets: Sequence[int] = BUCKETS) -> None:
+    def __init__(self, modules: Mapping[str, SlottedModule], buckets: Sequence[int] = BUCKETS) -> None:
         """Slots for `modules`; without `buckets` there are none, and every adapter goes by hooks."""
         self._modules = modules
         self._buckets = tuple(buckets)
@@ -85,6 +91,22 @@ class Slots:
     def most(self) -> int:
         """Ranks there may ever be room for."""
         return self._buckets[-1] if self._buckets else 0
+
+    def settled(
+        self, layers: Mapping[str, tuple[Layer, ...]], dtype: torch.dtype
+    ) -> tuple[dict[str, tuple[Layer, ...]], int]:
+        """The layers of an adapter as the slots take them, and the ranks they need; 0 where they must go by hooks."""
+        found: dict[str, tuple[Layer, ...]] = {}
+        ranks = 0
+        for name, own in layers.items():
+            ready = [settled(layer, dtype) if isinstance(layer, LoraLayer) else layer for layer in own]
+            whole = tuple(layer for layer in ready if layer is not None)
+            pairs = [layer for layer in whole if isinstance(layer, LoraLayer)]
+            if len(whole) < len(own) or len(pairs) > 1 or any(layer.from_base for layer in whole):
+                return dict(layers), 0
+            found[name] = whole
+            ranks = max([ranks, *(len(pair.down) for pair in pairs)])
+        return (found, ranks) if ranks <= self.most else (dict(layers), 0)
 
     def fits(self, adapter: Adapter) -> bool:
         """Whether there can be a place for it at all."""
@@ -103,7 +125,7 @@ class Slots:
                     self._write(adapter, start)
                     self._places[adapter] = _Place(start, adapter.slot_ranks, now)
         found = {a: slice(p.start, p.end) for a in adapters if (p := self._places.get(a)) is not None}
-        return Placed(found, frozenset(name for adapter in found for name in adapter.layers))
+        return Placed(found, frozenset(name for adapter in found for name in pairs(adapter)))
 
     def factors(self, name: str, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """A `[ranks, in]` (or `[ranks, in, k, k]`) and B `[ranks, out]` of one module."""
@@ -150,11 +172,12 @@ class Slots:
 
     def _write(self, adapter: Adapter, start: int) -> None:
         """An adapter's layers into its ranks; what others left there goes, in modules that it does not touch too."""
-        for name in adapter.layers:
+        own = pairs(adapter)
+        for name in own:
             if name not in self._factors:
                 self._factors[name] = self._empty(name, self.capacity)
         for name, (down, up) in self._factors.items():
-            layer = adapter.layers.get(name)
+            layer = own.get(name)
             ranks = 0 if layer is None else len(layer.down)
             if layer is not None:
                 down[start : start + ranks].copy_(layer.down)

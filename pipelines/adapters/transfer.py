@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-_ALIGNMENT = 64
-"""Values; every tensor begins at a multiple of it, as matrix products like their operands."""
+from pipelines.transfers import send
+
+_ALIGNMENT = 128
+"""Bytes; every tensor begins at a multiple of it, as matrix products like their operands."""
 
 
-def moved(tensors: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensors on `device`, as parts of one buffer that travels from pinned memory."""
+def moved(tensors: Sequence[tuple[torch.Tensor, torch.dtype]], device: torch.device) -> list[torch.Tensor]:
+    """The tensors on `device`, each in its format, as parts of one buffer that travels from pinned memory."""
+    cast = [tensor.to(dtype).contiguous() for tensor, dtype in tensors]
     if device.type == "cpu":
-        return [tensor.to(dtype).contiguous() for tensor in tensors]
+        return cast
     starts, end = [], 0
-    for tensor in tensors:
+    for tensor in cast:
         starts.append(end)
-        end += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(end, dtype=dtype, pin_memory=device.type == "cuda")
-    for start, tensor in zip(starts, tensors, strict=True):
-        buffer[start : start + tensor.numel()].copy_(tensor.reshape(-1))
-    there = buffer.to(device, non_blocking=True)
-    return [there[s : s + t.numel()].view(t.shape) for s, t in zip(starts, tensors, strict=True)]
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, tensor in zip(starts, cast, strict=True):
+        buffer[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+    there = send(buffer, device)
+    return [there[s : s + t.nbytes].view(t.dtype).view(t.shape) for s, t in zip(starts, cast, strict=True)]

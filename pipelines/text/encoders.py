@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines.adapters.layers import Adapter
+from pipelines.adapters.reading import AdapterFile
 from pipelines.adapters.rows import RowAdapters
 from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
@@ -36,7 +36,7 @@ class TextEncoder:
         self,
         tokenizer: CLIPTokenizer,
         model: CLIPTextModel | CLIPTextModelWithProjection,
-        read: Callable[[str, str], Adapter],
+        read: Callable[[str, str], AdapterFile],
         layer: HiddenLayer,
     ) -> None:
         """Wrap a loaded model; `read(name, base)` reads the layers a LoRA has for it, `layer` is what UNets read."""

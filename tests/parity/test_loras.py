@@ -214,7 +214,7 @@ def test_a_wrong_base_names_the_first_mismatch(lora_catalog: Catalog, lora_folde
 
 
 @pytest.mark.parametrize(
-    ("key", "kind"), [("dora_scale", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("oft_blocks", "OFT")]
+    ("key", "kind"), [("vera_lambda_b", "VeRA"), ("ia3_l.weight", "PEFT IA3"), ("oft_R.weight", "PEFT OFT")]
 )
 def test_other_adapters_are_refused_by_name(lora_catalog: Catalog, tmp_path: Path, key: str, kind: str) -> None:
     save_file({f"lora_unet_mid_block.{key}": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -223,7 +223,7 @@ def test_other_adapters_are_refused_by_name(lora_catalog: Catalog, tmp_path: Pat
         {"bases": ["unet-sd15"], "source": {"folder": tmp_path}, "file": "other.safetensors"}
     ]
     text2image = Text2Image(Catalog.model_validate(data))
-    with pytest.raises(InvalidValueError, match=f"'peft' is a {kind} adapter"):
+    with pytest.raises(InvalidValueError, match=rf"'peft' \(other.safetensors\) is a {kind} adapter"):
         text2image.generate(GenerationParams(**request("SD1.5"), loras={"peft": 1.0}))
 
 

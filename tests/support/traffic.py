@@ -14,7 +14,7 @@ Kind = Literal["kernel", "to device", "to host", "sent", "fetched", "wait", "dri
 
 SKIPPED = {__file__, str(Path(__file__).with_name("pretended_cuda.py"))}
 """Files whose lines say nothing about who asked."""
-OWN_LAYERS = {"AdaptedLinear.forward", "AdaptedConv2d.forward"}
+OWN_LAYERS = {f"Adapted{kind}.forward" for kind in ("Linear", "Conv2d", "LayerNorm", "GroupNorm")}
 """A network's layers in classes of this project; what they add of adapters is in functions of other names."""
 
 

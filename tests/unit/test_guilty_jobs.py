@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from config.catalog import Catalog
-from pipelines.adapters.layers import Adapter, LoraLayer, Mixture
+from pipelines.adapters.layers import Adapter, Mixture
+from pipelines.adapters.linear_changes import LoraLayer
 from pipelines.assembly import load_engine, load_text_encoders, load_vae
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
@@ -98,7 +99,7 @@ def check_healthy(done: dict[str, Latents], vae: VAE) -> None:
 
 def broken_lora(shape: tuple[int, int], value: float = 1.0) -> Mixture:
     """An adapter of another shape than its layer's, as if no one had fitted it."""
-    return ((Adapter("broken", {LAYER: LoraLayer(torch.full(shape, value), torch.full((64, 4), value), 1.0)}), 1.0),)
+    return ((Adapter("broken", {LAYER: (LoraLayer(torch.full(shape, value), torch.full((64, 4), value)),)}), 1.0),)
 
 
 def test_a_lora_that_raises_fails_its_own_job(engine: StepEngine, add: Add, vae: VAE) -> None:

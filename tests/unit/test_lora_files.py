@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from config.catalog import Catalog
-from pipelines.adapters.formats import read_lora
+from pipelines.adapters.reading import read_adapter
 from pipelines.adapters.rows import RowAdapters
 from pipelines.assembly import load_lora
 from pipelines.errors import InvalidValueError, WeightsError
@@ -28,6 +28,7 @@ STRIDED = "down_blocks.0.downsamplers.0.conv"
 POINTWISE = "down_blocks.1.attentions.0.proj_in"
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 32, 64, 288]), max_size=5).filter(lambda s: math.prod(s) <= 20_000)
 TARGETS = (ATTENTION, CONV, STRIDED, POINTWISE, "time_embedding.linear_1", "conv_in")
+SD_PARTS = ("unet", "text_encoder")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -79,10 +80,10 @@ def saved(folder: Path, state: Tensors, metadata: dict[str, str] | None = None) 
 
 def added(hooks: RowAdapters, unet: Any, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a file's LoRA adds to the output of one module, and the input it was asked about."""
-    lora = hooks.fit(read_lora(path, "x", "unet", None), torch.device("cpu"), torch.float32)
+    lora = hooks.fit(read_adapter(path, "x", "unet", SD_PARTS), torch.device("cpu"), torch.float32)
     assert set(lora.layers) == {name}
     module = unet.get_submodule(name)
-    size = [8, 8] if isinstance(module, nn.Conv2d) else []
+    size = [] if isinstance(module, nn.Linear) else [8, 8]
     rows = torch.randn(1, module.weight.shape[1], *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         plain = module(rows)
@@ -160,6 +161,52 @@ def test_factors_of_any_shape_work_or_are_refused_when_they_are_loaded(
         assert str(down) in refusal.message or str(up) in refusal.message
 
 
+KINDS = {
+    "LoRA with mid": ("lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha"),
+    "DoRA": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
+    "LoHa, Tucker": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w2"),
+    "LoKr, one factored": ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"),
+    "LoKr, Tucker": ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "LoKr, both factored": ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "dora_scale"),
+    "OFT": ("oft_blocks", "rescale", "alpha"),
+    "IA3": ("weight", "on_input"),
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    "GLoRA with mid": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+    "difference": ("diff", "diff_b"),
+    "norm": ("w_norm", "b_norm"),
+}
+SIDES = st.sampled_from([1, 2, 4, 8, 32, 64])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([*TARGETS, "conv_norm_out"]),
+    kind=st.sampled_from(sorted(KINDS)),
+    shapes=st.lists(st.lists(SIDES, max_size=4).filter(lambda s: math.prod(s) <= 20_000), min_size=6, max_size=6),
+)
+def test_parameters_of_any_shape_work_or_are_refused_when_they_are_loaded(
+    unet: Any, hooks: RowAdapters, tmp_path: Path, name: str, kind: str, shapes: list[list[int]]
+) -> None:
+    """Of every kind; what is accepted here never breaks a tick."""
+    state = {
+        f"lora_unet_{name.replace('.', '_')}.{key}": torch.full(shape, 0.1)
+        for key, shape in zip(KINDS[kind], shapes, strict=False)
+    }
+    path = saved(tmp_path, state)
+    refusal: InvalidValueError | None = None
+    try:
+        difference, _ = added(hooks, unet, path, name)
+    except InvalidValueError as error:
+        refusal = error
+    if refusal is None:
+        assert difference.isfinite().all()
+    else:
+        assert refusal.param == "loras"
+        assert path.name in refusal.message
+
+
 def test_a_tucker_factor_is_folded_into_the_down_factor(unet: Any, hooks: RowAdapters, tmp_path: Path) -> None:
     """LyCORIS: the weight changes by alpha / rank * einsum("orhw,ri,or'" over up, mid and down)."""
     module = unet.get_submodule(CONV)
@@ -195,11 +242,26 @@ def flat(end: str) -> str:
 
 SOUND = {flat(".lora_down.weight"): torch.ones(2, 64), flat(".lora_up.weight"): torch.ones(64, 2)}
 REFUSED: dict[str, tuple[Tensors, str]] = {
-    "bias difference": (SOUND | {flat(".diff_b"): torch.zeros(64)}, "full-difference adapter"),
-    "difference": (SOUND | {"lora_unet_conv_in.diff": torch.zeros(8, 4, 3, 3)}, "full-difference adapter"),
-    "norm": (SOUND | {"lora_unet_conv_norm_out.w_norm": torch.zeros(8)}, "LyCORIS norm adapter"),
-    "IA3": ({flat(".weight"): torch.ones(64), flat(".on_input"): torch.tensor(0)}, "IA3 adapter"),
-    "GLoRA": ({flat(f".{n}.weight"): torch.ones(2, 2) for n in ("a1", "a2", "b1", "b2")}, "GLoRA adapter"),
+    "Control-LoRA": (SOUND | {"lora_controlnet": torch.zeros(8)}, "Control-LoRA adapter"),
+    "VeRA": (SOUND | {"unet.conv_in.vera_lambda_b": torch.zeros(8)}, "VeRA adapter"),
+    "another word": (SOUND | {flat(".lora_sideways.weight"): torch.zeros(8)}, "not a LoRA weight"),
+    "a key of no layer": (SOUND | {"lora_unet_conv_in": torch.zeros(8)}, "no weight of a LoRA"),
+    "a weight of no layer": (SOUND | {"lora_unet_conv_in.weight": torch.zeros(8)}, "not a LoRA weight"),
+    "half of a LoHa": ({flat(".hada_w1_a"): torch.ones(64, 2)}, "half of a layer"),
+    "half of a LoKr": ({flat(".lokr_w1"): torch.ones(8, 8)}, "half of a layer"),
+    "half of a GLoRA": ({flat(".a1.weight"): torch.ones(64, 2)}, "half of a layer"),
+    "magnitudes alone": ({flat(".dora_scale"): torch.ones(64, 1)}, "half of a layer"),
+    "a difference of another shape": ({flat(".diff"): torch.ones(64, 63)}, "a difference \\[64, 64\\]"),
+    "the norm of a linear layer": ({flat(".w_norm"): torch.ones(64)}, "no difference of a normalisation"),
+    "a pair for a norm": (
+        {f"lora_unet_conv_norm_out.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")},
+        "meets GroupNorm",
+    ),
+    "one weight twice": (
+        SOUND | {f"lora_unet_{ATTENTION.replace('.', '_')}.lora_A.weight": torch.ones(2, 64)},
+        "two keys for the same weight",
+    ),
+    "one module twice": (SOUND | peft(ATTENTION, torch.ones(2, 64), torch.ones(64, 2)), "two layers for the module"),
     "alphas alone": ({flat(".alpha"): torch.tensor(4.0)}, "not a LoRA weight"),
     "no up": ({flat(".lora_down.weight"): torch.ones(2, 64)}, "half of a layer"),
     "no down": ({flat(".lora_up.weight"): torch.ones(64, 2)}, "half of a layer"),
@@ -228,7 +290,7 @@ def test_what_cannot_be_read_is_refused_by_file_and_key(hooks: RowAdapters, tmp_
     state, reason = REFUSED[case]
     path = saved(tmp_path, state)
     with pytest.raises(InvalidValueError, match=reason) as refused:
-        hooks.fit(read_lora(path, "x", "unet", None), torch.device("cpu"), torch.float32)
+        hooks.fit(read_adapter(path, "x", "unet", SD_PARTS), torch.device("cpu"), torch.float32)
     assert refused.value.param == "loras"
     assert "'x'" in refused.value.message
     assert path.name in refused.value.message

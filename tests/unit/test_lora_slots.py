@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.adapters.layers import Adapter, LoraLayer, Mixture
+from pipelines.adapters.layers import Adapter, Mixture
+from pipelines.adapters.reading import AdapterFile
 from pipelines.adapters.rows import RowAdapters, SlotKey
 
 CPU = torch.device("cpu")
@@ -42,18 +43,18 @@ def model() -> Model:
     return Model().eval()
 
 
-def adapter(model: Model, name: str, rank: int, layers: tuple[str, ...] = EVERYWHERE, size: float = 0.3) -> Adapter:
+def adapter(model: Model, name: str, rank: int, layers: tuple[str, ...] = EVERYWHERE, size: float = 0.3) -> AdapterFile:
     generator = torch.Generator().manual_seed(ord(name[0]) + rank)
     made = {}
     for layer in layers:
         out, *inner = model.get_submodule(layer).weight.shape
         down = torch.randn(rank, *inner, generator=generator) * size
         up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator) * size
-        made[layer] = LoraLayer(down, up, 0.5)
-    return Adapter(name, made)
+        made[layer] = {"down": down, "up": up, "alpha": torch.tensor(rank * 0.5)}
+    return AdapterFile(name, made, {})
 
 
-def merged(model: Model, rows: torch.Tensor, mixtures: list[Mixture], raw: Mapping[str, Adapter]) -> torch.Tensor:
+def merged(model: Model, rows: torch.Tensor, mixtures: list[Mixture], raw: Mapping[str, AdapterFile]) -> torch.Tensor:
     """Each row by a model of its own, whose weights are changed."""
     outputs = []
     for row, mixture in zip(rows, mixtures, strict=True):
@@ -61,14 +62,14 @@ def merged(model: Model, rows: torch.Tensor, mixtures: list[Mixture], raw: Mappi
         state = dict(model.state_dict())
         for used, weight in mixture:
             for layer, pair in raw[used.name].layers.items():
-                change = torch.einsum("or,r...->o...", pair.up.flatten(1), pair.down) * pair.scale * weight
+                change = torch.einsum("or,r...->o...", pair["up"].flatten(1), pair["down"]) * 0.5 * weight
                 state[f"{layer}.weight"] = state[f"{layer}.weight"] + change
         copy.load_state_dict(state)
         outputs.append(copy(row[None])[0])
     return torch.stack(outputs)
 
 
-def fit(adapters: RowAdapters, made: Adapter) -> Adapter:
+def fit(adapters: RowAdapters, made: AdapterFile) -> Adapter:
     return adapters.fit(made, CPU, torch.float32)
 
 
@@ -161,8 +162,8 @@ def test_an_adapter_that_overflows_reaches_no_neighbour(model: Model) -> None:
     adapters = RowAdapters(model)
     sound = adapters.fit(adapter(model, "a", 2), CPU, torch.float16)
     # Finite in half precision, as is what it adds; its product with A is not.
-    loud = Adapter("b", {"tokens": LoraLayer(torch.full((2, 16), 6e4), torch.full((16, 2), 1e-6), 1.0)})
-    mad = Adapter("c", {"tokens": LoraLayer(torch.full((2, 16), 3e38), torch.full((16, 2), 3e38), 1.0)})
+    loud = AdapterFile("b", {"tokens": {"down": torch.full((2, 16), 6e4), "up": torch.full((16, 2), 1e-6)}}, {})
+    mad = AdapterFile("c", {"tokens": {"down": torch.full((2, 16), 3e38), "up": torch.full((16, 2), 3e38)}}, {})
     rows = torch.randn(3, 4, 8, 8).half() * 8
     with torch.inference_mode():
         plain = model(rows)

@@ -23,7 +23,6 @@ TINY = ROOT / "models" / "tiny"
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CONFIG |= {"skip_prk_steps": True}  # as every model's configuration says of PNDM
 OF_DIFFUSERS = sorted(name for name, spec in SAMPLERS.items() if spec.make is None)
-DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
 
 
 @pytest.mark.parametrize(
@@ -42,53 +41,6 @@ def test_a_models_config_is_its_constructors_arguments_with_their_defaults(model
         small["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
     loaded = {key: value for key, value in model_class(**small).config.items() if not key.startswith("_")}
     assert compat.with_defaults(model_class, small) == loaded
-
-
-def test_the_lora_reader_renames_kohyas_keys_and_hands_out_their_alphas() -> None:
-    flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP, f"{flat}.alpha": torch.tensor(3.0)}
-    tensors, alphas = compat.rename_lora(state, None)
-    (alpha,) = alphas or {}
-    down = next(key for key in tensors if key.endswith("down.weight"))
-    assert alphas == {alpha: 3.0}
-    assert alpha == f"{down.split('.lora.')[0]}.alpha"
-    assert down.startswith("unet.mid_block.")
-
-
-def test_the_lora_reader_leaves_pefts_keys_alone_and_has_no_alphas() -> None:
-    state = {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP}
-    tensors, alphas = compat.rename_lora(state, None)
-    assert set(tensors) == set(state)
-    assert alphas is None
-
-
-def test_the_lora_reader_maps_kohyas_sdxl_blocks_by_the_unets_config() -> None:
-    flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    state = {f"{flat}.lora_down.weight": DOWN, f"{flat}.lora_up.weight": UP}
-    tensors, _ = compat.rename_lora(state, {"layers_per_block": 2})
-    assert all(key.startswith("unet.down_blocks.1.attentions.0.") for key in tensors)
-
-
-def test_the_lora_reader_would_drop_layers_of_two_ways_to_count_blocks() -> None:
-    tail = "transformer_blocks_0_attn1_to_q"
-    flat = (f"lora_unet_input_blocks_4_1_{tail}", f"lora_unet_down_blocks_1_attentions_0_{tail}")
-    state = {f"{name}.lora_{end}.weight": DOWN if end == "down" else UP for name in flat for end in ("down", "up")}
-    with pytest.raises(ValueError, match="some as the original does"):
-        compat.rename_lora(state, {"layers_per_block": 2})
-
-
-def test_a_unets_old_lora_names_become_pefts() -> None:
-    old = {"mid.attn1.processor.to_q_lora.down.weight": DOWN, "mid.attn1.processor.to_q_lora.up.weight": UP}
-    assert set(compat.unet_lora_to_peft(old)) == {"mid.attn1.to_q.lora_A.weight", "mid.attn1.to_q.lora_B.weight"}
-
-
-@pytest.mark.parametrize("leaves", [("to_q",), ("to_q", "to_out")])
-def test_a_text_encoders_old_lora_names_become_pefts(leaves: tuple[str, ...]) -> None:
-    old = {f"layers.0.self_attn.{leaf}_lora.down.weight": DOWN for leaf in leaves}
-    new = {"to_q": "q_proj", "to_out": "out_proj"}
-    assert set(compat.text_encoder_lora_to_peft(old)) == {
-        f"layers.0.self_attn.{new[leaf]}.lora_A.weight" for leaf in leaves
-    }
 
 
 def test_a_clip_model_is_read_from_an_original_checkpoint(tiny_models: Path) -> None:
