@@ -15,13 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from config.annotators import WEIGHTLESS_ANNOTATORS as WEIGHTLESS_ANNOTATORS
 from config.annotators import AnnotatorSpec as AnnotatorSpec
-from config.choices import Choices
+from config.choices import Choices, UnknownChoiceError
 from config.components import ARCHITECTURES as ARCHITECTURES
 from config.components import Architecture as Architecture
 from config.components import ComponentSpec as ComponentSpec
 from config.components import Family as Family
 from config.components import Size as Size
 from config.library import UnservedFile
+from config.model_names import ModelNames
 from config.sources import PlainSource, Spec
 
 T = TypeVar("T")
@@ -161,6 +162,7 @@ class Catalog(Spec):
     annotators: tuple[AnnotatorSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
     styles: tuple[StylePreset, ...] = ()
+    model_names: ModelNames = ModelNames()
     library: tuple[Path, ...] = ()
     """Folders of the library that this catalog was extended by."""
     unserved: tuple[UnservedFile, ...] = ()
@@ -189,7 +191,9 @@ class Catalog(Spec):
         components = {c.id: c for c in self.components}
         if len(components) != len(self.components):
             raise ValueError("two components share an id")
-        self.model_choices()  # two names that differ by case alone fail here
+        self.model_choices()  # two names that differ by case alone fail here, and aliases of nothing
+        if self.model_names.default not in (None, *(m.name for m in self.models)):
+            raise ValueError(f"model_names: the default '{self.model_names.default}' is no model")
         self.style_choices()
         self.lora_choices()
         for model in self.models:
@@ -238,7 +242,22 @@ class Catalog(Spec):
 
     def model_choices(self) -> Choices:
         """Every model name, available or not."""
-        return Choices("model_name", [m.name for m in self.models], _aliases(self.models))
+        aliases = _aliases(self.models) | dict(self.model_names.aliases)
+        return Choices("model_name", [m.name for m in self.models], aliases)
+
+    def default_model(self) -> str:
+        """What draws where a request names no model."""
+        served = self.available_models()
+        if self.model_names.default in {m.name for m in served}:
+            return str(self.model_names.default)
+        return next((m.name for m in served if not m.requires_controlnet), served[0].name)
+
+    def sizes_of(self, model: str) -> tuple[Size, ...]:
+        """The sizes that a model draws best, by any of its names; none of one that is not there."""
+        try:
+            return self.model(self.model_choices().resolve(model)).sizes
+        except UnknownChoiceError:
+            return ()
 
     def lora_choices(self) -> Choices:
         """Every LoRA, available or not."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipelines.control.residuals import PackedResiduals
     from pipelines.control.types import ControlBatch, ControlHint
     from pipelines.pictures.images import EncodedImage
-    from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
+    from pipelines.plan import CompiledSize, GenerationPlan, OutputFormat, StagePlan
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
 
@@ -166,9 +166,9 @@ class Graph:
         """The finished file, with the plan inside."""
         return Call(self._handles[plan.vae].decode.remote(plan=plan, latents=_handed_on(latents)))
 
-    def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents]) -> Call[bytes]:
-        """A small JPEG of a picture in the making."""
-        return Call(self._handles[plan.vae].preview.remote(plan=plan, latents=latents))
+    def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> Call[bytes]:
+        """A small file of a picture in the making."""
+        return Call(self._handles[plan.vae].preview.remote(plan=plan, latents=latents, file_format=file_format))
 
     def compiled_sizes(self, component: str) -> Call[tuple[CompiledSize, ...]]:
         """What the replica of a compiled UNet can draw, with what was measured when it started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -15,6 +16,7 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
+from config.choices import UnknownChoiceError
 from deployments.access.keys import UnauthorizedError
 from deployments.access.limits import RateLimitedError
 from deployments.api.schemas import ErrorDetail, ErrorResponse
@@ -168,6 +170,9 @@ def _validation_failure(error: RequestValidationError) -> Failure:
     location = [str(part) for part in first["loc"] if part not in ("body", "hyperbolic", "openai")]
     param = location[0] if location and first["type"] != "json_invalid" else None
     message = f"{'.'.join(location)}: {first['msg']}" if param else _json_problem(error)
+    if param and first["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", first["msg"])
+        message = str(UnknownChoiceError(param, str(error.errors()[0]["input"]), allowed))
     if first["type"] in _VALUE_ERRORS:
         return Failure.invalid(400, ErrorCode.INVALID_VALUE, message, param)
     return Failure.invalid(422, ErrorCode.MALFORMED, message, param, detail=errors)

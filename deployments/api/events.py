@@ -1,32 +1,26 @@
-"""Server-sent events of a watched request: `progress`, `preview`, and at last `result` or `error`.
+"""Server-sent events of a watched request.
 
 Source of the format: the HTML standard, section 9.2 (Server-sent events).
 """
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
+from anyio import CancelScope
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.errors import answer
-from deployments.graph import Progress
-from deployments.ingress.ingress import Generated, Restarted, Watched
 
-EVENT_SCHEMA = {
-    "type": "object",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {"enum": ["progress", "preview", "result", "error"]},
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    },
-}
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+"""Seconds of silence after which a comment is sent: proxies between us and a browser end silent connections."""
 
 
 class EventStream(StreamingResponse):
@@ -36,16 +30,12 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(
-        self,
-        first: Watched,
-        items: AsyncGenerator[Watched, None],
-        reply: Callable[[Generated], BaseModel],
-        request_id: str,
+        self, first: T, items: AsyncGenerator[T, None], tell: Callable[[T], bytes], request_id: str, end: bytes = b""
     ) -> None:
-        """Tell `first`, then `items`; `reply` makes the result's body of the finished picture."""
+        """Tell `first`, then `items`, each as the events that `tell` makes of it, then `end`."""
         self._items = items
-        self._events = events(first, items, reply, request_id)
-        headers = {"cache-control": "no-store"}
+        self._events = events(first, items, tell, request_id, end)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(self._events, media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,35 +45,40 @@ class EventStream(StreamingResponse):
 
 
 async def events(
-    first: Watched,
-    items: AsyncGenerator[Watched, None],
-    reply: Callable[[Generated], BaseModel],
-    request_id: str,
+    first: T, items: AsyncGenerator[T, None], tell: Callable[[T], bytes], request_id: str, end: bytes = b""
 ) -> AsyncGenerator[bytes, None]:
-    """The events; an exception becomes an `error` event, which ends them."""
-    yield _event_of(first, reply)
+    """The events, and comments in long silences; an exception becomes an `error` event, which ends them."""
+    yield tell(first)
     try:
-        async for item in items:
-            yield _event_of(item, reply)
+        async with aclosing(_with_silences(items)) as told:
+            async for item in told:
+                yield b": keep-alive\n\n" if item is None else tell(item)
     except Exception as error:  # the status line is long gone: the stream itself must say it
         yield b"event: error\ndata: " + bytes(answer(error, request_id).body) + b"\n\n"
+    else:
+        yield end
+
+
+async def _with_silences(items: AsyncGenerator[T, None]) -> AsyncGenerator[T | None, None]:
+    """The items, and None after each `KEEP_ALIVE_S` seconds without one."""
+    while True:
+        waiting = asyncio.ensure_future(anext(items, _END))
+        try:
+            while not (await asyncio.wait((waiting,), timeout=KEEP_ALIVE_S))[0]:
+                yield None
+            item = waiting.result()
+        finally:
+            waiting.cancel()
+            with CancelScope(shield=True):  # Starlette's cancellation is repeated at every await
+                await asyncio.wait((waiting,))  # a generator that still runs cannot be closed
+        if item is _END:
+            return
+        yield item
+
+
+_END: Any = object()
 
 
 def event(name: str, data: Any) -> bytes:
     """One event; `data` as JSON on a single line."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _event_of(item: Watched, reply: Callable[[Generated], BaseModel]) -> bytes:
-    match item:
-        case Progress(steps=0):
-            return event("progress", {"state": "queued", "stage": item.stage, "position": item.position or 0})
-        case Progress():
-            data = {"state": "denoising", "stage": item.stage, "step": item.step, "steps": item.steps}
-            return event("progress", data)
-        case Restarted():
-            return event("progress", {"state": "restarted", "stage": item.stage})
-        case bytes():
-            return event("preview", {"image": base64.b64encode(item).decode()})
-        case Generated():
-            return event("result", reply(item).model_dump())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from deployments.api.scope import CONTENT_TYPE
 from pipelines.errors import InvalidValueError
+
+M = TypeVar("M", bound=BaseModel)
 
 MOST_FILES = 16
 """OpenAI's limit of pictures in one edit."""
@@ -81,6 +83,14 @@ def _no_json(position: int, reason: str) -> RequestValidationError:
     """What FastAPI raises for such a body."""
     told = {"type": "json_invalid", "loc": ("body", position), "msg": "JSON decode error", "ctx": {"error": reason}}
     return RequestValidationError([told])
+
+
+def validated(schema: type[M], fields: Mapping[str, Any]) -> M:
+    """The fields as a request; what is wrong with them is told as FastAPI tells it of bodies it reads itself."""
+    try:
+        return schema.model_validate(dict(fields))
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
 
 
 def documented(schema: type[BaseModel], files: Iterable[str], required: Iterable[str] = ()) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The two POST routes. A body with `model_name` is Hyperbolic's, one with `model` OpenAI's."""
+"""The POST routes that draw. A body with `model_name` is Hyperbolic's, any other on `/v1/images/*` OpenAI's."""
 
 from __future__ import annotations
 
@@ -7,43 +7,69 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
+from pydantic import Discriminator, Tag
 
-from deployments.api import hyperbolic, openai
-from deployments.api.events import EVENT_SCHEMA
-from deployments.api.schemas import (
-    AnyImageRequest,
-    GenerationRequest,
-    GenerationResponse,
-    OpenAIImageResponse,
-)
+from deployments.api import hyperbolic
+from deployments.api.forms import documented, fields_of, validated
+from deployments.api.openai import drawing
+from deployments.api.openai.edits import edit_of
+from deployments.api.openai.replies import OpenAIImageResponse
+from deployments.api.openai.requests import EditRequest, ImageRequest
+from deployments.api.schemas import GenerationRequest, GenerationResponse
 from deployments.ingress.ingress import Ingress
 
-_STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The picture; with `stream`, server-sent events.",
-        "content": {"text/event-stream": {"schema": EVENT_SCHEMA}},
-    }
-}
+
+def _shape(body: Any) -> str:
+    return "openai" if isinstance(body, dict) and body.get("model_name") is None else "hyperbolic"
+
+
+AnyImageRequest = Annotated[
+    Annotated[GenerationRequest, Tag("hyperbolic")] | Annotated[ImageRequest, Tag("openai")],
+    Discriminator(_shape),
+]
+
+
+def _streamed(*schemas: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    events = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}}
+    return {200: {"description": "Pictures; with `stream`, events.", "content": {"text/event-stream": events}}}
 
 
 def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
-    """`POST /v1/image/generation` and `/v1/images/generations`."""
+    """`POST /v1/image/generation`, `/v1/images/generations` and `/v1/images/edits`."""
     router = APIRouter(prefix="/v1", route_class=route_class, tags=["images"])
 
-    @router.post("/image/generation", response_model=GenerationResponse, responses=_STREAMED)
+    @router.post("/image/generation", response_model=GenerationResponse, responses=_streamed(hyperbolic.EVENT_SCHEMA))
     async def generate(
         body: Annotated[GenerationRequest, Body()], request: Request, response: Response
     ) -> GenerationResponse | StreamingResponse:
         """Draw one picture; with `stream`, tell its progress as server-sent events."""
         return await hyperbolic.generate(ingress, body, request, response)
 
-    @router.post("/images/generations", response_model=GenerationResponse | OpenAIImageResponse, responses=_STREAMED)
+    @router.post(
+        "/images/generations",
+        response_model=GenerationResponse | OpenAIImageResponse,
+        response_model_exclude_none=True,
+        responses=_streamed(hyperbolic.EVENT_SCHEMA, drawing.EVENT_SCHEMA),
+    )
     async def generate_either(
         body: Annotated[AnyImageRequest, Body()], request: Request, response: Response
     ) -> GenerationResponse | OpenAIImageResponse | StreamingResponse:
-        """The same with `model_name`; with `model`, the OpenAI Images request and reply."""
+        """The same with `model_name`; without, the OpenAI Images request and reply."""
         if isinstance(body, GenerationRequest):
             return await hyperbolic.generate(ingress, body, request, response)
-        return await openai.generate(ingress, body, request, response)
+        return await drawing.generate(ingress, body, request, response)
+
+    @router.post(
+        "/images/edits",
+        response_model=OpenAIImageResponse,
+        response_model_exclude_none=True,
+        responses=_streamed(drawing.EVENT_SCHEMA),
+        openapi_extra=dict(documented(EditRequest, ["image", "mask"], ["image", "prompt"])),
+    )
+    async def edit(request: Request, response: Response) -> OpenAIImageResponse | StreamingResponse:
+        """Change a picture, as OpenAI's clients ask for it: a form with files, or JSON."""
+        body = validated(EditRequest, await fields_of(request, ingress.limits.max_body_bytes))
+        params = edit_of(body, ingress.catalog)
+        return await drawing.draw(ingress, body, params, "image_edit", request, response)
 
     return router

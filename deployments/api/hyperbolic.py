@@ -1,4 +1,4 @@
-"""Hyperbolic's image request and reply."""
+"""Hyperbolic's image request and reply; its events are `progress`, `preview`, and at last `result` or `error`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from fastapi.responses import StreamingResponse
 
 from deployments.api.admission import caller_of
 from deployments.api.connection import describe, until_disconnect
-from deployments.api.events import EventStream
+from deployments.api.events import EventStream, event
 from deployments.api.schemas import GeneratedImage, GenerationRequest, GenerationResponse
 from deployments.api.scope import request_id_of
-from deployments.ingress.ingress import Generated, Ingress
+from deployments.graph import Progress
+from deployments.ingress.compose import Preview, Watcher
+from deployments.ingress.ingress import Generated, Ingress, Restarted, Watched
+
+EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["progress", "preview", "result", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 
 async def generate(
@@ -27,9 +38,10 @@ async def generate(
 
 
 async def _stream(ingress: Ingress, body: GenerationRequest, request: Request) -> StreamingResponse:
-    items = ingress.watch(body.to_params(), bool(body.preview), caller_of(request))
+    watcher = Watcher(previews=None if body.preview else 0)
+    items = ingress.watch(body.to_params(), watcher, caller_of(request))
     first = await anext(items)  # a bad request is refused here, with a status of its own
-    return EventStream(first, items, reply, request_id_of(request.scope))
+    return EventStream(first, items, tell, request_id_of(request.scope))
 
 
 def reply(generated: Generated) -> GenerationResponse:
@@ -37,3 +49,19 @@ def reply(generated: Generated) -> GenerationResponse:
     picture = base64.b64encode(generated.image.data).decode()
     image = GeneratedImage(index=0, image=picture, random_seed=generated.plan.seed)
     return GenerationResponse(images=[image], inference_time=round(generated.seconds, 4))
+
+
+def tell(item: Watched) -> bytes:
+    """The event of an item."""
+    match item:
+        case Progress(steps=0):
+            return event("progress", {"state": "queued", "stage": item.stage, "position": item.position or 0})
+        case Progress():
+            data = {"state": "denoising", "stage": item.stage, "step": item.step, "steps": item.steps}
+            return event("progress", data)
+        case Restarted():
+            return event("progress", {"state": "restarted", "stage": item.stage})
+        case Preview():
+            return event("preview", {"image": base64.b64encode(item.data).decode()})
+        case Generated():
+            return event("result", reply(item).model_dump())

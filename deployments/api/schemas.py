@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pipelines.errors import InvalidValueError
 from pipelines.plan import (
@@ -46,8 +47,8 @@ def _without_unset(data: Any, empty_is_unset: frozenset[str]) -> Any:
     }
 
 
-class GenerationRequest(BaseModel):
-    """Hyperbolic's image request. Unknown fields are ignored and `null` means absent: real clients send both."""
+class PictureRequest(BaseModel):
+    """What any dialect may say of a picture. Unknown fields are ignored, `null` is absent: real clients send both."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
@@ -121,12 +122,10 @@ class GenerationRequest(BaseModel):
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
     loras: dict[str, FiniteFloat] | None = Field(None, validation_alias=AliasChoices("loras", "lora"))
     output_format: OutputFormat | None = Field(None, description="Default jpeg.")
-    stream: bool | None = Field(None, description="Answer server-sent events: progress, then the reply.")
-    preview: bool | None = Field(None, description="With stream: small JPEGs of the picture in the making.")
 
-    def to_params(self) -> GenerationParams:
-        """The request without HTTP; raises InvalidValueError for broken base64."""
-        return GenerationParams(
+    def to_params(self, **changes: Any) -> GenerationParams:
+        """The request without HTTP, but for `changes`; raises InvalidValueError for broken base64."""
+        params = GenerationParams(
             model_name=self.model_name,
             prompt=self.prompt,
             prompt_2=self.prompt_2,
@@ -153,37 +152,14 @@ class GenerationRequest(BaseModel):
             loras=self.loras or {},
             output_format=self.output_format or "jpeg",
         )
+        return replace(params, **changes)
 
 
-class OpenAIImageRequest(BaseModel):
-    """The OpenAI Images shape, so that its clients reach the same models."""
+class GenerationRequest(PictureRequest):
+    """Hyperbolic's image request."""
 
-    model_config = ConfigDict(protected_namespaces=(), extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unset(cls, data: Any) -> Any:
-        return _without_unset(data, _OPENAI_UNSET)
-
-    model: str = Field(max_length=200)
-    prompt: str = Field(min_length=1, max_length=20_000)
-    n: int | None = Field(None, ge=1, le=10, description="Pictures, of consecutive seeds; default 1.")
-    size: str | None = Field(None, pattern=r"^(auto|\d{3,4}x\d{3,4})$", description="WIDTHxHEIGHT or auto.")
-    response_format: Literal["b64_json"] | None = Field(None, description="Pictures are always returned inline.")
-    output_format: OutputFormat | None = None
-    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT)
-
-    def to_params(self) -> GenerationParams:
-        """The same request in this project's words."""
-        width, height = (None, None) if self.size in (None, "auto") else map(int, str(self.size).split("x"))
-        return GenerationParams(
-            model_name=self.model,
-            prompt=self.prompt,
-            width=width,
-            height=height,
-            seed=None if self.seed == RANDOM_SEED else self.seed,
-            output_format=self.output_format or "jpeg",
-        )
+    stream: bool | None = Field(None, description="Answer server-sent events: progress, then the reply.")
+    preview: bool | None = Field(None, description="With stream: small JPEGs of the picture in the making.")
 
 
 _HYPERBOLIC_UNSET = frozenset(
@@ -191,17 +167,6 @@ _HYPERBOLIC_UNSET = frozenset(
     | {"controlnet_name", "controlnet_image", "output_format", "prompt_syntax", "emphasis", "long_prompt"}
 )
 """Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
-_OPENAI_UNSET = frozenset({"size", "response_format", "output_format"})
-
-
-def _shape(body: Any) -> str:
-    return "openai" if isinstance(body, dict) and "model" in body and "model_name" not in body else "hyperbolic"
-
-
-AnyImageRequest = Annotated[
-    Annotated[GenerationRequest, Tag("hyperbolic")] | Annotated[OpenAIImageRequest, Tag("openai")],
-    Discriminator(_shape),
-]
 
 
 class GeneratedImage(BaseModel):
@@ -219,19 +184,6 @@ class GenerationResponse(BaseModel):
     images: list[GeneratedImage]
     inference_time: float
     """Seconds between the parsed request and the finished picture."""
-
-
-class OpenAIImage(BaseModel):
-    """One picture of an OpenAI Images reply."""
-
-    b64_json: str
-
-
-class OpenAIImageResponse(BaseModel):
-    """OpenAI's image reply."""
-
-    created: int
-    data: list[OpenAIImage]
 
 
 class ErrorDetail(BaseModel):

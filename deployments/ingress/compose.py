@@ -12,7 +12,7 @@ from deployments.ingress.health import Health
 from deployments.ingress.pending import Pending
 from deployments.telemetry.stages import Timed
 from pipelines.pictures.images import EncodedImage
-from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
+from pipelines.plan import GenerationParams, GenerationPlan, OutputFormat, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.control.types import ControlHint
@@ -23,7 +23,27 @@ if TYPE_CHECKING:
 class Watcher:
     """What a watched request is told of, beside its progress."""
 
-    previews: bool
+    previews: int | None = 0
+    """Most previews, spread over the first stage's steps from the first one on; None for one of each step."""
+    format: OutputFormat = "jpeg"
+    """Of previews."""
+
+    def wants_preview(self, stage: int, step: int, steps: int) -> bool:
+        """Whether a preview is made of the picture after `step` of `steps` sampler steps of a stage."""
+        if self.previews is None:
+            return True
+        return stage == 0 and step in {1 + i * (steps - 1) // self.previews for i in range(self.previews)}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small picture of one in the making."""
+
+    data: bytes
+    format: OutputFormat
+    width: int
+    height: int
+    """Width and height are those of the picture it will be."""
 
 
 class Composition:
@@ -55,7 +75,7 @@ class Composition:
         self._watcher = watcher
         self._health = health
 
-    async def run(self) -> AsyncGenerator[Progress | bytes | Timed[EncodedImage], None]:
+    async def run(self) -> AsyncGenerator[Progress | Preview | Timed[EncodedImage], None]:
         """Progress and previews, if somebody watches, and at last the file. Closing it cancels what is under way."""
         graph, plan, photo = self._graph, self._plan, self._params.image
         visits = graph.visits(plan)
@@ -65,7 +85,7 @@ class Composition:
                 latents = pending.add(graph.encode(plan=plan, image=photo))
             texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
             hints = [self._prepare(stage, pending) for stage in plan.stages]
-            for stage, conditioning, hint in zip(plan.stages, texts, hints, strict=True):
+            for position, (stage, conditioning, hint) in enumerate(zip(plan.stages, texts, hints, strict=True)):
                 if self._watcher is None:
                     assert not isinstance(latents, Sealed)
                     latents = pending.add(
@@ -80,7 +100,7 @@ class Composition:
                     latents=latents,
                     hint=hint,
                     expires=self._expires,
-                    previews=self._watcher.previews,
+                    previews=self._watcher.previews != 0,
                 )
                 async with aclosing(watched) as items:
                     while (item := await pending.wait(anext(items, None))) is not None:
@@ -88,8 +108,10 @@ class Composition:
                             latents = item
                             continue
                         yield replace(item, latents=None)
-                        if item.latents is not None:
-                            yield await pending.wait(graph.preview(plan=plan, latents=item.latents))
+                        if item.latents is not None and self._watcher.wants_preview(position, item.step, item.steps):
+                            shown = self._watcher.format
+                            call = graph.preview(plan=plan, latents=item.latents, file_format=shown)
+                            yield Preview(await pending.wait(call), shown, plan.width, plan.height)
             assert latents is not None, "a plan has at least one stage, and a stage ends with latents"
             yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents)))
 

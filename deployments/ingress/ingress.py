@@ -21,7 +21,7 @@ from deployments.access.keys import KeyRing, Loopback
 from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.graph import Graph, Progress
 from deployments.ingress.compiled import CompiledSizes
-from deployments.ingress.compose import Composition, Watcher
+from deployments.ingress.compose import Composition, Preview, Watcher
 from deployments.ingress.health import Health, Readiness
 from deployments.ingress.wake import Wake
 from deployments.ray_compat import cause_of, replica_died
@@ -87,8 +87,8 @@ class Restarted:
     """The component that begins."""
 
 
-Watched = Progress | Restarted | bytes | Generated
-"""What a watched request tells: progress, a new beginning, preview JPEGs, and at last the picture."""
+Watched = Progress | Restarted | Preview | Generated
+"""What a watched request tells: progress, a new beginning, previews, and at last the picture."""
 
 
 class Ingress:
@@ -138,24 +138,58 @@ class Ingress:
         return last
 
     def watch(
-        self, params: GenerationParams, previews: bool, caller: Caller = ANONYMOUS
+        self, params: GenerationParams, watcher: Watcher, caller: Caller = ANONYMOUS
     ) -> AsyncGenerator[Watched, None]:
         """The same, telling progress on the way; closing it ends the work.
 
         The request is decided and admitted before the first item, so a bad one is refused at once. What goes from
         stage to stage passes through this process, sealed, which that of `generate` does not: a watcher costs that.
         """
-        return self._draw(params, caller, Watcher(previews))
+        return self._draw(params, caller, watcher)
 
     async def generate_series(
         self, params: GenerationParams, count: int, caller: Caller = ANONYMOUS
     ) -> list[Generated]:
         """`count` pictures of consecutive seeds; they share ticks."""
-        first = (await self._plan(params)).seed
-        requests = [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
+        requests = await self._series(params, count)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.generate(request, caller)) for request in requests]
         return [task.result() for task in tasks]
+
+    async def watch_series(
+        self, params: GenerationParams, count: int, watcher: Watcher, caller: Caller = ANONYMOUS
+    ) -> AsyncGenerator[tuple[int, Watched], None]:
+        """The same, told of on the way; an item says of which picture it is. One that fails ends all."""
+        told: asyncio.Queue[tuple[int, Watched] | Exception | None] = asyncio.Queue()
+
+        async def watch(index: int, request: GenerationParams) -> None:
+            try:
+                async with aclosing(self.watch(request, watcher, caller)) as items:
+                    async for item in items:
+                        told.put_nowait((index, item))
+                told.put_nowait(None)
+            except Exception as error:
+                told.put_nowait(error)
+
+        requests = await self._series(params, count)
+        tasks = [asyncio.create_task(watch(*numbered)) for numbered in enumerate(requests)]
+        try:
+            while count:
+                match await told.get():
+                    case None:
+                        count -= 1
+                    case Exception() as error:
+                        raise error
+                    case tuple() as item:
+                        yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _series(self, params: GenerationParams, count: int) -> list[GenerationParams]:
+        first = (await self._plan(params)).seed
+        return [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
 
     async def _draw(
         self, params: GenerationParams, caller: Caller, watcher: Watcher | None

@@ -11,7 +11,7 @@ from deployments.replicas.base import Replica, Runtime
 from deployments.replicas.sealing import unseal
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.pictures.images import EncodedImage, read_image, write_image
-from pipelines.plan import GenerationPlan
+from pipelines.plan import GenerationPlan, OutputFormat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,15 +56,15 @@ class VAEDeployment(Replica):
             image = await self._files.run(_write, fetching, plan)
         return watch.timed(image, opened)
 
-    async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents]) -> bytes:
-        """A small JPEG of a picture in the making."""
+    async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> bytes:
+        """A small file of a picture in the making."""
         fetching = await self._worker.run(self._vaes[plan.vae].begin_preview, unseal(latents))
-        return await self._files.run(_write_preview, fetching)
+        return await self._files.run(_write_preview, fetching, file_format)
 
 
 def _write(fetching: Fetching[Image], plan: GenerationPlan) -> EncodedImage:
     return write_image(fetching.result(), plan.output_format, plan, plan.output_quality)
 
 
-def _write_preview(fetching: Fetching[Image]) -> bytes:
-    return write_image(fetching.result(), "jpeg").data
+def _write_preview(fetching: Fetching[Image], file_format: OutputFormat) -> bytes:
+    return write_image(fetching.result(), file_format).data

@@ -99,6 +99,18 @@ def _described(image: Image.Image) -> PictureFile:
 _FORMATS: dict[str, OutputFormat] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
 
 
+def picture_size(data: bytes, param: str) -> tuple[int, int]:
+    """Width and height of a picture, upright; its pixels are not decoded.
+
+    Raises:
+        InvalidValueError: not a PNG, JPEG or WebP.
+        TooLargeError: so many pixels that it must be a bomb.
+    """
+    with _open(data, param) as image:
+        width, height = image.size
+        return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
+
+
 def _check_size(image: Image.Image, param: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
@@ -149,14 +161,19 @@ def _scale_transparent_value(image: Image.Image, stored: object) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF orientation; EXIF that cannot be read is ignored, as browsers do."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright, None if it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises many types on hostile EXIF
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 _TURNS = {
@@ -169,6 +186,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture of each EXIF orientation upright (CIPA DC-008, 4.6.4); 1 is upright."""
+_SIDEWAYS = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

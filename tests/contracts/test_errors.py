@@ -64,7 +64,6 @@ async def test_choices_can_be_parsed_as_a_client_does(client: httpx.AsyncClient)
         (b"", None),
         (b"[]", None),
         (b'{"model_name": "SD1.5"}', "prompt"),
-        (b'{"prompt": "x"}', "model_name"),
         (b'{"model_name": "SD1.5", "prompt": "x", "steps": "many"}', "steps"),
         (b'{"model_name": "SD1.5", "prompt": "x", "steps": 2.5}', "steps"),
         (b'{"model_name": "SD1.5", "prompt": ["x"]}', "prompt"),
@@ -78,6 +77,11 @@ async def test_not_json_or_a_wrong_type(
     client: httpx.AsyncClient, path: str, content: bytes, param: str | None
 ) -> None:
     check(await client.post(path, content=content, headers={"content-type": "application/json"}), 422, 40001, param)
+
+
+async def test_a_request_without_a_model(client: httpx.AsyncClient) -> None:
+    """The second route has a default model, as OpenAI's has."""
+    check(await client.post("/v1/image/generation", json={"prompt": "x"}), 422, 40001, "model_name")
 
 
 async def test_body_too_large(client: httpx.AsyncClient) -> None:

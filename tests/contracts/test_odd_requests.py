@@ -17,7 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 from deployments.api import body_limit
 from deployments.api.body_limit import BodyLimit
 from deployments.api.errors import ErrorCode, Failure
-from deployments.api.schemas import GenerationRequest, OpenAIImageRequest, decode_base64
+from deployments.api.openai.requests import ImageRequest
+from deployments.api.schemas import GenerationRequest, decode_base64
 from deployments.proxy.answers import ProxyAnswers
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import read_plan
@@ -65,7 +66,7 @@ def test_empty_strings_of_unset_fields_are_absent_but_an_empty_negative_prompt_i
     assert GenerationRequest.model_validate(body | empty).to_params() == GenerationRequest(**body).to_params()
     assert GenerationRequest.model_validate(body | {"negative_prompt": ""}).to_params().negative_prompt == ""
     openai = {"model": "SD1.5", "prompt": "x"}
-    assert OpenAIImageRequest.model_validate(openai | {"size": ""}).to_params().width is None
+    assert ImageRequest.model_validate(openai | {"size": "", "n": ""}) == ImageRequest.model_validate(openai)
 
 
 @pytest.mark.parametrize("seed", [-1, None])

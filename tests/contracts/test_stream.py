@@ -13,6 +13,8 @@ import pytest
 from starlette.types import Message
 
 from config.catalog import Catalog
+from deployments.api import events as event_stream
+from deployments.api.hyperbolic import tell
 from deployments.graph import Graph, Progress, Sealed
 from tests.support.graph import FakeGraph, never, unending
 from tests.support.http import PATH, SMALL, check, decoded, encoded, events, photo, picture, pixels, post
@@ -102,6 +104,28 @@ async def test_text_and_control_map_are_asked_for_together(connect: ClientFactor
             await post(client, stream=stream, **control)
         assert graph.named("encode_text")
         assert graph.named("prepare")
+
+
+async def test_silence_is_broken_by_comments(connect: ClientFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies end connections that are silent; parsers skip comments."""
+    quiet = asyncio.Event()
+
+    async def denoise(**_: Any) -> AsyncGenerator[Any, None]:
+        yield Progress("unet-sd15", 1, 2)
+        await quiet.wait()
+        yield Progress("unet-sd15", 2, 2)
+
+    def heard(data: bytes) -> bytes:
+        if data.startswith(b": keep-alive"):
+            quiet.set()
+        return data
+
+    monkeypatch.setattr(event_stream, "KEEP_ALIVE_S", 0.001)
+    items = denoise()
+    told = [heard(data) async for data in event_stream.events(await anext(items), items, tell, "id")]
+    kept = [data for data in told if not data.startswith(b":")]
+    assert len(kept) == 3, "the events and an empty end"
+    assert len(told) > len(kept)
 
 
 async def test_an_ingress_that_serves_streams_has_no_torch(connect: ClientFactory, graph: Graph) -> None:

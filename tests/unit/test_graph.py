@@ -33,8 +33,8 @@ MUTANTS = {
         'Unexpected keyword argument "picture" for "encode" of "Graph"',
     ),
     "a_missing_keyword": (
-        "graph.preview(plan=plan, latents=item.latents)",
-        "graph.preview(latents=item.latents)",
+        "graph.preview(plan=plan, latents=item.latents, file_format=shown)",
+        "graph.preview(latents=item.latents, file_format=shown)",
         'Missing named argument "plan" for "preview" of "Graph"',
     ),
     "a_wrong_type": (

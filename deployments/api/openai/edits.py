@@ -1,0 +1,57 @@
+"""`POST /v1/images/edits`: a picture to change, in a form or in JSON, and where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from config.catalog import Catalog
+from deployments.api.openai.requests import EditRequest
+from deployments.api.schemas import decode_base64
+from pipelines.errors import InvalidValueError
+from pipelines.pictures.images import picture_size
+from pipelines.plan import GenerationParams
+
+
+def edit_of(asked: EditRequest, catalog: Catalog) -> GenerationParams:
+    """An edit in this project's words.
+
+    Raises:
+        InvalidValueError: no picture, several, or one that cannot be read; a value that cannot be honoured.
+    """
+    sent = asked.images if asked.images is not None else asked.image
+    pictures = sent if isinstance(sent, list) else [sent]
+    if len(pictures) > 1:
+        raise InvalidValueError(f"image: {len(pictures)} pictures; models here start from one", "image")
+    source = _bytes(pictures[0] if pictures else None, "image")
+    if source is None:
+        raise InvalidValueError("image is missing: send it as a file, in base64 or as a data URI", "image")
+    mask = _bytes(asked.mask, "mask")
+    if mask is not None:
+        raise InvalidValueError("mask is not possible yet: leave it out, and the whole picture is changed", "mask")
+    return asked.for_edit(catalog, source, nearest_size(source, asked.model_name or catalog.default_model(), catalog))
+
+
+def nearest_size(source: bytes, model: str, catalog: Catalog) -> dict[str, int]:
+    """The size, among those a model draws best, of the shape that is nearest to a picture's; its own for no model."""
+    width, height = picture_size(source, "image")
+    sizes = catalog.sizes_of(model)
+    best = min(sizes, key=lambda size: abs(size.width * height - size.height * width) / size.height, default=None)
+    return {"width": best.width, "height": best.height} if best else {"width": width, "height": height}
+
+
+def _bytes(value: Any, param: str) -> bytes | None:
+    """A picture of a body: a file, base64, a data URI, or an object around one."""
+    if isinstance(value, dict):
+        if value.get("file_id") is not None:
+            raise InvalidValueError(f"{param}: this server keeps no files; send the picture itself", param)
+        value = value.get("image_url", value.get("url", value.get("b64_json")))
+        value = value.get("url") if isinstance(value, dict) else value
+    if isinstance(value, list) and len(value) == 1:
+        return _bytes(value[0], param)
+    if value is None or isinstance(value, bytes):
+        if value == b"":
+            raise InvalidValueError(f"{param} is empty", param)
+        return value
+    if isinstance(value, str):
+        return decode_base64(value, param)
+    raise InvalidValueError(f"{param} is no picture: send a file, base64 or a data URI", param)
