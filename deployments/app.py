@@ -27,6 +27,7 @@ from deployments.replicas.controlnet import ControlNetDeployment
 from deployments.replicas.denoiser import DenoiserDeployment
 from deployments.replicas.text_encoder import TextEncoderDeployment
 from deployments.replicas.vae import VAEDeployment
+from pipelines.acceleration import Acceleration
 from pipelines.planning import PlanLimits
 
 # Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.
@@ -68,6 +69,8 @@ class AppArgs(BaseModel):
     """Models whose UNets are deployed so; every one with a table of sizes if empty."""
     reproducible: Literal["rounding", "strict"] = "rounding"
     """`rounding`: a picture may differ by 1/255 with the requests it shares ticks with. `strict`: not by a byte."""
+    acceleration: Acceleration = Acceleration()
+    """What is done to be faster on GPUs."""
 
 
 def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
@@ -136,7 +139,7 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
             case "vae":
                 app = _deploy(VAEDeployment, name).bind(**hosts)
             case "controlnet":
-                app = _deploy(ControlNetDeployment, name).bind(**hosts)
+                app = _deploy(ControlNetDeployment, name).bind(**hosts, acceleration=args.acceleration)
             case "unet":
                 app = _deploy(DenoiserDeployment, name).bind(
                     **hosts,
@@ -144,6 +147,7 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
                     controlnets=None if colocated else _control_of(ids, catalog, bound),
                     strict=args.reproducible == "strict",
                     row_price=args.row_price,
+                    acceleration=args.acceleration,
                 )
                 if colocated:
                     bound |= {net: app for unet in ids for net in catalog.controlnets_of(unet)}

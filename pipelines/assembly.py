@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet
 from safetensors import SafetensorError
 
 from config.catalog import Catalog
+from pipelines.acceleration import Acceleration
 from pipelines.adapters.layers import Adapter
 from pipelines.adapters.reading import AdapterFile, read_adapter
 from pipelines.adapters.store import LoraStore
@@ -30,6 +31,7 @@ from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.families import FAMILIES
 from pipelines.pictures.vae import VAE
 from pipelines.plan import CompiledSize
+from pipelines.recordings import Capturer
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
 from pipelines.transfers import Mark
@@ -57,6 +59,8 @@ def load_engine(
     strict: bool = False,
     control: ControlSource | None = None,
     row_price: float | None = None,
+    capturer: Capturer | None = None,
+    acceleration: Acceleration | None = None,
 ) -> StepEngine:
     """A UNet component on the torch backend, in an engine ready for jobs.
 
@@ -69,11 +73,14 @@ def load_engine(
         control: what steers it, if anything.
         row_price: measure now how many rows of a tick are worth their time, each at less than this share of what the
             first ones cost (`engine/curve.py`); None takes `max_rows` at their word.
+        capturer: records passes that come often, one for all networks of this process; None none.
+        acceleration: what else is done to the UNet on a GPU.
 
     Raises:
         WeightsError: the weights are missing, or the UNet does not fit its VAE.
     """
-    denoiser = TorchDenoiser(load_model(UNet2DConditionModel, catalog.component(component_id), device), strict)
+    unet = load_model(UNet2DConditionModel, catalog.component(component_id), device)
+    denoiser = TorchDenoiser(unet, strict, capturer, acceleration if device == "cuda" else None)
 
     def fit(name: str, base: str) -> Adapter:
         return denoiser.adapters.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
@@ -86,11 +93,8 @@ def load_engine(
 
 def _measured(engine: StepEngine, catalog: Catalog, component_id: str, price: float) -> Callable[[BatchKey], int]:
     """Rows of a tick that are worth their time and that memory holds, measured for the sizes of the UNet's models."""
-    spec, denoiser = catalog.component(component_id), engine.denoiser
-    space = latent_space(catalog, component_id)
-    encoders = catalog.component(catalog.text_encoder_of(component_id))
-    context = (int(read_config(encoders, "tokenizer")["model_max_length"]), denoiser.config["cross_attention_dim"])
-    pooled = int(read_config(encoders, "text_encoder_2")["projection_dim"]) if spec.family == "sdxl" else 0
+    denoiser, space = engine.denoiser, latent_space(catalog, component_id)
+    context, pooled = _text_shapes(catalog, component_id, denoiser)
     models = [model for model in catalog.models if component_id in (model.unet, model.refiner)]
     sizes = {size: None for model in models for size in model.sizes}
     keys = [BatchKey(space.shape(size.width, size.height)[1:], context) for size in sizes]
@@ -102,6 +106,15 @@ def _measured(engine: StepEngine, catalog: Catalog, component_id: str, price: fl
     curves, fits = RowCurves(evaluate, price, engine.max_rows), engine.rows_that_fit
     curves.measure(keys)
     return lambda key: min(curves(key), fits(key) if fits is not None else engine.max_rows)
+
+
+def _text_shapes(catalog: Catalog, component_id: str, denoiser: Denoiser) -> tuple[tuple[int, int], int]:
+    """What a row of a UNet is told by a prompt of one chunk: tokens and width; width of SDXL's pooled embeddings."""
+    encoders = catalog.component(catalog.text_encoder_of(component_id))
+    tokens = int(read_config(encoders, "tokenizer")["model_max_length"])
+    sdxl = catalog.component(component_id).family == "sdxl"
+    pooled = int(read_config(encoders, "text_encoder_2")["projection_dim"]) if sdxl else 0
+    return (tokens, denoiser.config["cross_attention_dim"]), pooled
 
 
 def load_compiled(
@@ -171,13 +184,27 @@ def latent_space(catalog: Catalog, component_id: str) -> LatentSpace:
     return LatentSpace.from_vae_config(vae_config, family.applies_latent_statistics)
 
 
-def load_controlnets(catalog: Catalog, component_ids: Sequence[str], device: Device) -> ControlNets:
-    """ControlNets of one UNet, with the annotators of the catalog."""
+def record_common_passes(denoiser: TorchDenoiser, catalog: Catalog, component_id: str) -> None:
+    """Record what one picture and two pictures of the default size of each of a UNet's models need."""
+    space = latent_space(catalog, component_id)
+    context, pooled = _text_shapes(catalog, component_id, denoiser)
+    for model in catalog.available_models():
+        if component_id in (model.unet, model.refiner):
+            rows = 2 if model.defaults.cfg_scale > 1 else 1
+            key = BatchKey(space.shape(model.defaults.width, model.defaults.height)[1:], context)
+            for pictures in (1, 2):
+                denoiser.record(trial_batch(denoiser, key, pooled, pictures * rows))
+
+
+def load_controlnets(
+    catalog: Catalog, component_ids: Sequence[str], device: Device, capturer: Capturer | None = None
+) -> ControlNets:
+    """ControlNets of one UNet, with the annotators of the catalog; `capturer` as for `load_engine`."""
     models = {}
     for component_id in component_ids:
         spec = catalog.component(component_id)
         models[component_id] = load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
-    return ControlNets(models, Annotators(catalog, device))
+    return ControlNets(models, Annotators(catalog, device), capturer)
 
 
 def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> TextEncoderStack:

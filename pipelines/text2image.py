@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from config.catalog import Catalog
+from pipelines.acceleration import Acceleration
 from pipelines.assembly import CompiledUNet, load_controlnets, load_engine, load_text_encoders, load_vae
 from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
@@ -17,6 +18,7 @@ from pipelines.engine.engine import StepEngine
 from pipelines.pictures.images import read_image
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
+from pipelines.recordings import Capturer, capturer_for
 from pipelines.sampling.latents import Latents
 from pipelines.weights.loading import Device
 
@@ -49,6 +51,8 @@ class Text2Image:
         limits: PlanLimits | None = None,
         strict: bool = False,
         compiled: Sequence[CompiledUNet] = (),
+        acceleration: Acceleration | None = None,
+        capturer: Capturer | None = None,
     ) -> None:
         """Serve `catalog`.
 
@@ -58,7 +62,11 @@ class Text2Image:
             limits: what a request may ask for.
             strict: a picture's bytes do not depend on the requests it is drawn beside.
             compiled: UNets on the tvm backend; ControlNets of this process steer them too.
+            acceleration: what is done on a GPU; its defaults if None.
+            capturer: records passes that come often; by default CUDA graphs on a GPU that has them.
         """
+        self._acceleration = acceleration or Acceleration()
+        self._capturer = capturer = capturer or capturer_for(device, self._acceleration.graphs)
         self._catalog = catalog
         self._device = device
         self._limits = limits
@@ -67,7 +75,9 @@ class Text2Image:
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
         self.torch_engine = functools.cache(self._load_engine)
-        self.controlnets = functools.cache(functools.partial(load_controlnets, catalog, device=device))
+        self.controlnets = functools.cache(
+            functools.partial(load_controlnets, catalog, device=device, capturer=capturer)
+        )
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
         for component, unet in self._compiled.items():
             unet.engine.control = self._control_of(component)
@@ -104,7 +114,15 @@ class Text2Image:
 
     def _load_engine(self, component: str) -> StepEngine:
         control = self._control_of(component)
-        return load_engine(self._catalog, component, self._device, strict=self._strict, control=control)
+        return load_engine(
+            self._catalog,
+            component,
+            self._device,
+            strict=self._strict,
+            control=control,
+            capturer=self._capturer,
+            acceleration=self._acceleration,
+        )
 
     def _control_of(self, unet: str) -> LazyControl | None:
         """What steers a UNet."""

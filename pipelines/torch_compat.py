@@ -54,6 +54,17 @@ def add_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], w
     torch._foreach_add_(list(targets), list(sources), alpha=weight)
 
 
+def allow_compilations() -> None:
+    """Let torch.compile compile a function for as many shapes as come.
+
+    It counts them for a line of code, not for a module: a UNet has blocks of one class in four widths, and each comes
+    with several numbers of rows and sizes of pictures. By default the ninth is never compiled.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit, config.accumulated_recompile_limit = 1024, 8192
+
+
 class PeakBytes(TorchDispatchMode):
     """While active, counts the bytes of all tensors made under it that are alive together; `peak` is the most.
 

@@ -35,6 +35,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
                 for entry in compiled
                 if entry.component == model.unet and entry.control == model.requires_controlnet
             ],
+            "on_a_gpu": ingress.acceleration.model_dump(),
             "refiner": model.refiner is not None,
             "controlnets": list(catalog.controls_of(model.name)),
             "loras": [entry.name for entry in loras if model.unet in entry.bases],

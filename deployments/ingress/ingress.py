@@ -28,6 +28,7 @@ from deployments.ray_compat import cause_of, replica_died
 from deployments.telemetry.logs import LogFormat, show_logs
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import StageTime, Timed
+from pipelines.acceleration import Acceleration
 from pipelines.errors import (
     BackendError,
     DeadlineError,
@@ -105,8 +106,10 @@ class Ingress:
         readiness: Readiness,
         log_format: LogFormat = "text",
         signing: SigningFiles | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         show_logs(log_format)
+        self.acceleration = acceleration or Acceleration()
         self.catalog = catalog
         self.limits = limits
         self.keys = KeyRing(keys_file) if keys_file else Loopback()

@@ -36,8 +36,9 @@ _CLUSTER_HEAD = """\
 # replica goes. 900: a wake costs a user the start (weights from the volume, and minutes more where no node is up), so
 # a model asked for every quarter of an hour stays. Serve reports a waiting request to the autoscaler at once (pushed
 # every second, see the environment in k8s/base/rayservice.yaml), whatever the upscale delay.
-# max_replicas: all of them at once fit the cards. Residuals of SDXL's ControlNet at 1024x1024 are 54 MB a row and
-# tick: keep ControlNets on the UNet's node.
+# max_replicas: all of them at once fit the cards.
+# ControlNets live in the UNet's process: their residuals, 54 MB a row and tick for SDXL at 1024x1024, stay on the card
+# there; from a deployment of their own they would go through the memory of both hosts.
 # graceful_shutdown_timeout_s: a replica that leaves finishes its pictures first; the longest may take the deadline,
 # 600.
 """
@@ -78,7 +79,7 @@ def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = ()) -> str:
         models=tuple(chosen.model_choices().resolve(name) for name in models),
         max_rows=MAX_ROWS,
         row_price=ROW_PRICE,
-        controlnet_placement="colocated" if one else "deployment",
+        controlnet_placement="colocated",
     )
     command = f"python -m deployments.plan_config --catalog {catalog} --gpus {gpus}" + " --models" * bool(models)
     command = " ".join([command, *(f"'{name}'" if " " in name else name for name in args.models)])

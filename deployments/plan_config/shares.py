@@ -91,7 +91,7 @@ def plan_cluster(args: AppArgs, catalog: Catalog, large: Cards, small: Cards) ->
         elif kind in DENOISING:
             share = max(share, LEAST_DENOISER)
         planned.append(Deployment(name, kind, use, cards, parts, share, _most_replicas(kind, use)))
-    for cards in {large, small}:
+    for cards in dict.fromkeys((large, small)):
         _fit([d for d in planned if d.cards == cards], cards)
     return _in_order(planned)
 

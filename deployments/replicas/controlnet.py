@@ -11,6 +11,7 @@ from config.catalog import Catalog
 from deployments.replicas.base import Replica, Runtime
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
+from pipelines.acceleration import Acceleration
 from pipelines.cache import LruCache
 from pipelines.plan import GenerationPlan
 
@@ -25,13 +26,29 @@ REMEMBERED_HINTS = 64
 class ControlNetDeployment(Replica):
     """Hosts the ControlNets that steer one UNet, or all of them when components are grouped by role."""
 
-    def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        *,
+        components: Sequence[str],
+        catalog: Catalog,
+        runtime: Runtime,
+        acceleration: Acceleration | None = None,
+    ) -> None:
         super().__init__(runtime)
         from pipelines.assembly import load_controlnets
+        from pipelines.recordings import capturer_for
 
-        self._nets = load_controlnets(catalog, components, self._device)
+        acceleration = acceleration or Acceleration()
+        capturer = capturer_for(self._device, acceleration.graphs)
+        self._nets = load_controlnets(catalog, components, self._device, capturer)
+        self._component = components[0]
         self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
         self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)
+
+    async def check_health(self) -> None:
+        """As every replica's. The gauge is set here too: Ray's agent forgets one that is not set again."""
+        await super().check_health()
+        metrics().accelerated(self._component, captured=self._nets.captured, failed=self._nets.failed_captures)
 
     async def prepare(self, *, plan: GenerationPlan, photo: bytes) -> Timed[ControlHint]:
         """The control map of a request; remembered here under its id, so that ticks only name it."""

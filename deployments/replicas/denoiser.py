@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from deployments.replicas.remote_control import RemoteControl
 from deployments.replicas.sealing import seal, unseal
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
+from pipelines.acceleration import Acceleration
 from pipelines.errors import SdgraphError
 from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
 
@@ -44,6 +46,7 @@ class DenoiserDeployment(Replica):
         strict: bool = False,
         compiled: Path | None = None,
         row_price: float | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         """Load the UNets.
 
@@ -56,21 +59,36 @@ class DenoiserDeployment(Replica):
             strict: equal bytes whatever the neighbours.
             compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
             row_price: what a row more may cost, see `assembly.load_engine`; compiled UNets come in fixed sizes.
+            acceleration: what is done on a GPU; its defaults if None.
         """
         super().__init__(runtime)
         from pipelines.assembly import load_engine
+        from pipelines.recordings import capturer_for
 
+        acceleration = acceleration or Acceleration()
+        self._capturer = capturer_for(self._device, acceleration.graphs)
         self._compiled: tuple[CompiledSize, ...] = ()
         self._colocated: dict[str, ControlNets] = {}
         control = {component: self._control_of(component, catalog, controlnets) for component in components}
         if compiled is None:
-            self._engines = {
-                c: load_engine(catalog, c, self._device, max_rows, strict, control[c], row_price) for c in components
-            }
+            load = functools.partial(
+                load_engine,
+                catalog,
+                device=self._device,
+                max_rows=max_rows,
+                strict=strict,
+                row_price=row_price,
+                capturer=self._capturer,
+                acceleration=acceleration,
+            )
+            # On the thread that ticks: what is recorded while rows are measured is recorded there too.
+            self._engines = self._worker.finish(lambda: {c: load(c, control=control[c]) for c in components})
         else:
             self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
         for engine in self._engines.values():
             engine.control_lost = replica_died
+        if self._capturer is not None:
+            self._worker.finish(self._record_common_passes, catalog)
         self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
         self._loop = EngineLoop(self._engines, self._worker, on_tick=self._count, unwrap=_death_or_error)
 
@@ -95,7 +113,7 @@ class DenoiserDeployment(Replica):
         own = catalog.controlnets_of(component)
         if not own:
             return None
-        self._colocated[component] = load_controlnets(catalog, own, self._device)
+        self._colocated[component] = load_controlnets(catalog, own, self._device, self._capturer)
         return ColocatedControl(self._colocated[component])
 
     async def check_health(self) -> None:
@@ -105,6 +123,28 @@ class DenoiserDeployment(Replica):
             labels = {"component": component}
             metrics().outstanding.set(self._loop.outstanding(component), labels)
             metrics().programs.set(sum(size.component == component for size in self._compiled), labels)
+            self._tell_acceleration(component)
+
+    def _record_common_passes(self, catalog: Catalog) -> None:
+        """So that the first requests of a replica on a GPU need not wait for recordings."""
+        from pipelines.assembly import record_common_passes
+        from pipelines.backends.torch_backend import TorchDenoiser
+
+        for component, engine in self._engines.items():
+            if isinstance(engine.denoiser, TorchDenoiser):
+                record_common_passes(engine.denoiser, catalog, component)
+
+    def _tell_acceleration(self, component: str) -> None:
+        from pipelines.backends.torch_backend import TorchDenoiser
+
+        denoiser, nets = self._engines[component].denoiser, self._colocated.get(component)
+        if isinstance(denoiser, TorchDenoiser):
+            metrics().accelerated(
+                component,
+                captured=denoiser.captured + (nets.captured if nets else 0),
+                failed=denoiser.failed_captures + (nets.failed_captures if nets else 0),
+                compiled=denoiser.compiled_blocks,
+            )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to deployments/autoscaling.py."""

@@ -50,6 +50,10 @@ class Worker:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, turn)
 
+    def finish(self, function: Callable[..., R], *args: object) -> R:
+        """Run it there and wait here for what it returns: for constructors."""
+        return self._executor.submit(contextvars.copy_context().run, function, *args).result()
+
     def submit(self, function: Callable[..., object], *args: object) -> None:
         """Run it without waiting for it."""
         self._executor.submit(contextvars.copy_context().run, function, *args)

@@ -53,6 +53,12 @@ class Metrics:
             "sdgraph_cache_lookups", "Cache lookups by result.", ("cache", *component, "result")
         )
         self.programs = Gauge("sdgraph_compiled_programs", "Compiled UNet programs in use, by component.", component)
+        self.passes = Gauge(
+            "sdgraph_accelerated_passes",
+            "Of a network on a GPU: passes captured as CUDA graphs, kinds of passes whose capture failed, and blocks "
+            "under torch.compile.",
+            (*component, "kind"),
+        )
         self._seen: dict[tuple[str, str], tuple[int, int]] = {}
 
     def cache(self, name: str, component: str, *caches: LruCache[Any, Any]) -> None:
@@ -71,6 +77,11 @@ class Metrics:
         self.rows.inc(rows, labels | {"kind": "asked"})
         if padding:
             self.rows.inc(padding, labels | {"kind": "padding"})
+
+    def accelerated(self, component: str, *, captured: int, failed: int, compiled: int = 0) -> None:
+        """What is captured and compiled of a network, and what could not be captured."""
+        for kind, count in {"captured": captured, "failed": failed, "compiled": compiled}.items():
+            self.passes.set(count, {"component": component, "kind": kind})
 
 
 @cache

@@ -53,6 +53,8 @@ class UNetHalves:
         if unet.config.addition_embed_type not in (None, "text_time"):
             raise WeightsError(f"this UNet takes '{unet.config.addition_embed_type}'; it is not supported")
         self._unet = unet
+        self.out_channels: int = unet.config.out_channels
+        """Of the model output."""
 
     def lower(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 
 from pipelines.cache import LruCache
 from pipelines.control.annotators import Annotators
+from pipelines.control.passes import ControlInputs, ControlNetGraphs, ControlNetPass
 from pipelines.control.residuals import PendingResiduals, ReadyResiduals, Residuals
 from pipelines.control.rows import runs_of, take_rows
 from pipelines.control.types import ControlBatch, ControlHint, HintUse, MissingHintsError
@@ -19,6 +19,7 @@ from pipelines.diffusers_compat import take_map_embedder
 from pipelines.errors import WeightsError
 from pipelines.pictures.images import read_image
 from pipelines.plan import ControlUse
+from pipelines.recordings import Capturer
 from pipelines.torch_compat import add_each
 
 REMEMBERED_EMBEDDINGS = 64
@@ -28,8 +29,13 @@ REMEMBERED_EMBEDDINGS = 64
 class ControlNets:
     """The ControlNets of one UNet on one device, and what prepares their maps."""
 
-    def __init__(self, models: Mapping[str, ControlNetModel | ControlNetUnionModel], annotators: Annotators) -> None:
-        """Host `models`, by component id.
+    def __init__(
+        self,
+        models: Mapping[str, ControlNetModel | ControlNetUnionModel],
+        annotators: Annotators,
+        capturer: Capturer | None = None,
+    ) -> None:
+        """Host `models`, by component id; `capturer` records passes that come often, None none.
 
         A map's embedding depends on nothing else, so it is made once a map and the model's own layer stands aside: at
         1024 px it would be most of a tick.
@@ -44,6 +50,17 @@ class ControlNets:
                 raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")
         self._embedders = {component: take_map_embedder(model) for component, model in models.items()}
         self._annotators = annotators
+        self._graphs = ControlNetGraphs(capturer) if capturer is not None else None
+
+    @property
+    def captured(self) -> int:
+        """Recorded passes there are."""
+        return 0 if self._graphs is None else len(self._graphs.recorder)
+
+    @property
+    def failed_captures(self) -> int:
+        """Kinds of passes that could not be recorded."""
+        return 0 if self._graphs is None else self._graphs.recorder.failures.total()
 
     def prepare(self, photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:
         """The control map of a photo, annotated here unless the request says it already is one; 0..1, not normalised.
@@ -87,21 +104,21 @@ class ControlNets:
         """Residuals of a group's rows, which share a ControlNet and a mode."""
         component, mode = group.uses[0].hint.component, group.uses[0].hint.mode
         model = self._models[component]
-        like = {"device": model.device, "dtype": model.dtype}
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
-            return take_rows(tensor, group.rows).to(**like)
+            return take_rows(tensor, group.rows).to(model.device, model.dtype)
 
-        maps = torch.cat([self._embed(hints[use.hint.id]) for use in group.uses])
-        return evaluate(
-            model,
-            mode,
-            pick(batch.sample),
-            take_rows(batch.timesteps, group.rows).to(model.device),
-            pick(batch.prompt_embeds),
-            {name: pick(tensor) for name, tensor in batch.added_conditions.items()},
-            maps,
+        inputs = ControlInputs(
+            sample=pick(batch.sample),
+            timesteps=take_rows(batch.timesteps, group.rows).to(model.device),
+            prompt_embeds=pick(batch.prompt_embeds),
+            maps=torch.cat([self._embed(hints[use.hint.id]) for use in group.uses]),
+            added=tuple(pick(tensor) for tensor in (batch.text_embeds, batch.time_ids) if tensor is not None),
         )
+        network = ControlNetPass(model, mode)
+        if self._graphs is None:
+            return network.evaluate(inputs)
+        return self._graphs.evaluate(component, mode, network, inputs)
 
 
 class _Group:
@@ -116,41 +133,6 @@ class _Group:
         """A map of a row; a row can have several of one ControlNet."""
         self.rows.append(row)
         self.uses.append(use)
-
-
-def evaluate(
-    model: ControlNetModel | ControlNetUnionModel,
-    mode: int | None,
-    sample: torch.Tensor,
-    timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    added_conditions: Mapping[str, torch.Tensor],
-    maps: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """One pass of a ControlNet over some rows: the down residuals and the mid residual.
-
-    Args:
-        model: whose map embedder was taken.
-        mode: control type of a union ControlNet, None for a plain one.
-        sample: `[rows, channels, height, width]`.
-        timesteps: `[rows]`.
-        prompt_embeds: `[rows, tokens, width]`.
-        added_conditions: as in a `StepBatch`.
-        maps: embedded, `[rows, channels, height, width]` in the latents' size.
-    """
-    arguments: dict[str, Any] = {
-        "encoder_hidden_states": prompt_embeds,
-        "added_cond_kwargs": dict(added_conditions) or None,
-        "return_dict": False,
-    }
-    if mode is None:
-        arguments["controlnet_cond"] = maps
-    else:
-        control_type = sample.new_zeros(len(sample), model.config.num_control_type)
-        control_type[:, mode] = 1
-        arguments |= {"controlnet_cond": [maps], "control_type": control_type, "control_type_idx": [mode]}
-    down, mid = model(sample, timesteps, **arguments)
-    return (*down, mid)
 
 
 def _sum(groups: Sequence[_Group], count: int) -> Sequence[torch.Tensor]:

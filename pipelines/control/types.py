@@ -73,12 +73,6 @@ class ControlBatch(TensorBundle):
         """Every map that some row needs."""
         return frozenset(use.hint.id for uses in self.uses for use in uses)
 
-    @property
-    def added_conditions(self) -> dict[str, torch.Tensor]:
-        """What an SDXL UNet is told besides, empty for SD; as in a `StepBatch`."""
-        given = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
-
     def sent_to_host(self) -> PendingBatch:
         """Begin to copy it to the host; on the thread that queued what made it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

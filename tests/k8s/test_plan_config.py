@@ -82,7 +82,7 @@ def test_chosen_models_are_planned_alone() -> None:
         ("2x24,", (), "--gpus ''"),
         ("1x24,1x48,1x80", (), "one kind of card or two"),
         ("1x24,2x24", (), "each once"),
-        ("4x4", (), "controlnet-sd15 needs 5.* GB, and its cards have 4; give it larger ones"),
+        ("4x4", (), "unet-sd15-torch needs .* GB, and its cards have 4; give it larger ones"),
         ("1x12,1x8", (), "1 cards of 12 GB are too few"),
         (
             "1x24",

@@ -102,7 +102,18 @@ def test_everything_is_bounded_and_rare_components_go_to_zero() -> None:
         assert deployment["graceful_shutdown_timeout_s"] > DEADLINE_S, "a picture under way is finished first"
         assert deployment["autoscaling_config"]["max_replicas"] >= 2
     idle = {d["name"] for d in application["deployments"] if d["autoscaling_config"]["min_replicas"] == 0}
-    assert {"refiner-sdxl", "controlnet-sdxl", "controlnet-sd15", "unet-sd2-torch"} <= idle
+    assert {"refiner-sdxl", "unet-sd15-torch", "unet-sd2-torch"} <= idle
     assert "ingress" not in idle
     by_work = {d["name"] for d in application["deployments"] if "policy" in d["autoscaling_config"]}
     assert by_work == {d["name"] for d in application["deployments"] if d["name"].startswith(("unet-", "refiner-"))}
+
+
+@pytest.mark.parametrize("path", ["serve_config.yaml", "config/serve.gpu.yaml", "k8s/base/serve_config.yaml"])
+def test_configs_that_ask_for_gpus_keep_controlnets_beside_their_unet(path: str) -> None:
+    """Their residuals are 54 MB a row and tick for SDXL, and leave the card only where processes differ."""
+    text = (ROOT / path).read_text()
+    assert "num_gpus" in text
+    (application,) = yaml.safe_load(text)["applications"]
+    assert application["args"]["controlnet_placement"] == "colocated"
+    assert not any(deployment["name"].startswith("controlnet") for deployment in application["deployments"])
+    assert "# ControlNets live in the UNet's process" in text, "and say why"

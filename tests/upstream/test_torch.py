@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.torch_compat import add_each, copy_each, lost_device, ran_out_of_memory, zero_each
+from pipelines.torch_compat import add_each, allow_compilations, copy_each, lost_device, ran_out_of_memory, zero_each
 
 
 class Seen(TorchDispatchMode):
@@ -120,3 +120,12 @@ def test_many_tensors_are_copied_added_and_cleared_in_one_call() -> None:
     assert targets[1].tolist() == [3, 1, 1, 1]
     zero_each(targets)
     assert not any(target.any() for target in targets)
+
+
+def test_the_limits_of_compilations_have_the_names_that_are_set() -> None:
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        allow_compilations()
+        assert config.recompile_limit > 256
+        assert config.accumulated_recompile_limit > 256

@@ -1,0 +1,122 @@
+"""One pass of a ControlNet over some rows, as it comes or recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel
+
+from pipelines.recordings import Capturer, Recorder, StaticRows, padded_rows
+from pipelines.torch_compat import copy_each
+
+
+@dataclass(frozen=True)
+class ControlInputs:
+    """What a ControlNet reads, on its device and in its format."""
+
+    sample: torch.Tensor
+    """`[rows, channels, height, width]`."""
+    timesteps: torch.Tensor
+    """`[rows]`."""
+    prompt_embeds: torch.Tensor
+    """`[rows, tokens, width]`."""
+    maps: torch.Tensor
+    """Embedded control maps, `[rows, channels, height, width]` in the latents' size."""
+    added: tuple[torch.Tensor, ...] = ()
+    """`text_embeds` and `time_ids` for SDXL, as in a `StepBatch`."""
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """All of them, in the order of the constructor's arguments."""
+        return [self.sample, self.timesteps, self.prompt_embeds, self.maps, *self.added]
+
+
+class ControlNetPass:
+    """One ControlNet in one mode."""
+
+    def __init__(self, model: ControlNetModel | ControlNetUnionModel, mode: int | None) -> None:
+        """Of `model`, whose map embedder was taken; `mode` is the control type of a union ControlNet."""
+        self._model = model
+        self._mode = mode
+
+    def evaluate(self, inputs: ControlInputs) -> Sequence[torch.Tensor]:
+        """The down residuals and the mid residual of every row."""
+        names = ("text_embeds", "time_ids")
+        arguments: dict[str, Any] = {
+            "encoder_hidden_states": inputs.prompt_embeds,
+            "added_cond_kwargs": dict(zip(names, inputs.added, strict=True)) if inputs.added else None,
+            "return_dict": False,
+        }
+        if self._mode is None:
+            arguments["controlnet_cond"] = inputs.maps
+        else:
+            control_type = inputs.sample.new_zeros(len(inputs.sample), self._model.config.num_control_type)
+            control_type[:, self._mode] = 1
+            arguments |= {
+                "controlnet_cond": [inputs.maps],
+                "control_type": control_type,
+                "control_type_idx": [self._mode],
+            }
+        down, mid = self._model(inputs.sample, inputs.timesteps, **arguments)
+        return (*down, mid)
+
+
+class ControlKind(NamedTuple):
+    """What selects a recorded pass of a ControlNet."""
+
+    component: str
+    mode: int | None
+    rows: int
+    """Padded."""
+    latent_shape: tuple[int, ...]
+    context_shape: tuple[int, ...]
+
+
+class ControlNetGraphs:
+    """The recorded passes of the ControlNets of one UNet."""
+
+    def __init__(self, capturer: Capturer) -> None:
+        self._capturer = capturer
+        self.recorder: Recorder[_Recorded] = Recorder()
+
+    def evaluate(
+        self, component: str, mode: int | None, network: ControlNetPass, inputs: ControlInputs
+    ) -> Sequence[torch.Tensor]:
+        """The residuals of every row, valid until the next call.
+
+        They lie in tensors of their own, outside of what recordings share: a UNet that is replayed next reads them.
+        """
+        count = len(inputs.sample)
+        rows = padded_rows(count)
+        if rows is None:
+            return network.evaluate(inputs)
+        latent_shape, context_shape = tuple(inputs.sample.shape[1:]), tuple(inputs.prompt_embeds.shape[1:])
+        kind = ControlKind(component, mode, rows, latent_shape, context_shape)
+        recorded = None
+        if self.recorder.due(kind):
+            recorded = self.recorder.find(kind, None, lambda: _Recorded(self._capturer, network, inputs, rows))
+        return network.evaluate(inputs) if recorded is None else recorded.run(inputs)
+
+
+class _Recorded:
+    """One pass of a ControlNet, recorded."""
+
+    def __init__(self, capturer: Capturer, network: ControlNetPass, inputs: ControlInputs, rows: int) -> None:
+        self._inputs = StaticRows(inputs.tensors, rows)
+        self._inputs.fill(inputs.tensors)
+        sample, timesteps, embeds, maps, *added = self._inputs.tensors
+        static = ControlInputs(sample, timesteps, embeds, maps, tuple(added))
+        self._residuals = [torch.empty_like(tensor) for tensor in network.evaluate(static)]
+
+        def write() -> None:
+            copy_each(self._residuals, network.evaluate(static))
+
+        (self._replay,) = capturer.capture([write], self._inputs.tensors, self._residuals)
+
+    def run(self, inputs: ControlInputs) -> Sequence[torch.Tensor]:
+        self._inputs.fill(inputs.tensors)
+        self._replay()
+        return [tensor[: len(inputs.sample)] for tensor in self._residuals]
