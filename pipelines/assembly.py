@@ -212,7 +212,7 @@ def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> T
     spec = catalog.component(component_id)
     family = FAMILIES[spec.family]
     encoders = [
-        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part), family.text_layer)
+        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part), family.text_layer, part)
         for part, tokenizer, model in load_text_models(spec, device)
     ]
     return TextEncoderStack(encoders, family.embed)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
@@ -60,7 +60,7 @@ class GenerationParams:
     controlnet_name: str | None = None
     controlnet_image: bytes | None = None
     controlnet_preprocess: bool = True
-    loras: Mapping[str, float] = field(default_factory=dict)
+    loras: Mapping[str, float | PartWeights] = field(default_factory=dict)
     output_format: OutputFormat = "jpeg"
     output_quality: int | None = None
 
@@ -126,11 +126,45 @@ class ScheduleSlice(_Plan):
     end: float | None = None
 
 
+class PartWeights(_Plan):
+    """A LoRA's weight for each part of a model. As in diffusers, a part that is not named has weight 1."""
+
+    unet: FiniteFloat | None = None
+    text_encoder: FiniteFloat | None = None
+    """Of every text encoder, unless the second one has its own."""
+    text_encoder_2: FiniteFloat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_parts(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (unknown := [str(key) for key in data if key not in cls.model_fields]):
+            raise ValueError(
+                f"unexpected part '{unknown[0]}' of a LoRA's weights. Only {list(cls.model_fields)} allowed"
+            )
+        return data
+
+
 class LoraUse(_Plan):
     """One LoRA of a mixture, by its canonical name."""
 
     name: str
     weight: float
+    """The UNet's, and the text encoders' where these have none of their own."""
+    text_encoder: float | None = None
+    text_encoder_2: float | None = None
+
+    def weight_of(self, part: str) -> float:
+        """Of `unet`, `text_encoder` or `text_encoder_2`."""
+        second = self.text_encoder if self.text_encoder_2 is None else self.text_encoder_2
+        own = {"unet": self.weight, "text_encoder": self.text_encoder, "text_encoder_2": second}[part]
+        return self.weight if own is None else own
+
+    def as_requested(self) -> float | dict[str, float]:
+        """The weight as a request gives it: a number, or one for each part."""
+        if self.text_encoder is None:
+            return self.weight
+        weights = {"unet": self.weight, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {part: weight for part, weight in weights.items() if weight is not None}
 
 
 class ControlUse(_Plan):

@@ -33,6 +33,7 @@ from pipelines.plan import (
     GenerationPlan,
     LongPrompt,
     LoraUse,
+    PartWeights,
     PromptSyntax,
     ScheduleSlice,
     StagePlan,
@@ -239,18 +240,38 @@ def _loras(
     """
     fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
     choices = catalog.lora_choices()
-    weights: dict[str, float] = {}
-    for wanted, weight in params.loras.items():
+    weights: dict[str, tuple[float, float, float]] = {}
+    for wanted, given in params.loras.items():
         name = _fitting_lora(wanted, choices, fitting, model, catalog)
-        if not math.isfinite(weight):
-            raise InvalidValueError(f"loras: the weight {weight} of '{name}' is not a finite number", "loras")
         if name in weights:
             raise InvalidValueError(f"loras: '{name}' is given twice", "loras")
-        weights[name] = weight
+        weights[name] = _weights(name, given, model)
     for tag in tags:
         name = _fitting_lora(tag.name, choices, fitting, model, catalog)
-        weights[name] = weights.get(name, 0) + tag.unet
-    return tuple(LoraUse(name=name, weight=weight) for name, weight in weights.items() if weight)
+        unet, first, second = weights.get(name, (0.0, 0.0, 0.0))
+        weights[name] = unet + tag.unet, first + tag.text_encoder, second + tag.text_encoder
+    return tuple(_use(name, *own) for name, own in weights.items() if any(own))
+
+
+def _weights(name: str, given: float | PartWeights, model: ModelSpec) -> tuple[float, float, float]:
+    """Of the UNet and of both text encoders."""
+    if not isinstance(given, PartWeights):
+        if not math.isfinite(given):
+            raise InvalidValueError(f"loras: the weight {given} of '{name}' is not a finite number", "loras")
+        return given, given, given
+    if given.text_encoder_2 is not None and model.family != "sdxl":
+        raise InvalidValueError(f"loras: '{name}' has a weight for text_encoder_2; {model.name} has one", "loras")
+    text_encoder = 1.0 if given.text_encoder is None else given.text_encoder
+    second = text_encoder if given.text_encoder_2 is None else given.text_encoder_2
+    return 1.0 if given.unet is None else given.unet, text_encoder, second
+
+
+def _use(name: str, unet: float, text_encoder: float, text_encoder_2: float) -> LoraUse:
+    """One weight where one is enough, so that equal requests make equal plans."""
+    if text_encoder == text_encoder_2 == unet:
+        return LoraUse(name=name, weight=unet)
+    second = None if text_encoder == text_encoder_2 else text_encoder_2
+    return LoraUse(name=name, weight=unet, text_encoder=text_encoder, text_encoder_2=second)
 
 
 def _fitting_lora(wanted: str, choices: Choices, fitting: list[str], model: ModelSpec, catalog: Catalog) -> str:

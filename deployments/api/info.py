@@ -159,7 +159,7 @@ def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
     if first.control is not None:
         fields |= {"controlnet_name": first.control.name, "controlnet_preprocess": first.control.preprocess}
     if first.loras:
-        fields["loras"] = {use.name: use.weight for use in first.loras}
+        fields["loras"] = {use.name: use.as_requested() for use in first.loras}
     lacking = {"image": first.schedule.strength is not None, "controlnet_image": first.control is not None}
     return fields, [name for name, needed in lacking.items() if needed]
 

@@ -6,9 +6,9 @@ import base64
 import binascii
 import re
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from pipelines.errors import InvalidValueError
 from pipelines.plan import (
@@ -25,10 +25,16 @@ from pipelines.plan import (
     SEED_LIMIT,
     GenerationParams,
     OutputFormat,
+    PartWeights,
 )
 
 _URL = re.compile(r"^\s*(https?|ftp|file|s3|gs):", re.IGNORECASE)
 _DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
+LoraWeight = Annotated[
+    Annotated[FiniteFloat, Tag("weight")] | Annotated[PartWeights, Tag("weights")],
+    Discriminator(lambda given: "weights" if isinstance(given, dict | PartWeights) else "weight"),
+]
+"""A number, or one for each part; told apart first, so that an error is about what was meant."""
 RANDOM_SEED = -1
 """What A1111, ComfyUI and their clients send for a random seed."""
 
@@ -120,7 +126,12 @@ class PictureRequest(BaseModel):
     controlnet_name: str | None = Field(None, max_length=200)
     controlnet_image: str | None = None
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
-    loras: dict[str, FiniteFloat] | None = Field(None, validation_alias=AliasChoices("loras", "lora"))
+    loras: dict[str, LoraWeight] | None = Field(
+        None,
+        validation_alias=AliasChoices("loras", "lora"),
+        description="Name: weight, or name: {unet, text_encoder, text_encoder_2}, of which absent ones are 1; "
+        "text_encoder counts for both of SDXL's where text_encoder_2 is absent.",
+    )
     output_format: OutputFormat | None = Field(None, description="Default jpeg.")
 
     def to_params(self, **changes: Any) -> GenerationParams:

@@ -20,16 +20,18 @@ class LoraStore:
     job holds its own reference, so one that leaves the store stays alive until its last job ends.
     """
 
-    def __init__(self, load: Callable[[str, str], Adapter], max_bytes: int = LORA_BYTES) -> None:
-        """Load by public name and base UNet with `load`, keep up to `max_bytes`."""
+    def __init__(self, load: Callable[[str, str], Adapter], part: str = "unet", max_bytes: int = LORA_BYTES) -> None:
+        """Load by public name and base UNet with `load` what LoRAs have for a part, keep up to `max_bytes`."""
         self._load = load
+        self._part = part
         self.cache: LruCache[tuple[str, str], Adapter] = LruCache(max_bytes, lambda adapter: adapter.nbytes)
         self._lock = threading.Lock()
         self._loading: dict[tuple[str, str], threading.Lock] = {}
 
     def mixture(self, stage: StagePlan) -> Mixture:
         """The LoRAs of a stage, loaded now where they have to be."""
-        return tuple((self._get(use.name, stage.component), use.weight) for use in stage.loras)
+        weights = ((use.name, use.weight_of(self._part)) for use in stage.loras)
+        return tuple((self._get(name, stage.component), weight) for name, weight in weights if weight)
 
     def _get(self, name: str, base: str) -> Adapter:
         key = (name, base)

@@ -11,7 +11,7 @@ import re
 from typing import Any, get_args
 
 from config.choices import UnknownChoiceError
-from pipelines.plan import Emphasis, GenerationPlan, TextReading
+from pipelines.plan import Emphasis, GenerationPlan, LoraUse, TextReading
 from pipelines.sampling.samplers import SAMPLER_CHOICES
 
 _A1111_SAMPLERS = {"PNDM": "PLMS", "UniPC 2M": "UniPC", "DPM SDE": "DPM++ SDE", "DEIS 2M": "DEIS"}
@@ -53,12 +53,17 @@ def infotext(plan: GenerationPlan) -> str:
     if reading.emphasis != "Original":
         pairs["Emphasis"] = reading.emphasis
     pairs["Version"] = "sdgraph"
-    loras = "".join(f" <lora:{use.name}:{use.weight:g}>" for use in first.loras)
+    loras = "".join(f" <lora:{use.name}:{_lora_weights(use)}>" for use in first.loras)
     lines = [_weighted(first.text.prompts[0], reading) + loras]
     if first.text.negative_prompts and first.text.negative_prompts[0]:
         lines.append(_NEGATIVE + _weighted(first.text.negative_prompts[0], reading))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
     return _CONTROL.sub(" ", "\n".join(lines))
+
+
+def _lora_weights(use: LoraUse) -> str:
+    """A LoRA's weight, or the first text encoder's and the UNet's: A1111 has no more."""
+    return f"{use.weight:g}" if use.text_encoder is None else f"{use.text_encoder:g}:{use.weight:g}"
 
 
 def _weighted(text: str, reading: TextReading) -> str:

@@ -38,14 +38,23 @@ class TextEncoder:
         model: CLIPTextModel | CLIPTextModelWithProjection,
         read: Callable[[str, str], AdapterFile],
         layer: HiddenLayer,
+        part: str = "text_encoder",
     ) -> None:
-        """Wrap a loaded model; `read(name, base)` reads the layers a LoRA has for it, `layer` is what UNets read."""
+        """Wrap a loaded model.
+
+        Args:
+            tokenizer: the model's own.
+            model: one of a pipeline's text encoders.
+            read: reads the layers that a LoRA has for it, by name and base UNet.
+            layer: what UNets read.
+            part: `text_encoder` or `text_encoder_2`.
+        """
         self._tokenizer = tokenizer
         self._model = model.eval()
         self._layer = layer
         self._comma = tokenizer.get_vocab().get(",</w>")
         self._adapters = RowAdapters(model, buckets=())
-        self.loras = LoraStore(lambda name, base: self._adapters.fit(read(name, base), model.device, model.dtype))
+        self.loras = LoraStore(lambda name, base: self._adapters.fit(read(name, base), model.device, model.dtype), part)
         self.cache: LruCache[tuple[tuple[int, ...], int, str, tuple[LoraUse, ...]], EncodedText]
         self.cache = LruCache(CACHED_CHUNKS)
 

@@ -36,10 +36,18 @@ async def test_nan_and_infinity(client: httpx.AsyncClient, field: str, literal: 
     check(reply, 400, 40302, field)
 
 
-async def test_a_lora_weight_of_nan(client: httpx.AsyncClient) -> None:
-    body = json.dumps(SMALL)[:-1] + ', "loras": {"Pixel_Art": NaN}}'
+@pytest.mark.parametrize("weight", ["NaN", '{"unet": NaN}', '{"text_encoder": -Infinity}'])
+async def test_a_lora_weight_of_nan(client: httpx.AsyncClient, weight: str) -> None:
+    body = json.dumps(SMALL)[:-1] + f', "loras": {{"Pixel_Art": {weight}}}}}'
     reply = await client.post("/v1/image/generation", content=body, headers={"content-type": "application/json"})
     check(reply, 400, 40302, "loras")
+
+
+async def test_a_part_that_no_lora_has_is_named_with_those_there_are(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/image/generation", json=SMALL | {"loras": {"Pixel_Art": {"te": 1}}})
+    check(reply, 422, 40001, "loras")
+    assert "'te'" in reply.json()["message"]
+    assert "text_encoder_2" in reply.json()["message"]
 
 
 @pytest.mark.parametrize("name", ["SDXL1.0", "FLUX.1-dev"])
@@ -68,6 +76,8 @@ async def test_choices_can_be_parsed_as_a_client_does(client: httpx.AsyncClient)
         (b'{"model_name": "SD1.5", "prompt": "x", "steps": 2.5}', "steps"),
         (b'{"model_name": "SD1.5", "prompt": ["x"]}', "prompt"),
         (b'{"model_name": "SD1.5", "prompt": "x", "loras": [1]}', "loras"),
+        (b'{"model_name": "SD1.5", "prompt": "x", "loras": {"Pixel_Art": {"unet": "much"}}}', "loras"),
+        (b'{"model_name": "SD1.5", "prompt": "x", "loras": {"Pixel_Art": [1]}}', "loras"),
         (b'{"model_name": "SD1.5", "prompt": "\\ud800"}', "prompt"),
         (b'{"model_name": "SD1.5", "prompt": "x\xff"}', None),
     ],

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from config.catalog import Catalog
 from pipelines.errors import InvalidValueError
-from pipelines.plan import GenerationParams
+from pipelines.plan import GenerationParams, PartWeights
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
 from tests.parity.test_pictures import assert_same, request
@@ -142,7 +142,7 @@ def text2image(lora_catalog: Catalog) -> Text2Image:
     return Text2Image(lora_catalog)
 
 
-def expected(lora_folder: Path, model: str, mixture: dict[str, float], fields: dict[str, Any]) -> np.ndarray:
+def expected(lora_folder: Path, model: str, mixture: dict[str, Any], fields: dict[str, Any]) -> np.ndarray:
     """diffusers with the adapters of `mixture`, in a pipeline of its own: adapters leave traces when unloaded."""
     folder, pipeline_class, _ = MODELS[model]
     oracle.pipeline.cache_clear()
@@ -177,6 +177,25 @@ def test_mixtures(text2image: Text2Image, lora_folder: Path, model: str, mixture
     assert_same(ours, expected(lora_folder, model, mixture, fields))
     plain = text2image.generate(GenerationParams(**fields)).image
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(plain)).mean() > 1, "the LoRA must show"
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_a_weight_for_each_part(text2image: Text2Image, lora_folder: Path, model: str) -> None:
+    """As diffusers' set_adapters takes them; `text_encoder` alone counts for both of SDXL's."""
+    fields = request(model, sampler="Euler", steps=2)
+    second = {} if model == "SD1.5" else {"text_encoder_2": 0.4}
+    cases: list[tuple[dict[str, float], dict[str, float]]] = [
+        ({"unet": 0.8, "text_encoder": 0.4}, {"unet": 0.8, "text_encoder": 0.4} | second),
+        ({"unet": 0.0, "text_encoder": 1.3}, {"unet": 0.0, "text_encoder": 1.3} | dict.fromkeys(second, 1.3)),
+        ({"text_encoder": 0.0}, {"unet": 1.0, "text_encoder": 0.0} | dict.fromkeys(second, 0.0)),
+    ]
+    if second:
+        own = {"unet": -0.5, "text_encoder": 0.7, "text_encoder_2": 0.2}
+        cases.append((own, own))
+    mixtures = [{"peft": PartWeights.model_validate(weights), "old": 0.5} for weights, _ in cases]
+    together = text2image.generate_many([GenerationParams(**fields, loras=mixture) for mixture in mixtures])
+    for picture, (_, weights) in zip(together, cases, strict=True):
+        assert_same(picture.image, expected(lora_folder, model, {"peft": dict(weights), "old": 0.5}, fields))
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))

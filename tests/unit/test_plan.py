@@ -11,7 +11,7 @@ from config.catalog import Catalog
 from deployments.api.schemas import RANDOM_SEED, GenerationRequest
 from pipelines import plan
 from pipelines.errors import InvalidValueError, UnavailableModelError
-from pipelines.plan import ControlUse, GenerationParams, GenerationPlan, LoraUse, ScheduleSlice
+from pipelines.plan import ControlUse, GenerationParams, GenerationPlan, LoraUse, PartWeights, ScheduleSlice
 from pipelines.planning import REFINER_SHARE, PlanLimits, make_plan
 
 HUB = Catalog.load("hub")
@@ -118,6 +118,52 @@ def test_a_controlnet_steers_the_first_stage_alone() -> None:
 def test_models_taken_out_of_service_answer_so() -> None:
     with pytest.raises(UnavailableModelError, match=r"not served by this graph. Only \['SD2'\] allowed now"):
         make_plan(BASE, HUB.only(("SD2",)))
+
+
+WEIGHTS: list[tuple[float | PartWeights, dict[str, float], dict[str, float | None]]] = [
+    (0.5, {"unet": 0.5, "text_encoder": 0.5, "text_encoder_2": 0.5}, {"weight": 0.5}),
+    (
+        PartWeights(unet=0.8, text_encoder=0.4),
+        {"unet": 0.8, "text_encoder": 0.4, "text_encoder_2": 0.4},
+        {"weight": 0.8, "text_encoder": 0.4},
+    ),
+    (
+        PartWeights(unet=0.0, text_encoder_2=0.0),
+        {"unet": 0.0, "text_encoder": 1.0, "text_encoder_2": 0.0},
+        {"weight": 0.0, "text_encoder": 1.0, "text_encoder_2": 0.0},
+    ),
+    (PartWeights(), {"unet": 1.0, "text_encoder": 1.0, "text_encoder_2": 1.0}, {"weight": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("given", "meant", "planned"), WEIGHTS)
+def test_a_lora_has_a_weight_for_each_part(
+    given: float | PartWeights, meant: dict[str, float], planned: dict[str, float | None]
+) -> None:
+    base = replace(BASE, model_name="SDXL1.0-base", loras={"Pixel_Art": given})
+    (use,) = make_plan(base, HUB).stages[0].loras
+    assert use == LoraUse.model_validate({"name": "Pixel_Art"} | planned)
+    assert {part: use.weight_of(part) for part in meant} == meant
+    asked = use.as_requested()
+    again = PartWeights.model_validate(asked) if isinstance(asked, dict) else asked
+    assert make_plan(replace(base, loras={"Pixel_Art": again}), HUB).stages[0].loras == (use,)
+
+
+def test_a_part_that_a_model_lacks_gets_no_weight() -> None:
+    loras = {"Pixel_Art": PartWeights(text_encoder_2=0.5)}
+    with pytest.raises(InvalidValueError, match=r"text_encoder_2; SD1\.5 has one"):
+        make_plan(replace(BASE, model_name="SD1.5", loras=loras), Catalog.load("tiny"))
+
+
+def test_a_lora_whose_weights_are_all_0_is_none() -> None:
+    none = {"Pixel_Art": PartWeights(unet=0, text_encoder=0)}
+    assert make_plan(replace(BASE, model_name="SDXL1.0-base", loras=none), HUB).stages[0].loras == ()
+
+
+def test_a_tag_has_a_weight_for_the_texts_and_one_for_the_unet() -> None:
+    params = replace(BASE, model_name="SDXL1.0-base", prompt="x <lora:Pixel_Art:0.2:0.6>", prompt_syntax="weighted")
+    (use,) = make_plan(params, HUB).stages[0].loras
+    assert use == LoraUse(name="Pixel_Art", weight=0.6, text_encoder=0.2)
 
 
 def test_loras_are_resolved_checked_and_kept_from_the_refiner() -> None:
