@@ -46,8 +46,8 @@ models: .venv/installed  ## the tiny seeded models; does nothing when they are u
 demo: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## start the graph, send the README's request, leave result.jpg, stop; BACKEND=tvm
 	$(BIN)/python -m deployments.launcher demo $(CONFIG)
 
-serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C; BACKEND=tvm
-	$(BIN)/python -m deployments.launcher serve $(CONFIG)
+serve: setup $(if $(filter tvm,$(BACKEND)),compile-demo)  ## keep the graph running on http://127.0.0.1:8000 until Ctrl-C; BACKEND=tvm, LIBRARY=folder
+	$(BIN)/python -m deployments.launcher serve $(CONFIG) $(if $(LIBRARY),--library "$(LIBRARY)")
 
 compile: setup  ## every UNet and size the embedded catalog wants compiled; TVM="--catalog hub --model SD1.5" for others
 	TQDM_DISABLE= $(BIN)/python -m pipelines.backends.tvm.compile $(TVM_CACHE) $(TVM)

@@ -23,7 +23,7 @@ from config.components import Family as Family
 from config.components import Size as Size
 from config.library import UnservedFile
 from config.model_names import ModelNames
-from config.sources import PlainSource, Spec
+from config.sources import FolderSource, PlainSource, Spec
 
 T = TypeVar("T")
 
@@ -299,6 +299,19 @@ class Catalog(Spec):
         """The file of a LoRA for a UNet; KeyError if there is no such LoRA, or if it does not fit the UNet."""
         spec = _named("lora", {entry.name: entry for entry in self.loras}, name)
         return _named(f"base of lora '{name}'", {b: weights for weights in spec.weights for b in weights.bases}, base)
+
+    def library_path(self, weights: LoraWeights) -> str | None:
+        """Where a LoRA's file lies in the library, None for the catalog's own."""
+        if weights.version is None or not isinstance(weights.source, FolderSource):
+            return None
+        file = weights.source.folder / weights.file
+        return next((file.relative_to(root).as_posix() for root in self.library if file.is_relative_to(root)), None)
+
+    def why_unserved(self, name: str) -> str | None:
+        """Which file of the library has a name and why nothing is served of it, None if there is none."""
+        wanted = name.strip().casefold()
+        told = (f"{entry.file}: {entry.reason}" for entry in self.unserved if entry.name.casefold() == wanted)
+        return next(told, None)
 
     def vae_of(self, unet_id: str) -> str:
         """Id of the VAE whose latents a UNet works on; KeyError if no model uses the UNet."""

@@ -66,3 +66,7 @@ class UnservedFile(Spec):
     file: str
     """Its path in the library."""
     reason: str
+    version: str = ""
+    """Changes when the file does."""
+    is_new: bool = False
+    """It was written a moment ago, and may be served when it has stayed as it is for a moment."""

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
 from starlette.middleware import Middleware
 
-from config.catalog import Catalog, ComponentSpec
+from config.catalog import ROOT, Catalog, ComponentSpec
 from config.settings import Settings
 from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
@@ -28,6 +28,7 @@ from deployments.replicas.denoiser import DenoiserDeployment
 from deployments.replicas.text_encoder import TextEncoderDeployment
 from deployments.replicas.vae import VAEDeployment
 from pipelines.acceleration import Acceleration
+from pipelines.library.library import extend
 from pipelines.planning import PlanLimits
 
 # Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.
@@ -48,10 +49,18 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("library", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
     auth: Literal["keys", "none"] = "keys"
     """`keys`: API key required. `none`: no keys; loopback connections only."""
     catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
+    library: tuple[Path, ...] = ()
+    """Folders of checkpoints, LoRAs and the like, or one, whose models and LoRAs are served beside the catalog's; a
+    relative one is relative to the repository's root."""
     grouping: Literal["component", "role"] = "component"
     """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas."""
     models: tuple[str, ...] = ()
@@ -90,6 +99,8 @@ def build_app(args: AppArgs) -> Application:
     _check_checkout()
     settings = Settings()
     catalog = Catalog.load(args.catalog)
+    if args.library:
+        catalog = extend(catalog, [ROOT / folder for folder in args.library])
     if args.models:
         catalog = catalog.only(args.models)
     runtime = Runtime(settings.device, settings.torch_threads, settings.log_format)

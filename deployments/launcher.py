@@ -3,11 +3,12 @@
 `make demo`, the Serve tests and the benchmarks all start it here, the way `make serve` does.
 
     python -m deployments.launcher demo [serve config]     # the README's request -> result.jpg
-    python -m deployments.launcher serve [serve config]    # until Ctrl-C
+    python -m deployments.launcher serve [serve config] [--library folder]    # until Ctrl-C
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
@@ -163,6 +164,22 @@ def demo(config: Path, result: Path) -> None:
         )
 
 
+def with_library(config: Path, library: Path, folder: Path = ROOT / "build") -> Path:
+    """A copy of a Serve config, in `folder`, that serves what is in `library` too.
+
+    Raises:
+        StartError: there is no such library.
+    """
+    if not library.is_dir():
+        raise StartError(f"library '{library}' is no folder; make it, and put .safetensors files into it")
+    changed = yaml.safe_load(config.read_text())
+    changed["applications"][0].setdefault("args", {})["library"] = str(library.resolve())
+    folder.mkdir(exist_ok=True)
+    path = folder / "serve.library.yaml"
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    return path
+
+
 def serve(config: Path) -> None:
     """Become `serve run <config>`, unless something listens on its port already: Serve would share the port."""
     _check_port_is_free(yaml.safe_load(config.read_text())["http_options"]["port"])
@@ -172,13 +189,14 @@ def serve(config: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """`demo` or `serve`, and a Serve config; the laptop graph's by default."""
-    match arguments:
-        case ["demo" | "serve" as command, *rest] if len(rest) <= 1:
-            config = Path(rest[0]) if rest else LOCAL_CONFIG
-        case _:
-            sys.exit("usage: python -m deployments.launcher demo|serve [serve config]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["demo", "serve"])
+    parser.add_argument("config", nargs="?", type=Path, default=LOCAL_CONFIG)
+    parser.add_argument("--library", type=Path, help="folder of checkpoints and LoRAs to serve beside the catalog")
+    options = parser.parse_args(arguments)
     try:
-        if command == "demo":
+        config = with_library(options.config, options.library) if options.library else options.config
+        if options.command == "demo":
             demo(config, ROOT / "result.jpg")
         else:
             serve(config)

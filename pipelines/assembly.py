@@ -30,12 +30,12 @@ from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.families import FAMILIES
 from pipelines.pictures.vae import VAE
-from pipelines.plan import CompiledSize
+from pipelines.plan import CompiledSize, LoraUse
 from pipelines.recordings import Capturer
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
 from pipelines.transfers import Mark
-from pipelines.weights.files import lora_files, read_config
+from pipelines.weights.files import lora_path, read_config
 from pipelines.weights.headers import read_header
 from pipelines.weights.loading import Device, load_model, load_text_models
 
@@ -82,8 +82,8 @@ def load_engine(
     unet = load_model(UNet2DConditionModel, catalog.component(component_id), device)
     denoiser = TorchDenoiser(unet, strict, capturer, acceleration if device == "cuda" else None)
 
-    def fit(name: str, base: str) -> Adapter:
-        return denoiser.adapters.fit(load_lora(catalog, name, base, "unet"), denoiser.device, denoiser.dtype)
+    def fit(use: LoraUse, base: str) -> Adapter:
+        return denoiser.adapters.fit(load_lora(catalog, use, base, "unet"), denoiser.device, denoiser.dtype)
 
     engine = engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
     if row_price is not None:
@@ -135,8 +135,8 @@ def load_compiled(
     if compiled is None:
         return None
 
-    def refuse(name: str, base: str) -> Adapter:
-        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{name}' needs 'auto' or 'torch'", "backend")
+    def refuse(use: LoraUse, base: str) -> Adapter:
+        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{use.name}' needs 'auto' or 'torch'", "backend")
 
     rows = min(max_rows, max(BATCHES))
     engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict, control)
@@ -238,20 +238,19 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     return vae
 
 
-def load_lora(catalog: Catalog, name: str, base: str, part: str) -> AdapterFile:
+def load_lora(catalog: Catalog, use: LoraUse, base: str, part: str) -> AdapterFile:
     """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models.
 
     Raises:
-        WeightsError: the file is missing or damaged.
+        WeightsError: the file is missing or damaged, or another one took its place in a library.
         InvalidValueError: it is another kind of adapter.
     """
-    spec, weights = catalog.component(base), catalog.lora_weights(name, base)
-    path = lora_files(name, weights).folder() / weights.file
+    spec, path = catalog.component(base), lora_path(catalog, use, base)
     parts = ("unet", "text_encoder", "text_encoder_2") if spec.family == "sdxl" else ("unet", "text_encoder")
     try:
         read_header(path)  # a damaged file stops here, and one of a million tensors before any of them is in memory
-        return read_adapter(path, name, part, parts)
+        return read_adapter(path, use.name, part, parts)
     except FileNotFoundError as error:
-        raise WeightsError(f"lora {name}, file {weights.file}: no such file") from error
+        raise WeightsError(f"lora {use.name}, file {path.name}: no such file") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"lora {name}, file {weights.file}: {error}") from error
+        raise WeightsError(f"lora {use.name}, file {path.name}: {error}") from error

@@ -85,11 +85,13 @@ def together(footprints: Iterable[Footprint], rows: int) -> float:
 
 def parameters(spec: ComponentSpec) -> list[int]:
     """Number of parameters of each model of a component."""
-    counts = []
-    for config in configurations(spec):
-        with torch.device("meta"):
-            counts.append(sum(p.numel() for p in _model(spec, config).parameters()))
-    return counts
+    return [_parameters(spec.kind, spec.union, json.dumps(config)) for config in configurations(spec)]
+
+
+@functools.cache
+def _parameters(kind: str, union: bool, config: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in _model(kind, union, json.loads(config)).parameters())
 
 
 def configurations(spec: ComponentSpec) -> list[Mapping[str, Any]]:
@@ -105,17 +107,22 @@ def configurations(spec: ComponentSpec) -> list[Mapping[str, Any]]:
     return [read_config(spec, name if spec.kind == "text_encoder" else None) for name in names]
 
 
-@torch.inference_mode()
 def decoding_bytes(spec: ComponentSpec, size: Size) -> int:
     """Bytes that a VAE holds at the peak of decoding one picture, weights not counted."""
     (config,) = configurations(spec)
-    dtype = _dtype(spec, config)
+    return _decoding_bytes(json.dumps(config), _dtype(spec, config), size.height, size.width)
+
+
+@functools.cache
+@torch.inference_mode()
+def _decoding_bytes(config: str, dtype: torch.dtype, height: int, width: int) -> int:
+    parsed = json.loads(config)
     with torch.device("meta"):
-        vae = _model(spec, config)
+        vae = _model("vae", False, parsed)
         for parameter in vae.parameters():  # `.to(dtype)` would warn about modules kept in float32, of which none are
             parameter.data = parameter.data.to(dtype)
-        scale = _downscale(config)
-        latents = torch.empty(1, config["latent_channels"], size.height // scale, size.width // scale, dtype=dtype)
+        scale = _downscale(parsed)
+        latents = torch.empty(1, parsed["latent_channels"], height // scale, width // scale, dtype=dtype)
         with PeakBytes() as counted:
             vae.decode(latents)
     return int(counted.peak)
@@ -157,11 +164,11 @@ def _largest(catalog: Catalog, component_id: str) -> Size:
     return max(sizes, key=lambda size: size.width * size.height)
 
 
-def _model(spec: ComponentSpec, config: Mapping[str, Any]) -> Any:
+def _model(kind: str, union: bool, config: Mapping[str, Any]) -> Any:
     """The module that a configuration describes, on whatever device is the default."""
-    if spec.kind == "text_encoder":
+    if kind == "text_encoder":
         projects = "CLIPTextModelWithProjection" in config.get("architectures", ())
         return (CLIPTextModelWithProjection if projects else CLIPTextModel)(CLIPTextConfig(**config))
     plain = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "controlnet": ControlNetModel}
-    model_class: Any = ControlNetUnionModel if spec.union else plain[spec.kind]
+    model_class: Any = ControlNetUnionModel if union else plain[kind]
     return model_class.from_config(dict(config))

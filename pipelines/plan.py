@@ -145,13 +145,18 @@ class PartWeights(_Plan):
 
 
 class LoraUse(_Plan):
-    """One LoRA of a mixture, by its canonical name."""
+    """One LoRA of a mixture, by its canonical name.
+
+    `file` and `version` say which file it was where the name is a library's: its path there, and what changes with it.
+    """
 
     name: str
     weight: float
     """The UNet's, and the text encoders' where these have none of their own."""
     text_encoder: float | None = None
     text_encoder_2: float | None = None
+    file: str | None = None
+    version: str | None = None
 
     def weight_of(self, part: str) -> float:
         """Of `unet`, `text_encoder` or `text_encoder_2`."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import get_args
 
 from config.catalog import Catalog, ModelSpec
 from config.choices import Choices, UnknownChoiceError
 from pipelines.errors import InvalidValueError, UnavailableModelError
+from pipelines.mixtures import mixture_of
 from pipelines.plan import (
     MAX_CFG_SCALE,
     MAX_CLIP_SKIP,
@@ -32,8 +33,6 @@ from pipelines.plan import (
     GenerationParams,
     GenerationPlan,
     LongPrompt,
-    LoraUse,
-    PartWeights,
     PromptSyntax,
     ScheduleSlice,
     StagePlan,
@@ -41,7 +40,6 @@ from pipelines.plan import (
 )
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 from pipelines.text.prompts import Prompts
-from pipelines.text.syntax import LoraTag
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ def make_plan(
     backend = BackendChoice.create(params.backend, model, width, height, compiled)
     style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
     prompts = Prompts.create(params, style, _reading(params, model))
-    loras = _loras(params, prompts.lora_tags, model, catalog)
+    loras = mixture_of(params, prompts.lora_tags, model, catalog)
 
     def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
         own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
@@ -154,8 +152,10 @@ def _model(name: str, catalog: Catalog) -> ModelSpec:
     try:
         model = catalog.model(catalog.model_choices().resolve(name))
     except UnknownChoiceError as error:
-        served_error = UnknownChoiceError(error.field, error.value, served, error.suggestion)
-        raise UnavailableModelError(str(served_error), "model_name") from None
+        message = str(UnknownChoiceError(error.field, error.value, served, error.suggestion))
+        if (reason := catalog.why_unserved(name)) is not None:
+            message = f"model_name '{name.strip()[:100]}' is not available: {reason}. Only {served} allowed now"
+        raise UnavailableModelError(message, "model_name") from None
     if model.unavailable is not None:
         raise UnavailableModelError(
             f"model_name '{model.name}' is not available: {model.unavailable}. Only {served} allowed now", "model_name"
@@ -229,64 +229,6 @@ def _reading(params: GenerationParams, model: ModelSpec) -> TextReading:
         "long_prompt": _choose(Choices("long_prompt", get_args(LongPrompt)), params.long_prompt),
     }
     return TextReading.model_validate(named | {"clip_skip": clip_skip, "max_chunks": model.max_prompt_chunks})
-
-
-def _loras(
-    params: GenerationParams, tags: Sequence[LoraTag], model: ModelSpec, catalog: Catalog
-) -> tuple[LoraUse, ...]:
-    """The mixture, in the request's order; a weight of 0 is none. The refiner never gets one: it is another UNet.
-
-    A LoRA that tags in the prompt name, once or more, beside `loras` or not, gets the sum of its weights.
-    """
-    fitting = [entry.name for entry in catalog.loras if entry.unavailable is None and model.unet in entry.bases]
-    choices = catalog.lora_choices()
-    weights: dict[str, tuple[float, float, float]] = {}
-    for wanted, given in params.loras.items():
-        name = _fitting_lora(wanted, choices, fitting, model, catalog)
-        if name in weights:
-            raise InvalidValueError(f"loras: '{name}' is given twice", "loras")
-        weights[name] = _weights(name, given, model)
-    for tag in tags:
-        name = _fitting_lora(tag.name, choices, fitting, model, catalog)
-        unet, first, second = weights.get(name, (0.0, 0.0, 0.0))
-        weights[name] = unet + tag.unet, first + tag.text_encoder, second + tag.text_encoder
-    return tuple(_use(name, *own) for name, own in weights.items() if any(own))
-
-
-def _weights(name: str, given: float | PartWeights, model: ModelSpec) -> tuple[float, float, float]:
-    """Of the UNet and of both text encoders."""
-    if not isinstance(given, PartWeights):
-        if not math.isfinite(given):
-            raise InvalidValueError(f"loras: the weight {given} of '{name}' is not a finite number", "loras")
-        return given, given, given
-    if given.text_encoder_2 is not None and model.family != "sdxl":
-        raise InvalidValueError(f"loras: '{name}' has a weight for text_encoder_2; {model.name} has one", "loras")
-    text_encoder = 1.0 if given.text_encoder is None else given.text_encoder
-    second = text_encoder if given.text_encoder_2 is None else given.text_encoder_2
-    return 1.0 if given.unet is None else given.unet, text_encoder, second
-
-
-def _use(name: str, unet: float, text_encoder: float, text_encoder_2: float) -> LoraUse:
-    """One weight where one is enough, so that equal requests make equal plans."""
-    if text_encoder == text_encoder_2 == unet:
-        return LoraUse(name=name, weight=unet)
-    second = None if text_encoder == text_encoder_2 else text_encoder_2
-    return LoraUse(name=name, weight=unet, text_encoder=text_encoder, text_encoder_2=second)
-
-
-def _fitting_lora(wanted: str, choices: Choices, fitting: list[str], model: ModelSpec, catalog: Catalog) -> str:
-    """The canonical name of a LoRA that fits the model."""
-    try:
-        name = choices.resolve(wanted)
-    except UnknownChoiceError as error:
-        message = str(UnknownChoiceError("loras", wanted, fitting, error.suggestion))
-        raise InvalidValueError(message, "loras") from None
-    if name not in fitting:
-        reason = next(entry for entry in catalog.loras if entry.name == name).unavailable or "made for other models"
-        raise InvalidValueError(
-            f"loras '{name}' is not available with {model.name}: {reason}. Only {fitting} allowed now", "loras"
-        )
-    return name
 
 
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:

@@ -7,21 +7,26 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
 
-from config.catalog import ModelSpec
+from config.catalog import Catalog, ModelSpec
 from deployments.ingress.ingress import Ingress
+from pipelines.library.loras import ADAPTERS
 from pipelines.plan import CompiledSize
 from pipelines.sampling.samplers import SAMPLERS
 
 
 def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
-    """`GET /v1/models`, `/v1/samplers`, `/v1/styles`, `/v1/loras`, `/v1/controlnets`."""
+    """`GET /v1/models`, `/v1/samplers`, `/v1/styles`, `/v1/loras`, `/v1/controlnets`, `POST /v1/loras/refresh`."""
     router = APIRouter(prefix="/v1", route_class=route_class, tags=["offers"])
-    catalog = ingress.catalog
-    loras = [entry for entry in catalog.loras if entry.unavailable is None]
 
-    def describe(model: ModelSpec, compiled: list[CompiledSize]) -> dict[str, Any]:
+    async def current() -> Catalog:
+        """The catalog with the library as it is now, give or take a second."""
+        await ingress.library.changed()
+        return ingress.catalog
+
+    def describe(model: ModelSpec, catalog: Catalog, compiled: list[CompiledSize]) -> dict[str, Any]:
         return {
             "id": model.name,
+            "aliases": list(model.aliases),
             "object": "model",
             "created": 0,
             "owned_by": "sdgraph",
@@ -38,14 +43,21 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
             "on_a_gpu": ingress.acceleration.model_dump(),
             "refiner": model.refiner is not None,
             "controlnets": list(catalog.controls_of(model.name)),
-            "loras": [entry.name for entry in loras if model.unet in entry.bases],
+            "loras": [e.name for e in catalog.loras if e.unavailable is None and model.unet in e.bases],
         }
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        """Models that can be asked for now."""
-        compiled = await ingress.compiled.available_sizes()
-        return _listing([describe(model, compiled) for model in catalog.available_models()])
+        """Models that can be asked for now; under `unavailable` the others, and files of the library, with reasons."""
+        compiled, catalog = await ingress.compiled.available_sizes(), await current()
+        listed = _listing([describe(model, catalog, compiled) for model in catalog.available_models()])
+        refused = [{"id": m.name, "reason": m.unavailable} for m in catalog.models if m.unavailable is not None]
+        files = [
+            {"id": e.name, "kind": e.kind, "reason": f"{e.file}: {e.reason}"}
+            for e in catalog.unserved
+            if e.kind not in ADAPTERS
+        ]
+        return {**listed, "unavailable": [*refused, *files]}
 
     @router.get("/samplers")
     async def samplers() -> dict[str, Any]:
@@ -60,21 +72,23 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     @router.get("/styles")
     async def styles() -> dict[str, Any]:
         """Style presets with their templates."""
-        return _listing([style.model_dump() for style in catalog.styles])
+        return _listing([style.model_dump() for style in ingress.catalog.styles])
 
     @router.get("/loras")
     async def lora_names() -> dict[str, Any]:
         """LoRAs: which are served, and why the others are not."""
-        return _listing(
-            [
-                {"name": e.name, "available": e in loras, "reason": e.unavailable, "trigger": e.trigger}
-                for e in catalog.loras
-            ]
-        )
+        return _listing(_loras(await current()))
+
+    @router.post("/loras/refresh")
+    async def refresh() -> dict[str, Any]:
+        """Read the library now, wait a moment for files that are being copied, and list the LoRAs."""
+        await ingress.library.settle()
+        return _listing(_loras(ingress.catalog))
 
     @router.get("/controlnets")
     async def controlnets() -> dict[str, Any]:
         """ControlNets of the models that are served."""
+        catalog = ingress.catalog
         served = {model.name for model in catalog.available_models()}
         return _listing(
             [{"name": c.name, "models": m} for c in catalog.controlnets if (m := sorted(served & set(c.models)))]
@@ -102,6 +116,29 @@ def health_routes(ingress: Ingress) -> APIRouter:
         return {"status": "ready" if ready else "waiting", "deployments": dict(states)}
 
     return router
+
+
+def _loras(catalog: Catalog) -> list[dict[str, Any]]:
+    """Each LoRA with the models it fits, or with the reason why it is not served."""
+    users: dict[str, list[str]] = {}
+    for model in catalog.available_models():
+        users.setdefault(model.unet, []).append(model.name)
+    named = [
+        {
+            "name": e.name,
+            "aliases": list(e.aliases),
+            "available": e.unavailable is None,
+            "reason": e.unavailable,
+            "trigger": e.trigger,
+            "models": [name for base in e.bases for name in users.get(base, ())],
+        }
+        for e in catalog.loras
+    ]
+    return named + [
+        {"name": e.name, "kind": e.kind, "available": False, "reason": f"{e.file}: {e.reason}"}
+        for e in catalog.unserved
+        if e.kind in (*ADAPTERS, "unknown")
+    ]
 
 
 def _listing(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from deployments.graph import Graph, Progress
 from deployments.ingress.compiled import CompiledSizes
 from deployments.ingress.compose import Composition, Preview, Watcher
 from deployments.ingress.health import Health, Readiness
+from deployments.ingress.library import LibraryWatch
 from deployments.ingress.wake import Wake
 from deployments.ray_compat import cause_of, replica_died
 from deployments.telemetry.logs import LogFormat, show_logs
@@ -45,6 +46,8 @@ from pipelines.planning import PlanLimits, make_plan
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CHANGES_BEFORE_A_PLAN = 2
+"""Times that a library may change under a request before it takes it as it is."""
 DECODING_SHARE, MOST_DECODING_S = 0.1, 5.0
 """UNets must be done this share of the time before the deadline, but never more than these seconds before it: after
 them the picture is decoded and sent."""
@@ -110,7 +113,7 @@ class Ingress:
     ) -> None:
         show_logs(log_format)
         self.acceleration = acceleration or Acceleration()
-        self.catalog = catalog
+        self.library = LibraryWatch(catalog)
         self.limits = limits
         self.keys = KeyRing(keys_file) if keys_file else Loopback()
         self.usage = UsageLimiter(key_limits)
@@ -123,6 +126,11 @@ class Ingress:
         if signing is not None:
             self._signer = ContentSigner(signing.certificates, signing.private_key, signing.timestamp_url)
         self._signing_thread = ThreadPoolExecutor(1, "signing")
+
+    @property
+    def catalog(self) -> Catalog:
+        """What is on offer now."""
+        return self.library.catalog
 
     async def generate(self, params: GenerationParams, caller: Caller = ANONYMOUS) -> Generated:
         """Draw one picture, within the caller's deadline or the server's own, whichever is less.
@@ -247,7 +255,18 @@ class Ingress:
         return plan
 
     async def _plan(self, params: GenerationParams) -> GenerationPlan:
-        return make_plan(params, self.catalog, self.limits.plan, await self.compiled.available_sizes())
+        compiled = await self.compiled.available_sizes()
+        for _ in range(CHANGES_BEFORE_A_PLAN):
+            try:
+                plan = make_plan(params, self.catalog, self.limits.plan, compiled)
+            except RequestError:  # it may name what is new in the library
+                if not await self.library.changed():
+                    raise
+            else:
+                if await self.library.holds(plan):
+                    return plan
+                await self.library.refresh()
+        return make_plan(params, self.catalog, self.limits.plan, compiled)
 
     def _second_try(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
         """How to go on after the graph failed; the seed is decided, so it is the same picture.

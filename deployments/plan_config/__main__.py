@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from config.catalog import CatalogError
 from config.choices import UnknownChoiceError
@@ -23,11 +24,12 @@ def main() -> None:
     """Print the config; what does not fit ends with the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="hub", help="a folder under config/catalogs, or an absolute path")
+    parser.add_argument("--library", nargs="*", default=[], type=Path, help="folders of checkpoints and LoRAs")
     parser.add_argument("--gpus", default=CLUSTER, help=f"number x GB of each kind of card; {CLUSTER} by default")
     parser.add_argument("--models", nargs="*", default=[], help="public names; every available model by default")
     options = parser.parse_args()
     try:
-        print(serve_config(options.catalog, options.gpus, tuple(options.models)), end="")
+        print(serve_config(options.catalog, options.gpus, tuple(options.models), tuple(options.library)), end="")
     except (PlanError, CatalogError, UnknownChoiceError, WeightsError, ValueError) as error:
         sys.exit(str(error))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from config.catalog import Catalog
+from config.catalog import ROOT, Catalog
 from deployments.app import AppArgs
 from deployments.plan_config.cards import parse_cards
 from deployments.plan_config.shares import CPUS, DENOISING, MAX_ROWS, ROW_PRICE, Deployment, plan_cluster, plan_one_card
+from pipelines.library.library import extend
 
 DRAIN_S = 620
 """A replica that leaves finishes its pictures first: the longest may take the deadline, 600 s."""
@@ -55,19 +58,22 @@ _ONE_CARD_HEAD = """\
 """
 
 
-def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = ()) -> str:
+def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = (), library: tuple[Path, ...] = ()) -> str:
     """The config of a graph that serves a catalog on these cards.
 
     Args:
         catalog: a folder under config/catalogs, or an absolute path.
         gpus: number x GB of each kind of card. A single card is one machine's: loopback, no keys, grouped by role.
         models: public names; every available model if empty.
+        library: folders whose models are served too.
 
     Raises:
         PlanError: the cards do not hold the graph.
-        CatalogError: there is no such catalog.
+        CatalogError: there is no such catalog, or no such folder.
     """
     chosen = Catalog.load(catalog)
+    if library:
+        chosen = extend(chosen, [ROOT / folder for folder in library])
     if models:
         chosen = chosen.only(models)
     large, small = parse_cards(gpus)
@@ -75,14 +81,17 @@ def serve_config(catalog: str, gpus: str, models: tuple[str, ...] = ()) -> str:
     args = AppArgs(
         auth="none" if one else "keys",
         catalog=catalog,
+        library=library,
         grouping="role" if one else "component",
         models=tuple(chosen.model_choices().resolve(name) for name in models),
         max_rows=MAX_ROWS,
         row_price=ROW_PRICE,
         controlnet_placement="colocated",
     )
-    command = f"python -m deployments.plan_config --catalog {catalog} --gpus {gpus}" + " --models" * bool(models)
-    command = " ".join([command, *(f"'{name}'" if " " in name else name for name in args.models)])
+    words = ["python", "-m", "deployments.plan_config", "--catalog", catalog]
+    words += ["--library", *map(str, library)] if library else []
+    words += ["--gpus", gpus] + (["--models", *args.models] if models else [])
+    command = shlex.join(words)
     if one:
         head = _ONE_CARD_HEAD.format(command=command, gigabytes=large.gigabytes)
         return head + "".join(f"{line}\n" for line in _one_card(args, plan_one_card(args, chosen, large)))

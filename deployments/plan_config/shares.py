@@ -171,6 +171,6 @@ def _fit(planned: list[Deployment], cards: Cards) -> None:
     asleep = max((d.share for d in planned if d.use == "rare"), default=0)
     if awake + asleep > cards.count:
         raise PlanError(
-            f"{cards.count} cards of {cards.gigabytes:g} GB are too few: {awake:g} of them never sleep, "
-            f"and one that wakes needs {asleep:g}. Serve fewer models (--models), or add cards"
+            f"{cards.count}x{cards.gigabytes:g} is too little: {awake:g} cards never sleep, and what wakes needs "
+            f"{asleep:g} more. Serve fewer models (--models), or add cards"
         )

@@ -36,7 +36,7 @@ class TextEncoder:
         self,
         tokenizer: CLIPTokenizer,
         model: CLIPTextModel | CLIPTextModelWithProjection,
-        read: Callable[[str, str], AdapterFile],
+        read: Callable[[LoraUse, str], AdapterFile],
         layer: HiddenLayer,
         part: str = "text_encoder",
     ) -> None:
@@ -45,7 +45,7 @@ class TextEncoder:
         Args:
             tokenizer: the model's own.
             model: one of a pipeline's text encoders.
-            read: reads the layers that a LoRA has for it, by name and base UNet.
+            read: reads the layers that a LoRA has for it, by its use and base UNet.
             layer: what UNets read.
             part: `text_encoder` or `text_encoder_2`.
         """
@@ -54,7 +54,7 @@ class TextEncoder:
         self._layer = layer
         self._comma = tokenizer.get_vocab().get(",</w>")
         self._adapters = RowAdapters(model, buckets=())
-        self.loras = LoraStore(lambda name, base: self._adapters.fit(read(name, base), model.device, model.dtype), part)
+        self.loras = LoraStore(lambda use, base: self._adapters.fit(read(use, base), model.device, model.dtype), part)
         self.cache: LruCache[tuple[tuple[int, ...], int, str, tuple[LoraUse, ...]], EncodedText]
         self.cache = LruCache(CACHED_CHUNKS)
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.catalog import ROOT, AnnotatorSpec, ComponentSpec, LoraWeights
+from config.catalog import ROOT, AnnotatorSpec, Catalog, ComponentSpec, LoraWeights
 from config.sources import CheckpointSource, FolderSource, HubSource
 from pipelines.errors import WeightsError
+from pipelines.plan import LoraUse
 from pipelines.weights import checks
 from pipelines.weights.architectures import settings
 from pipelines.weights.checkpoints import schedule_marks
 from pipelines.weights.sources import fetch
+from pipelines.weights.versions import version_of
 
 _STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -170,6 +172,21 @@ def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any
 def lora_files(name: str, weights: LoraWeights) -> Files:
     """The file of a LoRA, by its public name."""
     return Files(f"lora {name}", weights.source, (weights.file,))
+
+
+def lora_path(catalog: Catalog, use: LoraUse, base: str) -> Path:
+    """The file of a LoRA for a base UNet: the catalog's, or the one in the library that the plan meant.
+
+    Raises:
+        WeightsError: it is not there, or not the one that was found when the plan was made.
+    """
+    if use.file is None:
+        weights = catalog.lora_weights(use.name, base)
+        return lora_files(use.name, weights).folder() / weights.file
+    path = next((root / use.file for root in catalog.library if version_of(root / use.file) == use.version), None)
+    if path is None:
+        raise WeightsError(f"lora {use.name}, file {use.file}: it was removed or replaced a moment ago; try again")
+    return path
 
 
 def annotator_files(spec: AnnotatorSpec) -> tuple[Files, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from pipelines.weights.kinds.reports import Base, FileReport, Kind
 from pipelines.weights.kinds.small import LATE_STRANGERS, STRANGERS, name_stranger, read_embedding, read_upscaler
 
 __all__ = ["Base", "FileReport", "Kind", "inspect_file", "inspect_folder"]
+
+Inspect = Callable[[Path, Path | None], FileReport]
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -81,8 +83,8 @@ def _recognise(file: Path, header: Header) -> FileReport:
     return replace(report, dtype=_dtype(header.tensors))
 
 
-def inspect_folder(root: Path) -> Iterator[FileReport]:
-    """What every file of weights below a folder is, in order of their names.
+def inspect_folder(root: Path, inspect: Inspect = inspect_file) -> Iterator[FileReport]:
+    """What every file of weights below a folder is, in order of their names; `inspect` tells of each.
 
     A model in diffusers' layout is one report, as is an index with the files it names. Hidden files and pickles beside
     the same weights as safetensors are passed over, links that lead out of the folder refused.
@@ -90,7 +92,7 @@ def inspect_folder(root: Path) -> Iterator[FileReport]:
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         if (here / PIPELINE).is_file():
-            yield inspect_file(here)
+            yield inspect(here, None)
             folders.clear()
             continue
         shown = [name for name in names if not name.startswith(".")]
@@ -101,12 +103,12 @@ def inspect_folder(root: Path) -> Iterator[FileReport]:
             yield FileReport(here / name, "unknown", reason="a link to a folder, which is not followed")
         told: set[str] = set()
         for name in filter(_INDEX.search, shown):
-            report = inspect_file(here / name, root)
+            report = inspect(here / name, root)
             told |= _shards_named_by(here / name)
             yield report
         for name in sorted({*shown, *misnamed} - told):
             if Path(name).suffix.lower() in LISTED and not _has_twin(name, shown):
-                yield inspect_file(here / name, root)
+                yield inspect(here / name, root)
 
 
 def _has_twin(name: str, names: list[str]) -> bool:

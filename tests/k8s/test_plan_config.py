@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from deployments.app import AppArgs
 from deployments.plan_config.cards import CLUSTER, PlanError, parse_cards
 from deployments.plan_config.serve_config import serve_config
 from tests.support.bound import deployment_names
+from tests.support.library import UNET, put
 from tests.support.serve_configs import problems
 
 ONE_CARD = ("SDXL1.0-base", "SDXL-ControlNet", "SD1.5")
@@ -83,7 +85,7 @@ def test_chosen_models_are_planned_alone() -> None:
         ("1x24,1x48,1x80", (), "one kind of card or two"),
         ("1x24,2x24", (), "each once"),
         ("4x4", (), "unet-sd15-torch needs .* GB, and its cards have 4; give it larger ones"),
-        ("1x12,1x8", (), "1 cards of 12 GB are too few"),
+        ("1x12,1x8", (), "is too little: .* cards never sleep"),
         (
             "1x24",
             ("SDXL1.0-base", "SSD", "SDXL-turbo", "SDXL-ControlNet"),
@@ -108,3 +110,12 @@ def test_one_kind_of_card_is_both_large_and_small() -> None:
 
 def test_the_hubs_components_say_their_architecture() -> None:
     assert all(component.architecture for component in Catalog.load("hub").components)
+
+
+def test_a_librarys_models_are_planned_beside_the_catalogs(tiny_models: Path, tmp_path: Path) -> None:
+    put(tiny_models / "sd15" / UNET, tmp_path / "My SD.safetensors")
+    text = serve_config("tiny", "2x24", (), (tmp_path,))
+    assert f"--library {tmp_path} " in text.splitlines()[0]
+    planned = deployments(text)
+    assert planned["unet-my-sd-torch"]["autoscaling_config"]["min_replicas"] == 0
+    assert "vae-my-sd" not in planned

@@ -18,6 +18,7 @@ from config.sources import FolderSource
 from pipelines.assembly import load_lora, load_vae
 from pipelines.control.annotators import Annotators
 from pipelines.errors import WeightsError
+from pipelines.plan import LoraUse
 from pipelines.weights import files
 from pipelines.weights.download import download, needed_files
 
@@ -59,7 +60,7 @@ def test_the_loaders_ask_for_what_was_fetched(catalog: Catalog, monkeypatch: pyt
 
     monkeypatch.setattr(files, "fetch", recorded)
     load_vae(catalog, "vae-sd15", "cpu")
-    load_lora(catalog, "Add_Detail", "unet-sd15", "unet")
+    load_lora(catalog, LoraUse(name="Add_Detail", weight=1), "unet-sd15", "unet")
     annotators = Annotators(catalog, "cpu")
     for spec in catalog.annotators:
         annotators.annotate(spec.name, Image.new("RGB", (64, 64)))

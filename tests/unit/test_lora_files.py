@@ -21,6 +21,7 @@ from pipelines.adapters.reading import read_adapter
 from pipelines.adapters.rows import RowAdapters
 from pipelines.assembly import load_lora
 from pipelines.errors import InvalidValueError, WeightsError
+from pipelines.plan import LoraUse
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -318,5 +319,5 @@ def test_a_missing_or_damaged_file_is_named(catalog: Catalog, tmp_path: Path, co
     if content is not None:
         (tmp_path / "file.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=said) as failed:
-        load_lora(with_lora(catalog, tmp_path), "x", "unet-sd15", "unet")
+        load_lora(with_lora(catalog, tmp_path), LoraUse(name="x", weight=1), "unet-sd15", "unet")
     assert str(failed.value).startswith("lora x, file file.safetensors: ")

@@ -30,12 +30,12 @@ def stage(name: str) -> StagePlan:
 def test_a_slow_file_is_loaded_once_and_holds_up_nobody_else() -> None:
     begun, released, loads = threading.Event(), threading.Event(), list[str]()
 
-    def load(name: str, base: str) -> Adapter:
-        loads.append(name)
-        if name == "slow":
+    def load(use: LoraUse, base: str) -> Adapter:
+        loads.append(use.name)
+        if use.name == "slow":
             begun.set()
             assert released.wait(timeout=60)
-        return Adapter(name, {})
+        return Adapter(use.name, {})
 
     store = LoraStore(load)
     with ThreadPoolExecutor(4) as threads:
@@ -54,10 +54,10 @@ def test_a_slow_file_is_loaded_once_and_holds_up_nobody_else() -> None:
 def test_a_file_that_failed_is_tried_again() -> None:
     fails = [True]
 
-    def load(name: str, base: str) -> Adapter:
+    def load(use: LoraUse, base: str) -> Adapter:
         if fails.pop():
             raise OSError("gone")
-        return Adapter(name, {})
+        return Adapter(use.name, {})
 
     store = LoraStore(load)
     with pytest.raises(OSError, match="gone"):

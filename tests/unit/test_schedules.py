@@ -22,7 +22,7 @@ from pipelines.adapters.store import LoraStore
 from pipelines.engine.engine import StepEngine
 from pipelines.errors import NonFiniteError
 from pipelines.families import FAMILIES
-from pipelines.plan import ScheduleSlice, StagePlan, TextPlan
+from pipelines.plan import LoraUse, ScheduleSlice, StagePlan, TextPlan
 from pipelines.planning import REFINER_SHARE
 from pipelines.sampling.latents import Latents, LatentSpace
 from pipelines.sampling.samplers import SAMPLERS
@@ -35,7 +35,7 @@ PICTURE = torch.linspace(-1, 1, 16).view(1, 4, 2, 2)
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def no_lora(name: str, base: str) -> Adapter:
+def no_lora(use: LoraUse, base: str) -> Adapter:
     raise AssertionError("these plans have no LoRA")
 
 

@@ -21,7 +21,7 @@ from pipelines.backends.base import StepBatch
 from pipelines.engine.courses import SamplerCourse, TableCourse
 from pipelines.engine.engine import StepEngine
 from pipelines.families import FAMILIES
-from pipelines.plan import ScheduleSlice, StagePlan, TextPlan
+from pipelines.plan import LoraUse, ScheduleSlice, StagePlan, TextPlan
 from pipelines.planning import REFINER_SHARE
 from pipelines.sampling.base import Sampler
 from pipelines.sampling.latents import Latents, LatentSpace
@@ -90,7 +90,7 @@ class Recorder:
         return 0
 
 
-def no_lora(name: str, base: str) -> Any:
+def no_lora(use: LoraUse, base: str) -> Any:
     raise AssertionError("these plans have no LoRA")
 
 

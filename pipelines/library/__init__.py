@@ -1,0 +1,1 @@
+"""Folders of files as people have them, read beside a catalog."""

@@ -1,0 +1,63 @@
+"""A catalog and the folders beside it: models once, when a graph is built; LoRAs whenever they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from config.catalog import Catalog
+from config.library import UnservedFile
+from pipelines.library.equality import Digests
+from pipelines.library.files import LibraryFile, LibraryFolders
+from pipelines.library.loras import ADAPTERS, with_loras, with_loras_of_kin
+from pipelines.library.models import MODELS, new_models, with_models
+from pipelines.library.shapes import plain_unets
+
+MOST_REMEMBERED = 10_000
+"""Files whose removal is told: folders that are filled and emptied for ever must not fill memory."""
+USED_BY_NAME = {"vae": "a checkpoint uses it that names it as `vae` in the .yaml of its stem"}
+"""Kinds that are no offer of their own."""
+_LATE = "it came, or was changed, after the graph was deployed; deploy it again to serve it"
+_NOT_HERE = "files of this kind are not served from a library; a catalog can name it"
+
+
+def extend(catalog: Catalog, folders: Sequence[Path], digests: Digests | None = None) -> Catalog:
+    """The catalog with the models of a library; what else is there is found by `Library`, while the graph runs.
+
+    Raises:
+        CatalogError: a folder is not there.
+    """
+    files = LibraryFolders(folders)
+    extended = with_models(catalog, files.settled(), digests)
+    return with_loras_of_kin(extended.catalog, extended.kin).model_copy(update={"library": files.folders})
+
+
+class Library:
+    """The library of a running graph, read again whenever that is asked for. One thread at a time."""
+
+    def __init__(self, built: Catalog) -> None:
+        """Begin with the catalog that the graph was built with."""
+        self._built = built
+        self._folders = LibraryFolders(built.library)
+        self._unets = plain_unets(built)
+        self._served: dict[str, UnservedFile] = {}
+
+    def read(self) -> Catalog:
+        """The catalog as it is now."""
+        files = self._folders.scan()
+        here = {file.path for file in files}
+        late = {file.path: file for file in new_models(self._built, files)}
+        unserved = [entry for entry in self._built.unserved if entry.file in here and entry.file not in late]
+        unserved += [file.unserved(file.problem or _LATE) for file in late.values()]
+        unserved += [file.unserved(_reason(file)) for file in files if file.report.kind not in (*MODELS, *ADAPTERS)]
+        unserved += [entry for path, entry in self._served.items() if path not in here]
+        read = with_loras(self._built.model_copy(update={"unserved": tuple(unserved)}), files, self._unets)
+        refused = {entry.file for entry in read.unserved}
+        for file in files:
+            if file.report.kind in ADAPTERS and file.path not in refused and len(self._served) < MOST_REMEMBERED:
+                self._served[file.path] = file.unserved("it was removed while the graph ran")
+        return read
+
+
+def _reason(file: LibraryFile) -> str:
+    return file.problem or USED_BY_NAME.get(file.report.kind, _NOT_HERE)
