@@ -22,6 +22,8 @@ class TableCourse:
     """Ticks of one step."""
     tick: int
     """Ticks done."""
+    shape: tuple[int, ...]
+    """`[1, channels, height, width]` of the latents."""
     generator_state: torch.Tensor
     """Of the job's noise generator after its last tick, `[bytes]` uint8."""
 
@@ -46,7 +48,7 @@ class TableCourse:
         """
         self.timesteps, self.order, self.tick = table.timesteps, table.order, 0
         self.generator_state = generator_state
-        self._shape = latents.shape
+        self.shape = tuple(latents.shape)
         self._weights = table.guided(guidance_scale)
         self._slots = table.slots
         start = torch.zeros(1 + table.slots + len(noise), latents.numel())
@@ -73,7 +75,7 @@ class TableCourse:
     @property
     def latents(self) -> torch.Tensor:
         """`[1, channels, height, width]`, as they stand."""
-        return self._state[1].view(self._shape)
+        return self._state[1].view(self.shape)
 
     @property
     def slots(self) -> int:
@@ -118,6 +120,7 @@ class SamplerCourse:
         self.sampler = sampler
         self.timesteps: Sequence[float] = sampler.timesteps.tolist()
         self.order, self.tick, self.latents = sampler.order, 0, latents
+        self.shape = tuple(latents.shape)
         self._generator, self._guidance_scale = generator, guidance_scale
 
     @property

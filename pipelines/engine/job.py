@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -16,7 +17,7 @@ from pipelines.engine.courses import Course
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents
 from pipelines.text.conditioning import Conditioning
-from pipelines.transfers import Mark, fetch, pinned, send
+from pipelines.transfers import Mark, fetch, send
 
 
 @dataclass
@@ -37,15 +38,15 @@ class DenoiseJob:
     previews: bool = False
     """Whether its latents are wanted after every tick."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """UNet batch entries the job contributes to a tick."""
         return self.conditioning.rows
 
-    @property
+    @cached_property
     def batch_key(self) -> BatchKey:
         """What another job must share to ride in the same tick."""
-        return BatchKey(tuple(self.latents.shape[1:]), tuple(self.conditioning.prompt_embeds.shape[1:]))
+        return BatchKey(self.course.shape[1:], tuple(self.conditioning.prompt_embeds.shape[1:]))
 
     @property
     def latents(self) -> torch.Tensor:
@@ -86,12 +87,9 @@ class DenoiseJob:
         """Move everything the ticks need to `device`, before the first."""
         self.course.send(device)
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return send(pinned(tensor, device), device)
-
         embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
-        self.conditioning = Conditioning(moved(embeds), moved(pooled) if pooled is not None else None)
-        self.added_conditions = {name: moved(tensor) for name, tensor in self.added_conditions.items()}
+        self.conditioning = Conditioning(send(embeds, device), send(pooled, device) if pooled is not None else None)
+        self.added_conditions = {name: send(tensor, device) for name, tensor in self.added_conditions.items()}
 
     def fetch(self) -> Fetched:
         """Begin to copy the latents, as they stand, to the host."""

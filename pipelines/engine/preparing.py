@@ -20,6 +20,7 @@ from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_ge
 from pipelines.sampling.samplers import make_sampler
 from pipelines.sampling.tables import SamplerTables, Table
 from pipelines.text.conditioning import Conditioning
+from pipelines.transfers import pinned
 
 
 def always() -> bool:
@@ -58,7 +59,7 @@ class JobMaker:
         wanted: Callable[[], bool] = always,
     ) -> DenoiseJob:
         """See `StepEngine.prepare`."""
-        dtype = self._denoiser.dtype
+        device, dtype = self._denoiser.device, self._denoiser.dtype
         conditioning = conditioning.to(conditioning.prompt_embeds.device, dtype)
         added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
         shape = self._space.shape(plan.width, plan.height)
@@ -75,6 +76,9 @@ class JobMaker:
             course = self._by_sampler(plan, latents is None, begin, generator, scale)
         else:
             course = self._by_table(table, plan, latents is None, begin, generator, scale, wanted)
+        embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
+        conditioning = Conditioning(pinned(embeds, device), pinned(pooled, device) if pooled is not None else None)
+        added = {name: pinned(tensor, device) for name, tensor in added.items()}
         return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, hint)
 
     def _by_table(

@@ -35,7 +35,7 @@ class RowStack:
         sample = torch.cat([job.course.model_input() for job in jobs for _ in range(job.rows)])
         self._stack_conditions(jobs)
         batch = StepBatch(
-            sample=sample.view(-1, *jobs[0].latents.shape[1:]).to(self._dtype),
+            sample=sample.view(-1, *jobs[0].course.shape[1:]).to(self._dtype),
             timesteps=timesteps,
             prompt_embeds=self._embeds,
             added_conditions=self._added,
