@@ -1,4 +1,4 @@
-"""What a tick costs: rows, company, the engine itself, LoRAs, ControlNets, strict mode; and an unseen LoRA.
+"""What a tick costs: rows, company, LoRAs, ControlNets, strict mode; and how long a LoRA takes that was never seen.
 
 One process, the tiny SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
 
@@ -36,16 +36,12 @@ from deployments.launcher import laptop_config, request_picture, running_graph
 from pipelines.adapters.layers import Mixture
 from pipelines.adapters.reading import AdapterFile
 from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
-from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.nets import ColocatedControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
-from pipelines.families import FAMILIES
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
-from pipelines.sampling.latents import LatentSpace
-from pipelines.sampling.tables import MOST_TICKS, SamplerTables
 from pipelines.text.encoders import TextEncoderStack
 from pipelines.weights.files import read_config
 
@@ -90,17 +86,19 @@ class Bench:
             engine.add(job)
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def alternate(
+    sides: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median milliseconds of each side, alternated after a warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
         run()
     for _ in range(repeats):
         for name, run in sides.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            taken[name].append(time.perf_counter() - begin)
-    return {name: round(statistics.median(values) * 1000, 2) for name, values in taken.items()}
+            taken[name].append(clock() - begin)
+    return {name: round(statistics.median(values) * 1000, 3) for name, values in taken.items()}
 
 
 def rows(bench: Bench, repeats: int) -> dict[str, Any]:
@@ -122,60 +120,6 @@ def company(bench: Bench, repeats: int) -> dict[str, Any]:
         engine.add(engine.prepare("job", stage, bench.encoders.encode(stage), None))
     medians = alternate({"shared": bench.engine.tick, "sequential": lambda: [e.tick() for e in alone]}, repeats)
     return medians | {"speedup": round(medians["sequential"] / medians["shared"], 2), "goal": 1.8}
-
-
-class Idle:
-    """A denoiser that answers at once, so that only the engine's own work is left."""
-
-    def __init__(self, engine: StepEngine) -> None:
-        self.config, self.device, self.dtype = engine.denoiser.config, engine.denoiser.device, engine.denoiser.dtype
-        self._answer = torch.randn(16, 4, 32, 32)
-
-    def predict(self, batch: StepBatch) -> torch.Tensor:
-        """The same numbers every time."""
-        return self._answer[: len(batch.sample)]
-
-    def padding(self, batch: StepBatch) -> int:
-        """None."""
-        return 0
-
-
-def outside(bench: Bench, repeats: int) -> dict[str, Any]:
-    """The engine's own time of a tick, without the UNet: samplers by table against their own steps.
-
-    Guided jobs at 1024 px, thread time of one thread, which neighbours of the process hardly disturb.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    config = published_like(bench.catalog)
-    cases = {"1 default": [SAMPLERS[0]], "8 default": [SAMPLERS[0]] * 8, "8 samplers": SAMPLERS}
-    result: dict[str, Any] = {}
-    for case, samplers in cases.items():
-        taken: dict[str, list[float]] = {"tables": [], "own steps": []}
-        engines = {}
-        for side, most_ticks in (("tables", MOST_TICKS), ("own steps", 0)):
-            tables = SamplerTables(config, most_ticks)
-            family, space = FAMILIES["sdxl"], LatentSpace(4, 32, 1.0)
-            engines[side] = StepEngine(
-                Idle(bench.engine), family, config, space, bench.engine.loras, max_rows=64, tables=tables
-            )
-            for index, sampler in enumerate(samplers):
-                stage = bench.stage(index, guided=True).model_copy(update={"sampler": sampler})
-                engines[side].add(engines[side].prepare(str(index), stage, bench.encoders.encode(stage), None))
-        for _ in range(min(3 + repeats * 5, 90)):
-            for side, engine in engines.items():
-                begin = time.thread_time()
-                engine.tick()
-                taken[side].append(time.thread_time() - begin)
-        medians = {side: round(statistics.median(values[3:]) * 1000, 3) for side, values in taken.items()}
-        result[case] = medians | {"times": round(medians["own steps"] / medians["tables"], 1)}
-    torch.set_num_threads(threads)
-    return result | {"goal": 5}
-
-
-def published_like(catalog: Catalog) -> dict[str, Any]:
-    """The scheduler's configuration of the tiny SDXL, but with the key by which the hub's does not clip."""
-    return read_config(catalog.component("unet-sdxl-base"), "scheduler") | {"clip_sample": False}
 
 
 def attention_shapes(catalog: Catalog, component_id: str) -> dict[str, tuple[int, int]]:
@@ -287,7 +231,6 @@ def main() -> None:
     results = {
         "threads": torch.get_num_threads(),
         "rows": rows(bench, options.repeats),
-        "engine_outside_the_unet_ms": outside(bench, options.repeats),
         "heterogeneous_batch_of_8_rows_ms": company(bench, options.repeats),
         "prices_of_a_tick_of_8_rows_ms": prices(bench, options.repeats),
     }

@@ -226,8 +226,8 @@ class StepEngine:
         try:
             numbers = TickNumbers(courses, rows, self.denoiser.device)
             batch = self._rows.stack(jobs, numbers.timesteps, self.control)
-            failures = advance(courses, rows, self.denoiser.predict(batch), numbers.weights)
             padding = self.denoiser.padding(batch)
+            failures = advance(courses, rows, self.denoiser.predict(batch), numbers.weights)  # last: nobody twice
         except Exception as error:
             return _Evaluation(jobs, error=error)
         return _Evaluation(jobs, padding, failed=[(jobs[position], error) for position, error in failures.items()])

@@ -66,9 +66,9 @@ class JobMaker:
         begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
         check_job(plan, begin, conditioning, added, hint, shape, self._denoiser.config)
         mixture = self._loras.mixture(plan)
-        _check(wanted)
+        _stop_unless(wanted)
         table = self._tables.get(plan.sampler, plan.schedule)
-        _check(wanted)
+        _stop_unless(wanted)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
         scale = plan.guidance_scale if plan.guided else None
         course: Course
@@ -99,7 +99,7 @@ class JobMaker:
             begin = of_picture * begin.float() + of_noise * noise.float()
         drawn = []
         for noise in table.draw(begin.shape, self._denoiser.dtype, generator, plan.seed):
-            _check(wanted)
+            _stop_unless(wanted)
             drawn.append(noise)
         return TableCourse(table, begin, drawn, generator.get_state(), scale, self._denoiser.device)
 
@@ -114,6 +114,6 @@ class JobMaker:
         return SamplerCourse(sampler, begin, generator, scale)
 
 
-def _check(wanted: Callable[[], bool]) -> None:
+def _stop_unless(wanted: Callable[[], bool]) -> None:
     if not wanted():
         raise CancelledError("nobody waits for this job any more")
