@@ -94,6 +94,7 @@ slow: setup build/checkov/installed  ## the slow tests: a cluster with cards tha
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real
 	$(BIN)/python -m benchmarks.tick --real-lora --placements
+	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.tvm
 	$(BIN)/python -m benchmarks.autoscaling

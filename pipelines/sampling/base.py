@@ -16,6 +16,9 @@ class Sampler(Protocol):
 
     `DiffusersSampler` is one around any diffusers scheduler; a sampler of one's own needs just these members. All noise
     must come from the generator that `step` is given: the same seed then gives the same picture on every machine.
+
+    One that is linear, remembers tensors in attributes (also inside lists, mappings and objects), draws at most once a
+    tick with `torch.randn` and can be deep-copied is run as a table (`tables.py`); any other by its own `step`.
     """
 
     timesteps: torch.Tensor
