@@ -118,6 +118,21 @@ class LoraSpec(Spec):
         return tuple(base for weights in self.weights for base in weights.bases)
 
 
+class EmbeddingSpec(Spec):
+    """A textual inversion by its public name, which prompts say as `<name>`."""
+
+    name: str = Field(pattern=r"^[^<>:()\[\]\\]+$")
+    """Nothing in it that prompts have another use for."""
+    weights: tuple[LoraWeights, ...] = ()
+    """Its files, and the UNets whose text encoders each is for."""
+    unavailable: str | None = None
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Component ids of the UNets it works with."""
+        return tuple(base for weights in self.weights for base in weights.bases)
+
+
 class StylePreset(Spec):
     """A prompt template with `{prompt}` in it and a negative prompt to add."""
 
@@ -161,6 +176,7 @@ class Catalog(Spec):
     controlnets: tuple[ControlNetSpec, ...] = ()
     annotators: tuple[AnnotatorSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
+    embeddings: tuple[EmbeddingSpec, ...] = ()
     styles: tuple[StylePreset, ...] = ()
     model_names: ModelNames = ModelNames()
     library: tuple[Path, ...] = ()
@@ -196,6 +212,7 @@ class Catalog(Spec):
             raise ValueError(f"model_names: the default '{self.model_names.default}' is no model")
         self.style_choices()
         self.lora_choices()
+        self.embedding_choices()
         for model in self.models:
             self._check_model(model, components)
         for component in self.components:
@@ -212,11 +229,14 @@ class Catalog(Spec):
                 )
             if bases := {self.model(m).unet for m in control.models} - {steering.base}:
                 raise ValueError(f"controlnet {control.name}: {control.component} does not steer {sorted(bases)}")
-        for lora in self.loras:
-            if unknown := set(lora.bases) - set(components):
-                raise ValueError(f"lora {lora.name}: unknown bases {sorted(unknown)}")
-            if not lora.weights and lora.unavailable is None:
-                raise ValueError(f"lora {lora.name}: give its weights, or say in 'unavailable' why there are none")
+        for kind, entries in (("lora", self.loras), ("embedding", self.embeddings)):
+            for entry in entries:
+                if unknown := set(entry.bases) - set(components):
+                    raise ValueError(f"{kind} {entry.name}: unknown bases {sorted(unknown)}")
+                if not entry.weights and entry.unavailable is None:
+                    raise ValueError(
+                        f"{kind} {entry.name}: give its weights, or say in 'unavailable' why there are none"
+                    )
         return self
 
     def _check_model(self, model: ModelSpec, components: dict[str, ComponentSpec]) -> None:
@@ -262,6 +282,10 @@ class Catalog(Spec):
     def lora_choices(self) -> Choices:
         """Every LoRA, available or not."""
         return Choices("loras", [lora.name for lora in self.loras], _aliases(self.loras))
+
+    def embedding_choices(self) -> Choices:
+        """Every textual inversion, available or not."""
+        return Choices("embeddings", [embedding.name for embedding in self.embeddings])
 
     def style_choices(self) -> Choices:
         """Every style preset with its aliases."""
@@ -312,6 +336,12 @@ class Catalog(Spec):
         wanted = name.strip().casefold()
         told = (f"{entry.file}: {entry.reason}" for entry in self.unserved if entry.name.casefold() == wanted)
         return next(told, None)
+
+    def embedding_weights(self, name: str, base: str) -> LoraWeights:
+        """The file of a textual inversion for a UNet; KeyError if there is none."""
+        spec = _named("embedding", {entry.name: entry for entry in self.embeddings}, name)
+        found = {b: weights for weights in spec.weights for b in weights.bases}
+        return _named(f"base of embedding '{name}'", found, base)
 
     def vae_of(self, unet_id: str) -> str:
         """Id of the VAE whose latents a UNet works on; KeyError if no model uses the UNet."""

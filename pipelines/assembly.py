@@ -6,10 +6,12 @@ The only place that knows of which parts each is made; `weights/` only reads fil
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
@@ -30,12 +32,13 @@ from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.families import FAMILIES
 from pipelines.pictures.vae import VAE
-from pipelines.plan import CompiledSize, LoraUse
+from pipelines.plan import CompiledSize, EmbeddingUse, LoraUse
 from pipelines.recordings import Capturer
 from pipelines.sampling.latents import LatentSpace
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
+from pipelines.text.inversions import read_inversion
 from pipelines.transfers import Mark
-from pipelines.weights.files import lora_path, read_config
+from pipelines.weights.files import embedding_path, lora_path, read_config
 from pipelines.weights.headers import read_header
 from pipelines.weights.loading import Device, load_model, load_text_models
 
@@ -212,7 +215,14 @@ def load_text_encoders(catalog: Catalog, component_id: str, device: Device) -> T
     spec = catalog.component(component_id)
     family = FAMILIES[spec.family]
     encoders = [
-        TextEncoder(tokenizer, model, functools.partial(load_lora, catalog, part=part), family.text_layer, part)
+        TextEncoder(
+            tokenizer,
+            model,
+            functools.partial(load_lora, catalog, part=part),
+            functools.partial(load_embedding, catalog, part=part),
+            family.text_layer,
+            part,
+        )
         for part, tokenizer, model in load_text_models(spec, device)
     ]
     return TextEncoderStack(encoders, family.embed)
@@ -238,6 +248,19 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     return vae
 
 
+def load_embedding(catalog: Catalog, use: EmbeddingUse, base: str, part: str) -> torch.Tensor:
+    """The vectors of a textual inversion for one text encoder of a base UNet's models, `[vectors, width]`.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or another one took its place in a library.
+        InvalidValueError: it is none, or of another family.
+    """
+    path = embedding_path(catalog, use, base)
+    with _explained(f"embedding {use.name}, file {path.name}"):
+        read_header(path)
+        return read_inversion(path, use.name, part, pair=catalog.component(base).family == "sdxl")
+
+
 def load_lora(catalog: Catalog, use: LoraUse, base: str, part: str) -> AdapterFile:
     """The layers a LoRA has for one part (`unet`, `text_encoder`, `text_encoder_2`) of a base UNet's models.
 
@@ -247,10 +270,17 @@ def load_lora(catalog: Catalog, use: LoraUse, base: str, part: str) -> AdapterFi
     """
     spec, path = catalog.component(base), lora_path(catalog, use, base)
     parts = ("unet", "text_encoder", "text_encoder_2") if spec.family == "sdxl" else ("unet", "text_encoder")
-    try:
+    with _explained(f"lora {use.name}, file {path.name}"):
         read_header(path)  # a damaged file stops here, and one of a million tensors before any of them is in memory
         return read_adapter(path, use.name, part, parts)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What reading a small file raises -> a WeightsError that names it."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise WeightsError(f"lora {use.name}, file {path.name}: no such file") from error
+        raise WeightsError(f"{what}: no such file") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"lora {use.name}, file {path.name}: {error}") from error
+        raise WeightsError(f"{what}: {error}") from error

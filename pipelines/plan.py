@@ -101,6 +101,14 @@ class TextReading(_Plan):
     max_chunks: int = 16
 
 
+class EmbeddingUse(_Plan):
+    """One textual inversion that a text names; `file` and `version` as of a `LoraUse`."""
+
+    name: str
+    file: str | None = None
+    version: str | None = None
+
+
 class TextPlan(_Plan):
     """What each text encoder of a stage reads. One entry an encoder, styles applied.
 
@@ -110,6 +118,8 @@ class TextPlan(_Plan):
     encoders: tuple[int, ...]
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...] | None
+    embeddings: tuple[EmbeddingUse, ...] = ()
+    """Textual inversions that the texts name as `<name>`."""
     reading: TextReading = TextReading()
 
 

@@ -39,6 +39,7 @@ from pipelines.plan import (
     TextReading,
 )
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
+from pipelines.text.embedding_names import with_embeddings
 from pipelines.text.prompts import Prompts
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def make_plan(
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(params.backend, model, width, height, compiled)
     style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
-    prompts = Prompts.create(params, style, _reading(params, model))
+    prompts = with_embeddings(Prompts.create(params, style, _reading(params, model)), model, catalog)
     loras = mixture_of(params, prompts.lora_tags, model, catalog)
 
     def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:

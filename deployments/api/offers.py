@@ -15,7 +15,7 @@ from pipelines.sampling.samplers import SAMPLERS
 
 
 def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
-    """`GET /v1/models`, `/v1/samplers`, `/v1/styles`, `/v1/loras`, `/v1/controlnets`, `POST /v1/loras/refresh`."""
+    """Models, samplers, styles, LoRAs, embeddings and ControlNets under `/v1`, and `POST /v1/loras/refresh`."""
     router = APIRouter(prefix="/v1", route_class=route_class, tags=["offers"])
 
     async def current() -> Catalog:
@@ -44,6 +44,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
             "refiner": model.refiner is not None,
             "controlnets": list(catalog.controls_of(model.name)),
             "loras": [e.name for e in catalog.loras if e.unavailable is None and model.unet in e.bases],
+            "embeddings": [e.name for e in catalog.embeddings if e.unavailable is None and model.unet in e.bases],
         }
 
     @router.get("/models")
@@ -84,6 +85,12 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
         """Read the library now, wait a moment for files that are being copied, and list the LoRAs."""
         await ingress.library.settle()
         return _listing(_loras(ingress.catalog))
+
+    @router.get("/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        """Textual inversions, which prompts say as `<name>`: which are served, and why the others are not."""
+        known = (await current()).embeddings
+        return _listing([{"name": e.name, "available": e.unavailable is None, "reason": e.unavailable} for e in known])
 
     @router.get("/controlnets")
     async def controlnets() -> dict[str, Any]:

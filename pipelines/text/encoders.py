@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,10 +14,11 @@ from pipelines.adapters.rows import RowAdapters
 from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
 from pipelines.errors import InvalidValueError
-from pipelines.plan import LoraUse, StagePlan, TextReading
+from pipelines.plan import EmbeddingUse, LoraUse, StagePlan, TextReading
 from pipelines.text.chunks import Chunk, Token, into_chunks
 from pipelines.text.conditioning import Conditioning, EncodedText, HiddenLayer, PromptSize
 from pipelines.text.emphasis import emphasise
+from pipelines.text.inversions import Inversion, Inversions
 from pipelines.text.syntax import read_sections
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class TextEncoder:
         tokenizer: CLIPTokenizer,
         model: CLIPTextModel | CLIPTextModelWithProjection,
         read: Callable[[LoraUse, str], AdapterFile],
+        read_inversion: Callable[[EmbeddingUse, str], torch.Tensor],
         layer: HiddenLayer,
         part: str = "text_encoder",
     ) -> None:
@@ -46,6 +48,7 @@ class TextEncoder:
             tokenizer: the model's own.
             model: one of a pipeline's text encoders.
             read: reads the layers that a LoRA has for it, by its use and base UNet.
+            read_inversion: reads the vectors that a textual inversion has for it, likewise.
             layer: what UNets read.
             part: `text_encoder` or `text_encoder_2`.
         """
@@ -53,6 +56,7 @@ class TextEncoder:
         self._model = model.eval()
         self._layer = layer
         self._comma = tokenizer.get_vocab().get(",</w>")
+        self.inversions = Inversions(model.get_input_embeddings(), read_inversion)
         self._adapters = RowAdapters(model, buckets=())
         self.loras = LoraStore(lambda use, base: self._adapters.fit(read(use, base), model.device, model.dtype), part)
         self.cache: LruCache[tuple[tuple[int, ...], int, str, tuple[LoraUse, ...]], EncodedText]
@@ -68,16 +72,22 @@ class TextEncoder:
         """Layers of the tower."""
         return int(self._model.config.num_hidden_layers)
 
-    def tokenize(self, text: str, reading: TextReading) -> list[list[Token]]:
+    def tokenize(self, text: str, stage: StagePlan) -> list[list[Token]]:
         """The tokens of each section of a text, with their weights, without start and end."""
+        known = self.inversions.load(stage.text.embeddings, stage.component)
         return [
             [
                 Token(id, fragment.weight)
                 for fragment in section
-                for id in self._tokenizer(fragment.text, add_special_tokens=False, verbose=False).input_ids
+                for piece in self.inversions.split(fragment.text, known)
+                for id in (self._ids(piece) if isinstance(piece, str) else piece.ids)
             ]
-            for section in read_sections(text, reading.syntax)
+            for section in read_sections(text, stage.text.reading.syntax)
         ]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
 
     def into_chunks(self, sections: list[list[Token]], reading: TextReading) -> tuple[Chunk, ...]:
         """The tokens as the encoder reads them; `long_prompt` "cut" keeps what fits into one pass."""
@@ -108,17 +118,18 @@ class TextEncoder:
         if cached := self.cache.get(key):
             return cached
         with self._adapters.active([self.loras.mixture(stage)]):
-            return self.cache.put(key, self._forward(ids, from_end))
+            known = self.inversions.load(stage.text.embeddings, stage.component)
+            return self.cache.put(key, self._forward(ids, from_end, known))
 
     @torch.inference_mode()
-    def _forward(self, ids: tuple[int, ...], from_end: int) -> EncodedText:
+    def _forward(self, ids: tuple[int, ...], from_end: int, known: Mapping[str, Inversion]) -> EncodedText:
         """One pass over start, tokens, end and padding, as the tokenizer itself would frame them."""
         tokenizer, device = self._tokenizer, self._model.device
         padding = self.context - 2 - len(ids)
         framed = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]
         masked = getattr(self._model.config, "use_attention_mask", False)
         mask = torch.tensor([[1] * (len(ids) + 2) + [0] * padding], device=device) if masked else None
-        tokens = torch.tensor([framed], device=device)
+        tokens = torch.tensor([self.inversions.place(framed, known)], device=device)
         output = self._model(tokens, attention_mask=mask, output_hidden_states=True)
         if from_end == 1 and self._layer.normed:
             state = output.last_hidden_state
@@ -156,7 +167,7 @@ class TextEncoderStack:
             sides = {"negative_prompt": text.negative_prompts} | sides
         encoders = [self.encoders[index] for index in text.encoders]
         self._check_clip_skip(encoders, text.reading.clip_skip)
-        size, chunked = self._chunked(sides, encoders, text.reading)
+        size, chunked = self._chunked(sides, encoders, stage)
         rows = [
             self._join([encoder.encode(chunks, stage) for encoder, chunks in zip(encoders, row, strict=True)])
             for row in chunked
@@ -171,15 +182,16 @@ class TextEncoderStack:
         return Conditioning(prompt_embeds, pooled_embeds, size)
 
     def _chunked(
-        self, sides: dict[str, tuple[str, ...]], encoders: list[TextEncoder], reading: TextReading
+        self, sides: dict[str, tuple[str, ...]], encoders: list[TextEncoder], stage: StagePlan
     ) -> tuple[PromptSize, list[list[tuple[Chunk, ...]]]]:
         """For each side the chunks of each encoder, all of one number, and the size of the longest text."""
+        reading = stage.text.reading
         rows: list[list[tuple[Chunk, ...]]] = []
         tokens, context = 0, encoders[0].context
         for param, texts in sides.items():
             row = []
             for encoder, text in zip(encoders, texts, strict=True):
-                sections = encoder.tokenize(text, reading)
+                sections = encoder.tokenize(text, stage)
                 count = sum(len(section) for section in sections) + 2
                 chunks = encoder.into_chunks(sections, reading)
                 if len(chunks) > reading.max_chunks:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from config.catalog import ComponentSpec, StylePreset
-from pipelines.plan import GenerationParams, TextPlan, TextReading
+from pipelines.plan import EmbeddingUse, GenerationParams, TextPlan, TextReading
 from pipelines.text.syntax import LoraTag, check_weights, take_lora_tags
 
 
@@ -19,6 +20,8 @@ class Prompts:
     negative_prompt_2: str | None
     reading: TextReading
     lora_tags: tuple[LoraTag, ...] = ()
+    embeddings: Mapping[str, tuple[EmbeddingUse, ...]] = field(default_factory=dict)
+    """The textual inversions that the texts name, by the UNets that have them."""
 
     @classmethod
     def create(cls, params: GenerationParams, style: StylePreset | None, reading: TextReading) -> Prompts:
@@ -57,4 +60,10 @@ class Prompts:
             negatives = None
         else:
             negatives = (negative or "", negative_2 or negative or "")[:count]
-        return TextPlan(encoders=unet.text_encoders, prompts=prompts, negative_prompts=negatives, reading=self.reading)
+        return TextPlan(
+            encoders=unet.text_encoders,
+            prompts=prompts,
+            negative_prompts=negatives,
+            embeddings=self.embeddings.get(unet.id, ()),
+            reading=self.reading,
+        )

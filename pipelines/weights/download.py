@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config.catalog import Catalog
 from pipelines.errors import WeightsError
-from pipelines.weights.files import ComponentFiles, Files, annotator_files, lora_files
+from pipelines.weights.files import ComponentFiles, Files, annotator_files, embedding_files, lora_files
 
 
 def download(catalog: Catalog) -> Iterator[tuple[str, Path]]:
@@ -32,10 +32,11 @@ def needed_files(catalog: Catalog) -> Iterator[Files]:
         if (files := ComponentFiles(component).files) is not None:
             yield files
     unets = {component.id for component in served}
-    for lora in catalog.loras:
-        for weights in lora.weights:
-            if unets.intersection(weights.bases):
-                yield lora_files(lora.name, weights)
+    for entries, files_of in ((catalog.loras, lora_files), (catalog.embeddings, embedding_files)):
+        for entry in entries:
+            for weights in entry.weights:
+                if unets.intersection(weights.bases):
+                    yield files_of(entry.name, weights)
     for spec in catalog.annotators:
         yield from annotator_files(spec)
 

@@ -12,7 +12,7 @@ from typing import Any
 from config.catalog import ROOT, AnnotatorSpec, Catalog, ComponentSpec, LoraWeights
 from config.sources import CheckpointSource, FolderSource, HubSource
 from pipelines.errors import WeightsError
-from pipelines.plan import LoraUse
+from pipelines.plan import EmbeddingUse, LoraUse
 from pipelines.weights import checks
 from pipelines.weights.architectures import settings
 from pipelines.weights.checkpoints import schedule_marks
@@ -183,10 +183,27 @@ def lora_path(catalog: Catalog, use: LoraUse, base: str) -> Path:
     if use.file is None:
         weights = catalog.lora_weights(use.name, base)
         return lora_files(use.name, weights).folder() / weights.file
-    path = next((root / use.file for root in catalog.library if version_of(root / use.file) == use.version), None)
+    return _in_library(catalog, use.file, use.version, f"lora {use.name}")
+
+
+def embedding_path(catalog: Catalog, use: EmbeddingUse, base: str) -> Path:
+    """The same of a textual inversion."""
+    if use.file is None:
+        weights = catalog.embedding_weights(use.name, base)
+        return embedding_files(use.name, weights).folder() / weights.file
+    return _in_library(catalog, use.file, use.version, f"embedding {use.name}")
+
+
+def _in_library(catalog: Catalog, file: str, version: str | None, what: str) -> Path:
+    path = next((root / file for root in catalog.library if version_of(root / file) == version), None)
     if path is None:
-        raise WeightsError(f"lora {use.name}, file {use.file}: it was removed or replaced a moment ago; try again")
+        raise WeightsError(f"{what}, file {file}: it was removed or replaced a moment ago; try again")
     return path
+
+
+def embedding_files(name: str, weights: LoraWeights) -> Files:
+    """The file of a textual inversion, by its public name."""
+    return Files(f"embedding {name}", weights.source, (weights.file,))
 
 
 def annotator_files(spec: AnnotatorSpec) -> tuple[Files, ...]:

@@ -61,6 +61,20 @@ async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
     assert base["loras"] == ["Add_Detail", "Pixel_Art"]
 
 
+async def test_embeddings_are_listed(catalog: Catalog, connect: ClientFactory) -> None:
+    data = catalog.model_dump()
+    weights = {"bases": ["unet-sd15"], "source": {"folder": "models"}, "file": "x.safetensors"}
+    data["embeddings"] = [{"name": "x", "weights": [weights]}, {"name": "y", "unavailable": "nowhere"}]
+    async with connect(catalog=Catalog.model_validate(data)) as client:
+        body = (await client.get("/v1/embeddings")).json()
+        models = {model["id"]: model["embeddings"] for model in (await client.get("/v1/models")).json()["data"]}
+    assert body["data"] == [
+        {"name": "x", "available": True, "reason": None},
+        {"name": "y", "available": False, "reason": "nowhere"},
+    ]
+    assert (models["SD1.5"], models["SDXL1.0-base"]) == (["x"], [])
+
+
 async def test_loras_say_why_they_are_not_served(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/loras")).json()
     assert [entry["name"] for entry in body["data"] if entry["available"]] == ["Add_Detail", "Pixel_Art"]
