@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """Timestamp authority (RFC 3161) that is asked for every picture."""
     log_format: Literal["text", "json"] = "text"
     """Log lines for people, or one JSON object each."""
+    cors_origins: str = ""
+    """Sites whose pages may ask this server, with commas between them, such as `https://a.example`; `*` for any."""
     deadline_s: float = Field(default=600, gt=0)
     """Seconds after which an unfinished request is answered 504."""
     max_body_bytes: int = Field(default=32 * 2**20, gt=0)
@@ -45,3 +47,7 @@ class Settings(BaseSettings):
     """Largest picture a client may send, in decoded pixels."""
     max_pixel_steps: int = Field(default=100 * 2048 * 2048, gt=0)
     """Budget of one request: steps x width x height."""
+
+    def sites(self) -> tuple[str, ...]:
+        """The entries of `cors_origins`."""
+        return tuple(site.strip().rstrip("/") for site in self.cors_origins.split(",") if site.strip())

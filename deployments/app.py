@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from config.catalog import ROOT, Catalog, ComponentSpec
 from config.settings import Settings
 from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
 from deployments.api.body_limit import BodyLimit
+from deployments.api.browsers import cors
 from deployments.graph import Graph
 from deployments.ingress.ingress import IngressLimits, SigningFiles
 from deployments.proxy.answers import ProxyAnswers
@@ -109,6 +111,7 @@ def build_app(args: AppArgs) -> Application:
         max_body_bytes=settings.max_body_bytes,
         max_image_pixels=settings.max_image_pixels,
         deadline_s=settings.deadline_s,
+        cors_origins=settings.sites(),
     )
     keys_file = _keys_file(args, settings)
     key_limits = KeyLimits(settings.rate_limit, settings.pixel_steps_per_day, settings.limits_store)
@@ -211,7 +214,11 @@ def _control_of(unets: list[str], catalog: Catalog, bound: Mapping[str, Applicat
 
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's HTTP proxies put in front of the graph; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it."""
-    return [Middleware(ProxyAnswers), Middleware(BodyLimit, max_bytes=Settings().max_body_bytes)]  # innermost first
+    settings = Settings()
+    layers = [Middleware(ProxyAnswers), Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]  # innermost first
+    if settings.sites():  # here too: what a proxy answers by itself must be readable
+        layers.append(Middleware(CORSMiddleware, **cors(settings.sites())))
+    return layers
 
 
 def _keys_file(args: AppArgs, settings: Settings) -> Path | None:

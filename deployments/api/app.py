@@ -7,12 +7,14 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from deployments import __version__
 from deployments.api import generation, info, offers
 from deployments.api.access_log import AccessLog
 from deployments.api.admission import Admission
 from deployments.api.body_limit import BodyLimit
+from deployments.api.browsers import cors
 from deployments.api.errors import answer
 from deployments.api.schemas import ErrorResponse
 from deployments.api.scope import request_id_of
@@ -41,7 +43,12 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=ingress.limits.max_body_bytes)
     app.add_middleware(AccessLog)
 
+    if ingress.limits.cors_origins:
+        app.add_middleware(CORSMiddleware, **cors(ingress.limits.cors_origins))
+
     async def fail(request: Request, error: Exception) -> Response:
+        if request.method == "OPTIONS" and isinstance(error, HTTPException) and error.status_code == 405:
+            return Response(status_code=204, headers=error.headers)  # some clients ask so whether a server is there
         return answer(error, request_id_of(request.scope))
 
     for handled in (HTTPException, Exception):
@@ -50,6 +57,8 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     route_class = Admission(ingress.keys, ingress.usage).route_class()
     documented: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
     app.include_router(generation.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
+    drawing = generation.inference_routes(ingress, route_class)
+    app.include_router(drawing, responses=documented, dependencies=[_DOCUMENTED_KEY])
     app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
     app.include_router(offers.routes(ingress, route_class), dependencies=[_DOCUMENTED_KEY])
     app.include_router(offers.health_routes(ingress))

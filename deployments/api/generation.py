@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import Discriminator, Tag
 
-from deployments.api import hyperbolic
+from deployments.api import huggingface, hyperbolic, raw
 from deployments.api.forms import documented, fields_of, validated
 from deployments.api.openai import drawing
 from deployments.api.openai.edits import edit_of
@@ -31,7 +30,8 @@ AnyImageRequest = Annotated[
 
 def _streamed(*schemas: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     events = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}}
-    return {200: {"description": "Pictures; with `stream`, events.", "content": {"text/event-stream": events}}}
+    content = {"text/event-stream": events} | raw.DOCUMENTED
+    return {200: {"description": "Pictures; with `stream`, events; as `Accept` asks, the bytes.", "content": content}}
 
 
 def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
@@ -41,7 +41,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     @router.post("/image/generation", response_model=GenerationResponse, responses=_streamed(hyperbolic.EVENT_SCHEMA))
     async def generate(
         body: Annotated[GenerationRequest, Body()], request: Request, response: Response
-    ) -> GenerationResponse | StreamingResponse:
+    ) -> GenerationResponse | Response:
         """Draw one picture; with `stream`, tell its progress as server-sent events."""
         return await hyperbolic.generate(ingress, body, request, response)
 
@@ -53,7 +53,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     )
     async def generate_either(
         body: Annotated[AnyImageRequest, Body()], request: Request, response: Response
-    ) -> GenerationResponse | OpenAIImageResponse | StreamingResponse:
+    ) -> GenerationResponse | OpenAIImageResponse | Response:
         """The same with `model_name`; without, the OpenAI Images request and reply."""
         if isinstance(body, GenerationRequest):
             return await hyperbolic.generate(ingress, body, request, response)
@@ -66,10 +66,26 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
         responses=_streamed(drawing.EVENT_SCHEMA),
         openapi_extra=dict(documented(EditRequest, ["image", "mask"], ["image", "prompt"])),
     )
-    async def edit(request: Request, response: Response) -> OpenAIImageResponse | StreamingResponse:
+    async def edit(request: Request, response: Response) -> OpenAIImageResponse | Response:
         """Change a picture, as OpenAI's clients ask for it: a form with files, or JSON."""
         body = validated(EditRequest, await fields_of(request, ingress.limits.max_body_bytes))
         params = edit_of(body, ingress.catalog)
         return await drawing.draw(ingress, body, params, "image_edit", request, response)
+
+    return router
+
+
+def inference_routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
+    """`POST /models/{name}`, as Hugging Face's clients call a model by its URL."""
+    router = APIRouter(route_class=route_class, tags=["images"])
+
+    @router.post(
+        "/models/{name:path}",
+        response_class=Response,
+        responses={200: {"description": "The picture.", "content": raw.DOCUMENTED}},
+    )
+    async def infer(name: str, body: Annotated[huggingface.InferenceRequest, Body()], request: Request) -> Response:
+        """Draw one picture; the reply is its bytes."""
+        return await huggingface.generate(ingress, name, body, request)
 
     return router

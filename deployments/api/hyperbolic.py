@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from deployments.api.admission import caller_of
 from deployments.api.connection import describe, until_disconnect
 from deployments.api.events import EventStream, event
+from deployments.api.raw import accepted_format, bytes_reply, wants_bytes
 from deployments.api.schemas import GeneratedImage, GenerationRequest, GenerationResponse
 from deployments.api.scope import request_id_of
 from deployments.graph import Progress
@@ -28,11 +29,15 @@ EVENT_SCHEMA = {
 
 async def generate(
     ingress: Ingress, body: GenerationRequest, request: Request, response: Response
-) -> GenerationResponse | StreamingResponse:
-    """One picture, or the events of its making."""
+) -> GenerationResponse | Response:
+    """One picture, or its bytes, or the events of its making."""
     if body.stream:
         return await _stream(ingress, body, request)
-    generated = await until_disconnect(request, ingress.generate(body.to_params(), caller_of(request)))
+    output_format = body.output_format or accepted_format(request) or "jpeg"
+    work = ingress.generate(body.to_params(output_format=output_format), caller_of(request))
+    generated = await until_disconnect(request, work)
+    if wants_bytes(request):
+        return bytes_reply(generated)
     describe(response, generated)
     return reply(generated)
 

@@ -61,6 +61,8 @@ class IngressLimits:
     max_body_bytes: int
     max_image_pixels: int
     deadline_s: float
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may read replies; `*` for any."""
 
 
 @dataclass(frozen=True)

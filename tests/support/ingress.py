@@ -40,12 +40,13 @@ def make_app(
     max_pixel_steps: int = 10**8,
     readiness: Readiness = ready,
     signing: SigningFiles | None = None,
+    cors_origins: tuple[str, ...] = (),
 ) -> ASGIApp:
     """The application of an ingress over `graph`, with limits of the test's own."""
     ingress = HttpIngress(
         graph=graph,
         catalog=catalog,
-        limits=IngressLimits(PlanLimits(max_pixel_steps), max_body_bytes, max_image_pixels, deadline_s),
+        limits=IngressLimits(PlanLimits(max_pixel_steps), max_body_bytes, max_image_pixels, deadline_s, cors_origins),
         keys_file=keys_file,
         key_limits=key_limits,
         readiness=readiness,

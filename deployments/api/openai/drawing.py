@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 
 from deployments.api.admission import caller_of
 from deployments.api.connection import describe, until_disconnect
 from deployments.api.events import EventStream
 from deployments.api.openai.replies import Kind, OpenAIImageResponse, teller, whole
 from deployments.api.openai.requests import ImageRequest
+from deployments.api.raw import accepted_format, bytes_reply, wants_bytes
 from deployments.api.scope import request_id_of
 from deployments.ingress.compose import Watcher
 from deployments.ingress.ingress import Ingress
+from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 
 END = b"data: [DONE]\n\n"
@@ -35,18 +38,25 @@ EVENT_SCHEMA = {
 
 async def generate(
     ingress: Ingress, body: ImageRequest, request: Request, response: Response
-) -> OpenAIImageResponse | StreamingResponse:
+) -> OpenAIImageResponse | Response:
     """`n` pictures of consecutive seeds."""
     return await draw(ingress, body, body.for_model(ingress.catalog), "image_generation", request, response)
 
 
 async def draw(
     ingress: Ingress, asked: ImageRequest, params: GenerationParams, kind: Kind, request: Request, response: Response
-) -> OpenAIImageResponse | StreamingResponse:
-    """The pictures of `params`, in a reply or as events whose names begin with `kind`."""
+) -> OpenAIImageResponse | Response:
+    """The pictures of `params`, in a reply or as events whose names begin with `kind`; of one alone, its bytes."""
+    raw = wants_bytes(request) and not asked.stream
+    if raw and asked.count > 1:
+        raise InvalidValueError(f"n {asked.count} is not possible where Accept asks for a picture's bytes; send 1", "n")
+    if asked.output_format is None and raw:
+        params = replace(params, output_format=accepted_format(request) or params.output_format)
     if not asked.stream:
         work = ingress.generate_series(params, asked.count, caller_of(request))
         pictures = await until_disconnect(request, work)
+        if raw:
+            return bytes_reply(pictures[0])
         describe(response, pictures[0])
         return whole(asked, pictures)
     watcher = Watcher(asked.partial_images or 0, params.output_format)
