@@ -1,20 +1,10 @@
 # syntax=docker/dockerfile:1
 # One image for head and workers, so that Ray and Python match everywhere. No weights inside: they lie on the model cache.
 # No compiler either: `--target compiler` has one, for compiling UNets (k8s/components/tvm-compile-job) and for torch.compile.
-ARG BASE=python:3.11-slim-bookworm@sha256:0000000000000000000000000000000000000000000000000000000000000000
-# Zeros stand for the digest of the image you mirror: a build that was not given one ends at IMAGE, saying so.
-ARG GIVEN=${BASE%%*@sha256:00000000*}
-ARG IMAGE="${GIVEN:?the digest of zeros is a placeholder, build with --build-arg BASE=python:3.11-slim-bookworm@sha256:<digest>}"
-FROM ${IMAGE} AS build
-# Exact versions with the hashes of their files; CONTRIBUTING.md says how it is made.
-ARG REQUIREMENTS=requirements.txt
-WORKDIR /opt/sdgraph
-COPY ${REQUIREMENTS} requirements.txt
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /opt/venv \
- && /opt/venv/bin/pip install --require-hashes --requirement requirements.txt
-
-FROM ${IMAGE} AS runtime
+# An image you mirror, by its digest: --build-arg BASE=python:3.11-slim-bookworm@sha256:<digest>. There is no default, and
+# without it the build ends with `base name (${BASE}) should not be blank`.
+ARG BASE
+FROM ${BASE} AS runtime
 # KubeRay's probes and start commands run bash and wget inside the container, in a login shell where its operator is told
 # so: Debian's would look for `ray` in the system's folders alone.
 # hadolint ignore=DL3008,SC2016
@@ -23,7 +13,12 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 1000 --create-home sdgraph \
  && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/sdgraph.sh
-COPY --from=build /opt/venv /opt/venv
+WORKDIR /opt/sdgraph
+# Exact versions with the hashes of their files: `make lock` writes it. Nothing is compiled.
+COPY requirements.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/venv \
+ && /opt/venv/bin/pip install --require-hashes --requirement requirements.txt
 COPY config /opt/sdgraph/config
 COPY pipelines /opt/sdgraph/pipelines
 COPY deployments /opt/sdgraph/deployments
@@ -37,7 +32,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     SDGRAPH_TVM_CACHE=/tmp/tvm \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.app:proxy_middlewares
-WORKDIR /opt/sdgraph
 USER 1000
 
 FROM runtime AS compiler

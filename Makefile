@@ -28,7 +28,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 RAY_TESTS := tests/upstream/test_ray.py
 FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py --ignore=$(RAY_TESTS)
 
-.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s lock clean
+.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s lock sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -75,7 +75,7 @@ test: fast  ## every test but the slow ones
 
 build/lock/installed:
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet uv==0.13.9
+	build/lock/bin/pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	touch $@
 
 lock: build/lock/installed  ## requirements.txt: what the image installs, exact versions with hashes
@@ -88,8 +88,15 @@ build/checkov/installed:
 	build/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@
 
-slow: setup build/checkov/installed  ## the slow tests: a cluster with cards that do not exist, faults, overload, checkov
+slow: setup build/checkov/installed  ## the slow tests: faults, overload, a cluster with cards that do not exist, checkov
 	$(BIN)/pytest --durations=20 -m slow
+
+# CycloneDX of what the image installs, from requirements.txt; nothing is asked of the network.
+sbom: build/lock/installed  ## build/sbom.json: name, version and hashes of every package in the image
+	build/lock/bin/cyclonedx-py requirements --output-reproducible --output-file build/sbom.json requirements.txt
+
+audit: build/lock/installed  ## ask PyPI for known vulnerabilities of what the image installs; needs the network
+	build/lock/bin/pip-audit --requirement requirements.txt --require-hashes --disable-pip
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real

@@ -1,20 +1,26 @@
-"""A bounded mixed load on the whole graph, and what the memory of every replica does under it.
+"""A bounded mixed load on the whole graph, and what its processes, queues and objects do under it.
 
-    python -m benchmarks.load [--seconds 600] [--clients 4]
+    python -m benchmarks.load [--minutes 60] [--warm-up 10] [--clients 4] [--variety 200]
 
 Clients send one request after the other: every kind of model, img2img, ControlNet, LoRAs, refiner, streams, streams
-that are left in the middle, bad requests. Memory is each process's own (USS), every five seconds; growth is the slope
-of a line through the samples after the warm-up.
+that are left in the middle, bad requests. Every five seconds, of every process: its own memory (USS), threads and open
+files; of the whole: objects in Ray's store and requests that wait, as Prometheus reads them. Growth is the slope of a
+line through the samples after the warm-up; the tops of the first and the last tenth of them stand beside it.
+
+Prompts, pictures and mixtures of LoRAs repeat after `--variety` requests: with 1 no cache can grow, so what grows
+then is no cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import io
 import itertools
 import json
 import random
+import re
 import statistics
 import tempfile
 import threading
@@ -25,23 +31,34 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import psutil
 from PIL import Image
 
 from deployments.launcher import laptop_config, running_graph
-from deployments.ray_compat import ray_processes
+from deployments.ray_compat import metrics_targets, ray_processes
 
 PORT = 8125
 SAMPLE_S = 5.0
+PHOTOS = 50
+WHOLE = {
+    "objects": "ray_object_store_num_local_objects",
+    "object_store_bytes": "ray_object_store_used_memory",
+    "queued": "ray_serve_deployment_queued_queries",
+    "under_way": "ray_serve_replica_processing_queries",
+    "outstanding_work": "ray_sdgraph_outstanding_work",
+}
+"""What is watched of the whole graph -> the series that Ray exports."""
 
 
-def requests(seed: int) -> Iterator[dict[str, Any]]:
-    """An endless mixture for the tiny models, seeded."""
+def requests(seed: int, variety: int) -> Iterator[dict[str, Any]]:
+    """An endless mixture for the tiny models, seeded; `variety` different prompts, pictures and mixtures of LoRAs."""
     draw = random.Random(seed)
-    photo = io.BytesIO()
-    Image.effect_noise((300, 200), 70).convert("RGB").save(photo, "PNG")
-    picture = base64.b64encode(photo.getvalue()).decode()
+    weights = [round(draw.uniform(-1, 1), 3) for _ in range(variety)]
     for number in itertools.count():
-        small = {"prompt": f"a lighthouse {number % 200}", "width": 128, "height": 128, "steps": draw.randint(2, 12)}
+        turn = number % variety
+        picture = _photo(turn % PHOTOS)
+        small = {"prompt": f"a lighthouse {turn}", "width": 128, "height": 128, "steps": draw.randint(2, 12)}
         large = small | {"width": 256, "height": 256}
         kind = draw.randrange(9)
         if kind == 0:
@@ -54,7 +71,7 @@ def requests(seed: int) -> Iterator[dict[str, Any]]:
             steered = {"controlnet_name": "canny", "controlnet_image": picture}
             yield small | {"model_name": "SD1.5-ControlNet"} | steered
         elif kind == 4:
-            mixture = {"Pixel_Art": round(draw.uniform(-1, 1), 3), "Add_Detail": 0.5}
+            mixture = {"Pixel_Art": weights[turn], "Add_Detail": 0.5}
             yield small | {"model_name": "SD1.5", "loras": mixture}
         elif kind == 5:
             yield large | {"model_name": "SDXL-turbo", "steps": 2}
@@ -64,6 +81,15 @@ def requests(seed: int) -> Iterator[dict[str, Any]]:
             yield small | {"model_name": "SD1.5", "stream": True, "steps": 40, "leave": True}
         else:
             yield small | {"model_name": "SD1.5", "sampler": "none"}
+
+
+@functools.cache
+def _photo(number: int) -> str:
+    """A picture in base64, another one for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (200, 300, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def send(client: httpx.Client, body: dict[str, Any]) -> str:
@@ -80,14 +106,14 @@ def send(client: httpx.Client, body: dict[str, Any]) -> str:
     return f"{reply.status_code} stream"
 
 
-def load(url: str, clients: int, until: float) -> tuple[Counter[str], list[float]]:
+def load(url: str, clients: int, variety: int, until: float) -> tuple[Counter[str], list[float]]:
     """Keep `clients` busy; how requests ended, and the seconds of those answered."""
     statuses: Counter[str] = Counter()
     taken: list[float] = []
 
     def work(seed: int) -> None:
         with httpx.Client(base_url=url, timeout=120) as client:
-            for body in requests(seed):
+            for body in requests(seed, variety):
                 if time.monotonic() > until:
                     return
                 begin = time.monotonic()
@@ -102,53 +128,86 @@ def load(url: str, clients: int, until: float) -> tuple[Counter[str], list[float
     return statuses, taken
 
 
-def watch(until: float) -> dict[str, list[tuple[float, float]]]:
-    """Seconds since the beginning and MiB, of every process."""
-    samples: dict[str, list[tuple[float, float]]] = {}
+Samples = dict[str, list[tuple[float, float]]]
+"""What was measured -> seconds since the beginning, and the value."""
+
+
+def watch(until: float) -> dict[str, Samples]:
+    """Memory in MiB, threads and open files of every process; objects and waiting requests of the whole."""
+    samples: dict[str, Samples] = {}
     begin = time.monotonic()
     own = ray_processes("ServeReplica:sdgraph:", "ProxyActor", "ServeController")
     known = {title.removeprefix("ServeReplica:sdgraph:"): process for title, process in own}
     while time.monotonic() < until:
-        for name, process in known.items():
-            memory = process.memory_full_info().uss / 2**20
-            samples.setdefault(name, []).append((time.monotonic() - begin, memory))
+        measured = {name: _process(process) for name, process in known.items()} | {"graph": _whole()}
+        for name, values in measured.items():
+            for what, value in values.items():
+                of = samples.setdefault(name, {}).setdefault(what, [])
+                of.append((time.monotonic() - begin, value))
         time.sleep(SAMPLE_S)
     return samples
 
 
-def growth(samples: list[tuple[float, float]], warm_up: float) -> dict[str, float]:
-    """MiB at the end of the warm-up and at the end, and MiB an hour by least squares between the two."""
-    later = [(at, memory) for at, memory in samples if at >= warm_up]
-    slope, _ = statistics.linear_regression(*zip(*later, strict=True))
+def _process(process: psutil.Process) -> dict[str, float]:
+    with process.oneshot():
+        return {
+            "mib": process.memory_full_info().uss / 2**20,
+            "threads": process.num_threads(),
+            "files": process.num_fds(),
+        }
+
+
+def _whole() -> dict[str, float]:
+    """Sums of the series that Ray exports on this machine; one that is not there is 0."""
+    text = "".join(httpx.get(f"http://{target}/metrics").text for target in metrics_targets())
     return {
-        "warm_mib": round(statistics.median(memory for _, memory in later[:5]), 1),
-        "end_mib": round(statistics.median(memory for _, memory in later[-5:]), 1),
-        "mib_an_hour": round(slope * 3600, 1),
+        what: sum(map(float, re.findall(rf"^{series}{{.*}} (\S+)$", text, re.MULTILINE)))
+        for what, series in WHOLE.items()
+    }
+
+
+def growth(samples: list[tuple[float, float]], warm_up: float) -> dict[str, float]:
+    """Median after the warm-up and at the end, growth an hour by least squares, tops of the first and last tenth."""
+    later = [(at, value) for at, value in samples if at >= warm_up]
+    values = [value for _, value in later]
+    slope, _ = statistics.linear_regression(*zip(*later, strict=True))
+    tenth = max(5, len(values) // 10)
+    return {
+        "warm": round(statistics.median(values[:tenth]), 1),
+        "end": round(statistics.median(values[-tenth:]), 1),
+        "an_hour": round(slope * 3600, 1),
+        "top_of_first_tenth": round(max(values[:tenth]), 1),
+        "top_of_last_tenth": round(max(values[-tenth:]), 1),
     }
 
 
 def main() -> None:
     """Run, and print what happened as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--warm-up", type=float, default=180)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--warm-up", type=float, default=3, help="minutes")
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--variety", type=int, default=200)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         config = laptop_config(Path(scratch), PORT, catalog="tiny")
         with running_graph(config, PORT, log=Path(scratch) / "log") as url:
-            until = time.monotonic() + options.seconds
-            samples: dict[str, list[tuple[float, float]]] = {}
+            until = time.monotonic() + options.minutes * 60
+            samples: dict[str, Samples] = {}
             watcher = threading.Thread(target=lambda: samples.update(watch(until)))
             watcher.start()
-            statuses, taken = load(url, options.clients, until)
+            statuses, taken = load(url, options.clients, options.variety, until)
             watcher.join()
     result = {
-        "seconds": options.seconds,
+        "minutes": options.minutes,
+        "variety": options.variety,
         "requests": dict(statuses.most_common()),
         "p50_s": round(statistics.median(taken), 2),
         "p95_s": round(statistics.quantiles(taken, n=20)[-1], 2),
-        "memory": {name: growth(of, options.warm_up) for name, of in sorted(samples.items())},
+        "processes": {
+            name: {what: growth(of, options.warm_up * 60) for what, of in values.items()}
+            for name, values in sorted(samples.items())
+        },
     }
     print(json.dumps(result, indent=1))
 

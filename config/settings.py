@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     """Requests a key may send, in `limits` notation; empty for any number."""
     pixel_steps_per_day: int | None = Field(default=None, gt=0)
     """Work a key may ask for in 24 hours, steps x width x height."""
-    limits_store: str = "memory://"
+    limits_store: str = Field(default="memory://", repr=False)
     """Where the two are counted: each ingress replica for itself, or all in `redis://[:password@]host:port`."""
     c2pa_certificates: Path | None = None
     """PEM chain whose first certificate signs every picture's content credentials; needs the extra `c2pa`."""

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from config.catalog import ROOT, Catalog, ComponentSpec
 from config.settings import Settings
+from deployments.access.keys import read_key_hashes
 from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
 from deployments.api.body_limit import BodyLimit
@@ -33,6 +34,7 @@ from pipelines.acceleration import Acceleration
 from pipelines.library.library import extend
 from pipelines.planning import PlanLimits
 
+INGRESS = "ingress"
 # Laptop defaults. GPUs, autoscaling and queue lengths are set per deployment, by name, in serve_config.yaml.
 # num_cpus is 0: Ray's default of one CPU a replica would keep two cores from ever starting the graph.
 DEFAULTS: Mapping[str, Any] = {
@@ -100,11 +102,7 @@ def build_app(args: AppArgs) -> Application:
     """Build the graph; `import_path` of every Serve config."""
     _check_checkout()
     settings = Settings()
-    catalog = Catalog.load(args.catalog)
-    if args.library:
-        catalog = extend(catalog, [ROOT / folder for folder in args.library])
-    if args.models:
-        catalog = catalog.only(args.models)
+    catalog = _catalog(args)
     runtime = Runtime(settings.device, settings.torch_threads, settings.log_format)
     limits = IngressLimits(
         plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
@@ -117,7 +115,7 @@ def build_app(args: AppArgs) -> Application:
     key_limits = KeyLimits(settings.rate_limit, settings.pixel_steps_per_day, settings.limits_store)
     components = bind_components(args, catalog, runtime)
     compiled = bind_compiled(args, catalog, runtime, components, settings.tvm_cache)
-    return _deploy(as_ingress(HttpIngress), "ingress").bind(
+    return _deploy(as_ingress(HttpIngress), INGRESS).bind(
         graph=Graph(components, compiled),
         catalog=catalog,
         limits=limits,
@@ -127,6 +125,13 @@ def build_app(args: AppArgs) -> Application:
         log_format=settings.log_format,
         signing=_signing_files(settings),
     )
+
+
+def _catalog(args: AppArgs) -> Catalog:
+    catalog = Catalog.load(args.catalog)
+    if args.library:
+        catalog = extend(catalog, [ROOT / folder for folder in args.library])
+    return catalog.only(args.models) if args.models else catalog
 
 
 def hosted_components(args: AppArgs, catalog: Catalog) -> dict[str, list[ComponentSpec]]:
@@ -169,19 +174,30 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
     return bound
 
 
-def bind_compiled(
-    args: AppArgs, catalog: Catalog, runtime: Runtime, bound: Mapping[str, Application], cache: Path
-) -> dict[str, Application]:
-    """Component id -> the deployment of its compiled UNet, where the graph has them; `bound` are the others."""
+def compiled_components(args: AppArgs, catalog: Catalog) -> dict[str, list[str]]:
+    """Deployment -> the compiled UNets in it, where the graph has them."""
     if not args.tvm:
         return {}
     named = {catalog.model_choices().resolve(name) for name in args.tvm_models}
     models = [m for m in catalog.available_models() if m.tvm_sizes and (m.name in named or not named)]
     wanted = {unet for m in models for unet in (m.unet, m.refiner)}
-    groups: dict[str, list[str]] = {}
+    hosted: dict[str, list[str]] = {}
     for component in catalog.served_components():
         if component.id in wanted:
-            groups.setdefault("unet-tvm" if args.grouping == "role" else f"{component.id}-tvm", []).append(component.id)
+            hosted.setdefault("unet-tvm" if args.grouping == "role" else f"{component.id}-tvm", []).append(component.id)
+    return hosted
+
+
+def deployment_names(args: AppArgs) -> set[str]:
+    """Names of every deployment of a graph."""
+    catalog = _catalog(args)
+    return {INGRESS, *hosted_components(args, catalog), *compiled_components(args, catalog)}
+
+
+def bind_compiled(
+    args: AppArgs, catalog: Catalog, runtime: Runtime, bound: Mapping[str, Application], cache: Path
+) -> dict[str, Application]:
+    """Component id -> the deployment of its compiled UNet, where the graph has them; `bound` are the others."""
     # Set before tvm or torch is imported: unbound, TVM's pool would pin torch's threads to one core; spinning, the
     # two pools would starve each other.
     threads = {
@@ -193,7 +209,7 @@ def bind_compiled(
     options = {"num_cpus": 0, "runtime_env": {"env_vars": threads}}
     colocated = args.controlnet_placement == "colocated"
     compiled: dict[str, Application] = {}
-    for name, ids in groups.items():
+    for name, ids in compiled_components(args, catalog).items():
         app = _deploy(DenoiserDeployment, name, ray_actor_options=options).bind(
             components=ids,
             catalog=catalog,
@@ -228,6 +244,7 @@ def _keys_file(args: AppArgs, settings: Settings) -> Path | None:
         raise ValueError(
             "SDGRAPH_API_KEYS_FILE is not set. Set it to a key file, or `auth: none` in args for a server on loopback"
         )
+    read_key_hashes(settings.api_keys_file)  # refused here, before anything is deployed
     return settings.api_keys_file.resolve()
 
 

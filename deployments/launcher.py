@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import ipaddress
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,7 +28,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from deployments import ray_compat
+from deployments import ray_compat, strict_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CONFIG = ROOT / "config" / "serve.local.yaml"
@@ -73,15 +75,16 @@ def running_graph(
         The base URL.
 
     Raises:
-        StartError: the port is in use, or the graph exited or was not ready in time.
+        StartError: the config is wrong, the port is in use, or the graph exited or was not ready in time.
     """
+    host, _ = _address(config)
     _check_port_is_free(port)
     serve = Path(sys.executable).with_name("serve")
     output = log.open("w") if log else None
     child = subprocess.Popen(
         [str(serve), "run", str(config)],
         cwd=ROOT,
-        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **(environment or {})},
+        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **authentication(host), **(environment or {})},
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
     )
@@ -103,6 +106,22 @@ def laptop_config(folder: Path, port: int, **args: object) -> Path:
     path = folder / "graph.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def authentication(host: str) -> Mapping[str, str]:
+    """Ray's own: off where only this machine is served, else by a token, one that nobody knows if none is set."""
+    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+
+
+def _address(config: Path) -> tuple[str, int]:
+    """Host and port of a Serve config, which is looked through first."""
+    try:
+        options = strict_config.check(config).get("http_options") or {}
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+    return options.get("host", "127.0.0.1"), options.get("port", 8000)
 
 
 def _check_port_is_free(port: int) -> None:
@@ -181,10 +200,12 @@ def with_library(config: Path, library: Path, folder: Path = ROOT / "build") -> 
 
 
 def serve(config: Path) -> None:
-    """Become `serve run <config>`, unless something listens on its port already: Serve would share the port."""
-    _check_port_is_free(yaml.safe_load(config.read_text())["http_options"]["port"])
+    """Become `serve run <config>`, unless it is wrong, or something listens on its port: Serve would share the port."""
+    host, port = _address(config)
+    _check_port_is_free(port)
     command = Path(sys.executable).with_name("serve")
-    os.execv(command, [str(command), "run", str(config)])
+    environment = {**os.environ, **ENVIRONMENT, **authentication(host)}
+    os.execve(command, [str(command), "run", str(config)], environment)
 
 
 def main(arguments: Sequence[str]) -> None:

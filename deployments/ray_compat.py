@@ -5,12 +5,15 @@ tests/upstream/test_ray.py has a test for each; when a new Ray breaks one, this 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import ray
 from ray import serve
+from ray._common.utils import get_default_ray_temp_dir
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import RayServeException
@@ -110,3 +113,9 @@ def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
         if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
             found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
     return found
+
+
+def metrics_targets() -> list[str]:
+    """Addresses, `host:port`, of all that exports metrics of the Ray that runs here, as Prometheus finds them."""
+    file = Path(get_default_ray_temp_dir()) / "prom_metrics_service_discovery.json"
+    return [target for group in json.loads(file.read_text()) for target in group["targets"]]

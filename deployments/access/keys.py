@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import ipaddress
 import logging
 import re
+import stat
 import time
 from pathlib import Path
 
@@ -32,15 +32,22 @@ def read_key_hashes(path: Path) -> list[tuple[str, str]]:
     files: spaces or tabs, `#` comments, a byte order mark, the `-` behind a hash of standard input.
 
     Raises:
-        ValueError: a line of another form, which is not repeated, for it may be a key; or a file without keys.
+        ValueError: a line of another form, which is not repeated, for it may be a key; one key under two names; no
+            keys; a file that every user of the machine may write; a folder or a pipe.
         OSError: the file cannot be read.
     """
+    _check_access(path)
     keys: list[tuple[str, str]] = []
+    names: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         match line.partition("#")[0].split():
             case []:
                 continue
             case [name, digest] | [name, digest, "-" | "*-"] if _SHA256.fullmatch(digest):
+                if names.setdefault(digest.lower(), name) != name:
+                    raise ValueError(
+                        f"{path} line {number}: the key of {name!r} is that of {names[digest.lower()]!r} too"
+                    )
                 keys.append((name, digest.lower()))
             case _:
                 raise ValueError(f"{path} line {number}: expected '<name> <sha256 of the key in hex>'")
@@ -49,6 +56,17 @@ def read_key_hashes(path: Path) -> list[tuple[str, str]]:
             f"{path} holds no key, so all requests would be refused. Add lines '<name> <sha256 of the key in hex>'"
         )
     return keys
+
+
+def _check_access(path: Path) -> None:
+    """Who writes the file lets himself in; who reads it can guess short keys from their hashes."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no file. Name a file of lines '<name> <sha256 of the key in hex>'")
+    if mode & stat.S_IWOTH:
+        raise ValueError(f"every user of this machine may write {path} and so add a key: chmod o-rwx {path}")
+    if mode & stat.S_IROTH:
+        logger.warning("every user of this machine may read the hashes in %s: chmod o-rwx %s", path, path)
 
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -61,13 +79,13 @@ class KeyRing:
         """Read the file; the errors are those of `read_key_hashes`."""
         self._path = path
         self._stamp = self._stamp_now()
-        self._keys = read_key_hashes(path)
+        self._names = _names_by_hash(path)
         self._looked = time.monotonic()
 
     def identify(self, scope: Scope) -> str:
         """Name of the key of a request, given its ASGI scope.
 
-        Every known hash is compared in constant time, so that timing tells nothing.
+        What is looked up is the key's hash: how long that takes says nothing of a key that one could choose by.
 
         Raises:
             UnauthorizedError: no key or a wrong one.
@@ -76,10 +94,10 @@ class KeyRing:
         authorization = Headers(scope=scope).get("authorization", "")
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
-        names = [name for name, known in self._keys if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not names:
+        name = self._names.get(digest)
+        if scheme.lower() != "bearer" or name is None:
             raise UnauthorizedError("missing or wrong API key")
-        return names[0]
+        return name
 
     def _reread(self) -> None:
         now = time.monotonic()
@@ -88,14 +106,18 @@ class KeyRing:
         self._looked = now
         try:
             if (stamp := self._stamp_now()) != self._stamp:
-                self._keys, self._stamp = read_key_hashes(self._path), stamp
-                logger.info("key file changed: %d keys read", len(self._keys))
+                self._names, self._stamp = _names_by_hash(self._path), stamp
+                logger.info("key file changed: %d keys read", len(self._names))
         except (OSError, ValueError) as error:  # who could ask before still can
             logger.error("key file not readable, the keys stay as they were: %s", error)
 
-    def _stamp_now(self) -> tuple[int, int, int]:
+    def _stamp_now(self) -> tuple[int, int, int, int]:
         status = self._path.stat()
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
+
+
+def _names_by_hash(path: Path) -> dict[str, str]:
+    return {digest: name for name, digest in read_key_hashes(path)}
 
 
 class Loopback:

@@ -6,13 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from limits import RateLimitItem, RateLimitItemPerDay, parse
 from limits.aio.storage import MemoryStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter
-from limits.errors import StorageError
+from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
 from pipelines.errors import SdgraphError
@@ -20,6 +20,8 @@ from pipelines.errors import SdgraphError
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 1.0
+STORE_REST_S = 5.0
+"""Seconds in which a store that did not answer is not asked: one that hangs would delay every request."""
 Unit = Literal["requests", "pixel-steps"]
 
 
@@ -40,7 +42,7 @@ class KeyLimits:
     """Requests, in `limits` notation such as `60/minute`; None or empty for any number."""
     pixel_steps_per_day: int | None = None
     """Sum of steps x width x height in the 24 hours from a key's first picture; None for any."""
-    store: str = "memory://"
+    store: str = field(default="memory://", repr=False)
     """Where counts are kept: `memory://`, each ingress replica for itself, or `redis://[:password@]host:port`."""
 
 
@@ -57,6 +59,7 @@ class UsageLimiter:
         self._quota = RateLimitItemPerDay(limits.pixel_steps_per_day) if limits.pixel_steps_per_day else None
         self._shared = _Counters(_store(limits.store))
         self._own = _Counters(MemoryStorage())
+        self._store_rests_until = 0.0
 
     async def request(self, key: str) -> None:
         """Count one request; raises RateLimitedError when the window is full."""
@@ -74,11 +77,13 @@ class UsageLimiter:
 
     async def _count(self, unit: Unit, item: RateLimitItem, key: str, cost: int) -> int:
         """Seconds to wait, 0 if it was counted. If the store is unreachable, this process counts in memory."""
-        try:
-            return await self._shared.hit(unit, item, key, cost)
-        except StorageError as error:
-            logger.warning("the limits store does not answer; this replica counts on its own: %s", error)
-            return await self._own.hit(unit, item, key, cost)
+        if time.monotonic() >= self._store_rests_until:
+            try:
+                return await self._shared.hit(unit, item, key, cost)
+            except StorageError as error:
+                self._store_rests_until = time.monotonic() + STORE_REST_S
+                logger.warning("the limits store does not answer; this replica counts on its own: %s", error)
+        return await self._own.hit(unit, item, key, cost)
 
 
 class _Counters:
@@ -108,6 +113,11 @@ def _store(uri: str) -> Storage:
         "socket_timeout": STORE_TIMEOUT_S,
         "socket_connect_timeout": STORE_TIMEOUT_S,
     }
-    store = storage_from_string(f"async+{uri}", wrap_exceptions=True, key_prefix="sdgraph", **options)  # type: ignore[arg-type]
+    try:
+        store = storage_from_string(f"async+{uri}", wrap_exceptions=True, key_prefix="sdgraph", **options)  # type: ignore[arg-type]
+    except (ValueError, ConfigurationError):  # not chained: its words repeat the password
+        raise ValueError(
+            f"limits store {uri.partition('://')[0]!r}: allowed are memory:// and redis://[:password@]host:port"
+        ) from None
     assert isinstance(store, Storage)
     return store

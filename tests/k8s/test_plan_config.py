@@ -13,9 +13,9 @@ from config.choices import UnknownChoiceError
 from deployments.app import AppArgs
 from deployments.plan_config.cards import CLUSTER, PlanError, parse_cards
 from deployments.plan_config.serve_config import serve_config
+from deployments.strict_config import problems
 from tests.support.bound import deployment_names
 from tests.support.library import UNET, put
-from tests.support.serve_configs import problems
 
 ONE_CARD = ("SDXL1.0-base", "SDXL-ControlNet", "SD1.5")
 

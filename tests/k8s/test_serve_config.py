@@ -12,9 +12,9 @@ import yaml
 from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs
+from deployments.strict_config import problems
 from tests.k8s.conftest import documents, groups, ray_service
 from tests.support.bound import deployment_names
-from tests.support.serve_configs import problems
 
 SERVE_CONFIG = ROOT / "serve_config.yaml"
 DEADLINE_S = Settings().deadline_s

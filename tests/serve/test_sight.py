@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from ray._common.utils import get_default_ray_temp_dir
 
+from deployments.ray_compat import metrics_targets
 from tests.k8s.monitoring import expressions, metrics_of
 from tests.serve.conftest import Collector
 from tests.support.live import draw, request, wait_for
 
-TARGETS = Path(get_default_ray_temp_dir()) / "prom_metrics_service_discovery.json"
 PATH = "/v1/image/generation"
 STAGES = {"text_encoder", "denoise", "vae_decode"}
 
 
 def scrape() -> str:
     """Everything Ray exports here, as Prometheus would collect it."""
-    targets = json.loads(TARGETS.read_text())[0]["targets"]
-    return "".join(httpx.get(f"http://{target}/metrics").text for target in targets)
+    return "".join(httpx.get(f"http://{target}/metrics").text for target in metrics_targets())
 
 
 def value(name: str, **labels: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +26,11 @@ def options_of(app: Application) -> dict[str, Any]:
 
 def deployment_names(args: AppArgs) -> set[str]:
     """Names of every deployment of a graph."""
-    with patch.dict(os.environ, {"SDGRAPH_API_KEYS_FILE": "/etc/sdgraph/api-keys"}):
-        app = build_app(args)
+    with tempfile.NamedTemporaryFile("w") as keys:
+        keys.write(f"nobody {'0' * 64}\n")
+        keys.flush()
+        with patch.dict(os.environ, {"SDGRAPH_API_KEYS_FILE": keys.name}):
+            app = build_app(args)
     graph = app._bound_deployment.init_kwargs["graph"]
     return {name_of(deployment) for deployment in graph.deployments} | {name_of(app)}
 

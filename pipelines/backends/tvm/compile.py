@@ -10,6 +10,8 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -38,6 +40,9 @@ from pipelines.backends.tvm.lower import lower
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
 from pipelines.weights.files import read_config
+
+SPARE_BYTES = 2**20
+"""With less room than this a folder is called full."""
 
 
 class PositionalUNet(nn.Module):
@@ -136,9 +141,15 @@ def main() -> None:
         parser.error("no model's table has such a size")
     _check_is_writable(options.cache, parser)
     configs = {key: read_config(catalog.component(component)) for key, (component, _) in wanted.items()}
-    for key, artifact, made in tqdm(compile_all(cache, configs, options.jobs), "compiling", len(configs), disable=None):
-        component, what = wanted[key]
-        tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+    compiled = compile_all(cache, configs, options.jobs)
+    try:
+        for key, artifact, made in tqdm(compiled, "compiling", len(configs), disable=None):
+            component, what = wanted[key]
+            tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+    except Exception:  # a linker's words, wrapped twice
+        if shutil.disk_usage(options.cache).free < SPARE_BYTES:
+            sys.exit(f"--cache {options.cache}: no space left on device; what is compiled so far is kept")
+        raise
 
 
 def _check_is_writable(folder: Path, parser: argparse.ArgumentParser) -> None:
