@@ -13,6 +13,9 @@ from typing import TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from config.adapters import EmbeddingSpec as EmbeddingSpec
+from config.adapters import LoraSpec as LoraSpec
+from config.adapters import LoraWeights as LoraWeights
 from config.annotators import WEIGHTLESS_ANNOTATORS as WEIGHTLESS_ANNOTATORS
 from config.annotators import AnnotatorSpec as AnnotatorSpec
 from config.choices import Choices, UnknownChoiceError
@@ -23,7 +26,7 @@ from config.components import Family as Family
 from config.components import Size as Size
 from config.library import UnservedFile
 from config.model_names import ModelNames
-from config.sources import FolderSource, PlainSource, Spec
+from config.sources import FolderSource, Spec
 
 T = TypeVar("T")
 
@@ -89,48 +92,6 @@ class ControlNetSpec(Spec):
     component: str
     mode: int | None = None
     """Control type of this control in a union ControlNet."""
-
-
-class LoraWeights(Spec):
-    """One LoRA file and the UNets it was made for."""
-
-    bases: tuple[str, ...] = Field(min_length=1)
-    """Component ids of UNets."""
-    source: PlainSource
-    file: str = Field(pattern=r"^[^/]+\.safetensors$")
-    version: str | None = None
-    """Of a file in a library, which may be replaced while the graph runs: which one it was."""
-
-
-class LoraSpec(Spec):
-    """A LoRA by its public name. One name may have weights for several base UNets."""
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    weights: tuple[LoraWeights, ...] = ()
-    trigger: str | None = None
-    """Words its training captions used; for people to read."""
-    unavailable: str | None = None
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """Component ids of the UNets it works on."""
-        return tuple(base for weights in self.weights for base in weights.bases)
-
-
-class EmbeddingSpec(Spec):
-    """A textual inversion by its public name, which prompts say as `<name>`."""
-
-    name: str = Field(pattern=r"^[^<>:()\[\]\\]+$")
-    """Nothing in it that prompts have another use for."""
-    weights: tuple[LoraWeights, ...] = ()
-    """Its files, and the UNets whose text encoders each is for."""
-    unavailable: str | None = None
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """Component ids of the UNets it works with."""
-        return tuple(base for weights in self.weights for base in weights.bases)
 
 
 class StylePreset(Spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -9,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from config.catalog import Catalog, ModelSpec
 from deployments.ingress.ingress import Ingress
+from pipelines.library.embeddings import EMBEDDING
 from pipelines.library.loras import ADAPTERS
 from pipelines.plan import CompiledSize
 from pipelines.sampling.samplers import SAMPLERS
@@ -56,7 +58,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
         files = [
             {"id": e.name, "kind": e.kind, "reason": f"{e.file}: {e.reason}"}
             for e in catalog.unserved
-            if e.kind not in ADAPTERS
+            if e.kind not in (*ADAPTERS, EMBEDDING)
         ]
         return {**listed, "unavailable": [*refused, *files]}
 
@@ -89,8 +91,11 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     @router.get("/embeddings")
     async def embeddings() -> dict[str, Any]:
         """Textual inversions, which prompts say as `<name>`: which are served, and why the others are not."""
-        known = (await current()).embeddings
-        return _listing([{"name": e.name, "available": e.unavailable is None, "reason": e.unavailable} for e in known])
+        catalog = await current()
+        named = [
+            {"name": e.name, "available": e.unavailable is None, "reason": e.unavailable} for e in catalog.embeddings
+        ]
+        return _listing(named + _files(catalog, (EMBEDDING,)))
 
     @router.get("/controlnets")
     async def controlnets() -> dict[str, Any]:
@@ -141,10 +146,15 @@ def _loras(catalog: Catalog) -> list[dict[str, Any]]:
         }
         for e in catalog.loras
     ]
-    return named + [
+    return named + _files(catalog, (*ADAPTERS, "unknown"))
+
+
+def _files(catalog: Catalog, kinds: Collection[str]) -> list[dict[str, Any]]:
+    """Files of the library that are not served, with the reasons."""
+    return [
         {"name": e.name, "kind": e.kind, "available": False, "reason": f"{e.file}: {e.reason}"}
         for e in catalog.unserved
-        if e.kind in (*ADAPTERS, "unknown")
+        if e.kind in kinds
     ]
 
 

@@ -258,6 +258,8 @@ class Ingress:
 
     async def _plan(self, params: GenerationParams) -> GenerationPlan:
         compiled = await self.compiled.available_sizes()
+        if "<" in f"{params.prompt}{params.negative_prompt}{params.prompt_2}{params.negative_prompt_2}":
+            await self.library.changed()  # what no embedding is called is text, and no error would tell of a new one
         for _ in range(CHANGES_BEFORE_A_PLAN):
             try:
                 plan = make_plan(params, self.catalog, self.limits.plan, compiled)

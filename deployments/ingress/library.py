@@ -61,13 +61,15 @@ class LibraryWatch:
 
     async def holds(self, plan: GenerationPlan) -> bool:
         """Whether the files of the library that a plan means are still the ones it means."""
-        uses = [use for stage in plan.stages for use in stage.loras if use.file is not None]
-        if not uses:
+        files = {(use.file, use.version) for stage in plan.stages for use in stage.loras if use.file is not None}
+        texts = (stage.text.embeddings for stage in plan.stages)
+        files |= {(use.file, use.version) for uses in texts for use in uses if use.file is not None}
+        if not files:
             return True
 
         def same() -> bool:
             roots = self.catalog.library
-            return all(any(version_of(root / str(use.file)) == use.version for root in roots) for use in uses)
+            return all(any(version_of(root / file) == version for root in roots) for file, version in files)
 
         return await asyncio.to_thread(same)
 

@@ -1,4 +1,4 @@
-"""A catalog and the folders beside it: models once, when a graph is built; LoRAs whenever they are asked for."""
+"""A catalog and the folders beside it: models once, when a graph is built; LoRAs and embeddings whenever asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config.catalog import Catalog
 from config.library import UnservedFile
+from pipelines.library.embeddings import EMBEDDING, with_embeddings
 from pipelines.library.equality import Digests
 from pipelines.library.files import LibraryFile, LibraryFolders
 from pipelines.library.loras import ADAPTERS, with_loras, with_loras_of_kin
@@ -49,12 +50,14 @@ class Library:
         late = {file.path: file for file in new_models(self._built, files)}
         unserved = [entry for entry in self._built.unserved if entry.file in here and entry.file not in late]
         unserved += [file.unserved(file.problem or _LATE) for file in late.values()]
-        unserved += [file.unserved(_reason(file)) for file in files if file.report.kind not in (*MODELS, *ADAPTERS)]
+        found_now = (*ADAPTERS, EMBEDDING)
+        unserved += [file.unserved(_reason(file)) for file in files if file.report.kind not in (*MODELS, *found_now)]
         unserved += [entry for path, entry in self._served.items() if path not in here]
         read = with_loras(self._built.model_copy(update={"unserved": tuple(unserved)}), files, self._unets)
+        read = with_embeddings(read, files, self._unets)
         refused = {entry.file for entry in read.unserved}
         for file in files:
-            if file.report.kind in ADAPTERS and file.path not in refused and len(self._served) < MOST_REMEMBERED:
+            if file.report.kind in found_now and file.path not in refused and len(self._served) < MOST_REMEMBERED:
                 self._served[file.path] = file.unserved("it was removed while the graph ran")
         return read
 

@@ -15,9 +15,8 @@ from pipelines.errors import InvalidValueError
 from pipelines.library.equality import Digests, Shared
 from pipelines.library.files import LibraryFile
 from pipelines.library.names import Names
-from pipelines.library.shapes import UNetFacts, weights_of
+from pipelines.library.shapes import CONTEXTS, UNetFacts, weights_of
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
-from pipelines.weights.headers import read_header
 
 MODELS = ("checkpoint", "unet")
 LATENTS = 4
@@ -35,7 +34,6 @@ SIZES: Mapping[Architecture, tuple[Size, ...]] = {
     "ssd": _SDXL_SIZES,
 }
 """Sizes that the published models draw best; a fine-tune's default is the first."""
-CONTEXTS: Mapping[Architecture, int] = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "ssd": 2048}
 
 
 class _Unserved(Exception):  # noqa: N818, no error: what is said of a file
@@ -242,17 +240,15 @@ class _Extension:
 
 def _facts_of(file: LibraryFile) -> UNetFacts:
     """What the UNet of a file is."""
-    report = file.report
+    spec = ComponentSpec(id="unet", kind="unet", family="sd", source=_plain_source(file))
     try:
-        path = file.file if file.file.is_file() else next(iter(weights_of(_folder_unet(file))))
-        facts = UNetFacts.of_tensors(read_header(path).tensors)
-    except (OSError, ValueError, StopIteration):
-        facts = None
-    return facts or UNetFacts(report.base, report.context, None)
+        return UNetFacts.of_component(spec)
+    except (OSError, ValueError) as error:
+        raise _Unserved(str(error)) from error
 
 
-def _folder_unet(file: LibraryFile) -> ComponentSpec:
-    return ComponentSpec(id="unet", kind="unet", family="sd", source=FolderSource(folder=file.file))
+def _plain_source(file: LibraryFile) -> CheckpointSource | FolderSource:
+    return FolderSource(folder=file.file) if file.file.is_dir() else CheckpointSource(checkpoint=file.file)
 
 
 def _source(file: LibraryFile, configuration: PlainSource | None) -> CheckpointSource | FolderSource:

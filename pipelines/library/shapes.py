@@ -26,6 +26,10 @@ _UP |= {"lora_linear_layer.down": "lora_linear_layer.up"}
 _OF_TEXT = re.compile(r"^(base_model\.model\.)?(lora_te|lycoris_te|te\d?[._]|text_encoder|text_model)")
 
 
+CONTEXTS: Mapping[Architecture, int] = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "ssd": 2048, "sdxl-refiner": 1280}
+"""Width of the text states that published UNets read."""
+
+
 @dataclass(frozen=True)
 class UNetFacts:
     """What is known of a UNet without its tensors.
@@ -40,6 +44,11 @@ class UNetFacts:
     context: int | None
     shapes: Counter[Shape] | None
 
+    @property
+    def text_width(self) -> int | None:
+        """How wide the text states are that it reads, None where nothing tells."""
+        return self.context or (None if self.architecture is None else CONTEXTS[self.architecture])
+
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> UNetFacts | None:
         """Of a header that holds a UNet."""
@@ -52,8 +61,10 @@ class UNetFacts:
     @classmethod
     def of_component(cls, spec: ComponentSpec) -> UNetFacts:
         """Of a component of a catalog, as far as its weights are on this machine."""
-        facts = next((f for path in weights_of(spec) if (f := cls.of_tensors(read_header(path).tensors))), None)
-        return facts or cls(spec.architecture, None, None)
+        tensors: dict[str, Tensor] = {}
+        for path in weights_of(spec):
+            tensors |= read_header(path).tensors
+        return cls.of_tensors(tensors) or cls(spec.architecture, None, None)
 
     def same(self, other: UNetFacts) -> bool:
         """Whether one configuration fits both."""

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
@@ -21,7 +23,7 @@ from deployments.replicas.base import Runtime
 from tests.support.bound import run_locally
 from tests.support.http import check, picture, pixels, post
 from tests.support.ingress import ClientFactory, open_client
-from tests.support.library import LORA, UNET, extended, put, write
+from tests.support.library import LORA, UNET, extended, put, settled, write
 
 FOLDERS = {"Add_Detail": "detail", "Pixel_Art": "pixel"}
 FIELDS: dict[str, Any] = {"sampler": "Euler", "output_format": "png"}
@@ -121,6 +123,21 @@ async def test_what_is_not_served_is_refused_with_its_file_and_reason(
         assert "loras/broken.safetensors: it is cut or damaged: it begins with zeros" in message
         message = check(await post(client, model_name="Cut"), 400, 40301, "model_name")
         assert "checkpoints/cut.safetensors: it is cut or damaged" in message
+
+
+async def test_an_embedding_that_comes_later_is_read_in_prompts(connect_library: ClientFactory, folder: Path) -> None:
+    async with connect_library() as client:
+        plain = await drawn(client, prompt="a cat in <late-style>")
+        file = folder / "embeddings" / "late-style.safetensors"
+        file.parent.mkdir()
+        save_file({"emb_params": torch.full((2, 32), 0.3)}, file)
+        settled(file)
+        changed = await drawn(client, prompt="a cat in <late-style>")
+        listed = {e["name"]: e for e in (await client.get("/v1/embeddings")).json()["data"]}
+        assert listed["late-style"]["available"]
+        assert np.abs(plain - changed).max() > 1, "it must show"
+        file.unlink()
+        assert np.array_equal(plain, await drawn(client, prompt="a cat in <late-style>")), "it is text again"
 
 
 async def test_a_refresh_waits_until_a_copied_file_rests(connect_library: ClientFactory, lora: Path) -> None:

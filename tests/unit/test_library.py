@@ -242,6 +242,22 @@ def test_only_what_changed_is_read_again(tiny_models: Path, library: Path, monke
     assert read_again == ["b.safetensors"]
 
 
+def test_embeddings_fit_models_that_read_text_as_wide(catalog: Catalog, library: Path, memory: Path) -> None:
+    save_file({"emb_params": torch.zeros(2, 32)}, library / "style-a.safetensors")
+    save_file({"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 64)}, library / "pair.safetensors")
+    save_file({"emb_params": torch.zeros(2, 768)}, library / "real.safetensors")
+    save_file({"emb_params": torch.zeros(2, 32)}, library / "a<b.safetensors")
+    for file in library.iterdir():
+        settled(file)
+    found = read(catalog, library, memory)
+    bases = {entry.name: set(entry.bases) for entry in found.embeddings}
+    assert bases["style-a"] == {"unet-sd15"}
+    assert bases["pair"] == {"unet-sdxl-base", "unet-ssd", "unet-sdxl-turbo"}
+    told = reasons(found)
+    assert "no model served here reads text so wide" in told["real.safetensors"]
+    assert "another use" in told["a<b.safetensors"]
+
+
 def test_several_folders_are_one_library(catalog: Catalog, tiny_models: Path, library: Path, tmp_path: Path) -> None:
     put(tiny_models / "lora-detail-sd15" / LORA, library / "one.safetensors")
     put(tiny_models / "lora-pixel-sd15" / LORA, tmp_path / "second" / "two.safetensors")
