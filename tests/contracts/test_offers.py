@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from config.catalog import Catalog
+from pipelines.acceleration import Acceleration
 from pipelines.sampling.samplers import SAMPLERS
 from tests.support.ingress import ClientFactory
 
@@ -112,3 +113,10 @@ async def test_the_documentation_shows_the_request(client: httpx.AsyncClient) ->
     paths = (await client.get("/openapi.json")).json()["paths"]
     schema = paths["/v1/image/generation"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["$ref"].endswith("GenerationRequest")
+
+
+async def test_models_say_what_a_gpu_does_for_them(connect: ClientFactory) -> None:
+    async with connect(acceleration=Acceleration(compiled_blocks=True)) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+    expected = {"graphs": True, "channels_last": False, "compiled_blocks": True}
+    assert [model["on_a_gpu"] for model in models] == [expected] * len(models)

@@ -16,6 +16,7 @@ from deployments.api.app import HttpIngress
 from deployments.graph import Graph
 from deployments.ingress.health import Readiness
 from deployments.ingress.ingress import IngressLimits, SigningFiles
+from pipelines.acceleration import Acceleration
 from pipelines.planning import PlanLimits
 
 NO_LIMITS = KeyLimits()
@@ -41,6 +42,7 @@ def make_app(
     readiness: Readiness = ready,
     signing: SigningFiles | None = None,
     cors_origins: tuple[str, ...] = (),
+    acceleration: Acceleration | None = None,
 ) -> ASGIApp:
     """The application of an ingress over `graph`, with limits of the test's own."""
     ingress = HttpIngress(
@@ -51,6 +53,7 @@ def make_app(
         key_limits=key_limits,
         readiness=readiness,
         signing=signing,
+        acceleration=acceleration,
     )
     return cast("ASGIApp", ingress.__serve_build_asgi_app__())
 

@@ -1,0 +1,1 @@
+"""One command for a card: what this project does on it, measured beside diffusers."""
