@@ -40,7 +40,7 @@ def read_state(path: Path, kind: str, dtype: torch.dtype) -> dict[str, torch.Ten
         kind: `unet`, `vae`, `controlnet` or `text_encoder` (all of them).
         dtype: number format.
     """
-    rename = _renaming(read_header(path), kind)
+    rename = renaming(read_header(path), kind)
     state = {}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118, a file is no mapping
@@ -50,7 +50,8 @@ def read_state(path: Path, kind: str, dtype: torch.dtype) -> dict[str, torch.Ten
     return state
 
 
-def _renaming(header: Header, kind: str) -> Rename:
+def renaming(header: Header, kind: str) -> Rename:
+    """Which tensors of a file belong to a component of this kind, and under which names the converters know them."""
     if kind == "vae":
         return _vae_names(header)
     if kind == "text_encoder":

@@ -89,3 +89,11 @@ def check_loaded(where: str, info: Mapping[str, Iterable[Any]], text: bool = Fal
     for name in sorted(info["unexpected_keys"]):
         if not (text and HARMLESS.search(name)):
             raise WeightsError(f"{where}: tensor {name} belongs to no layer of this configuration")
+
+
+def check_finite(where: str, model: Any) -> None:
+    """Raise WeightsError if a parameter of a loaded model holds values that are not finite numbers."""
+    for name, parameter in model.named_parameters():
+        # A pass over the numbers without room for another tensor of their size; both ends carry what is not a number.
+        if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
+            raise WeightsError(f"{where}: tensor {name} has values that are not finite numbers")

@@ -12,7 +12,7 @@ from config.catalog import ComponentSpec
 from pipelines.diffusers_compat import clip_from_checkpoint, model_from_checkpoint
 from pipelines.errors import WeightsError
 from pipelines.weights.checkpoints import read_state
-from pipelines.weights.checks import check_loaded, check_tokenizer
+from pipelines.weights.checks import check_finite, check_loaded, check_tokenizer
 from pipelines.weights.files import ComponentFiles, read_config
 from pipelines.weights.vocabulary import clip_tokenizer
 
@@ -45,7 +45,9 @@ def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
             options = _options(files, subfolder, device)
             model, info = model_class.from_pretrained(files.root, subfolder=subfolder, **options)
     check_loaded(where, info)
-    return model.to(device)
+    model = model.to(device)
+    check_finite(where, model)
+    return model
 
 
 def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str, CLIPTokenizer, Any]]:
@@ -72,7 +74,8 @@ def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str,
             with files.explained(where):
                 model, info = model_class.from_pretrained(files.root, subfolder=name, **_options(files, name, device))
         check_loaded(where, info, text=True)
-        yield name, _load_tokenizer(files, f"tokenizer{suffix}", model), model.to(device)
+        check_finite(where, model.to(device))
+        yield name, _load_tokenizer(files, f"tokenizer{suffix}", model), model
 
 
 def _load_tokenizer(files: ComponentFiles, subfolder: str, model: Any) -> CLIPTokenizer:
