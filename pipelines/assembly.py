@@ -6,6 +6,7 @@ The only place that knows of which parts each is made; `weights/` only reads fil
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.families import FAMILIES
+from pipelines.pictures.precision import overflows
 from pipelines.pictures.vae import VAE
 from pipelines.plan import CompiledSize, EmbeddingUse, LoraUse
 from pipelines.recordings import Capturer
@@ -44,6 +46,8 @@ from pipelines.weights.loading import Device, load_model, load_text_models
 
 if TYPE_CHECKING:
     from pipelines.backends.tvm.artifacts import ArtifactCache
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def engine_over(
     """
     spec = catalog.component(component_id)
     space = latent_space(catalog, component_id)
-    if denoiser.config["in_channels"] != space.channels:
+    inpainting = 2 * space.channels + 1  # it loads, and each job without a mask is refused
+    if denoiser.config["in_channels"] not in (space.channels, inpainting):
         raise WeightsError(
             f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
             f"its VAE has {space.channels}"
@@ -238,6 +243,10 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
     family = FAMILIES[spec.family]
     model = load_model(AutoencoderKL, spec, device)
     space = LatentSpace.from_vae_config(model.config, family.applies_latent_statistics)
+    marked = family.upcasts_vae and model.config.force_upcast  # then it is turned to float32 without asking
+    if model.dtype == torch.float16 and not marked and overflows(model, space):
+        logger.warning("component %s overflows in half precision and is computed in float32", component_id)
+        model = model.to(torch.float32)
     vae = VAE(model, space, family.upcasts_vae)
     for entry in catalog.models:
         if entry.vae == component_id and entry.size_multiple % vae.space.downscale:

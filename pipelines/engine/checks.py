@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DenoiseError, NonFiniteError
+from pipelines.errors import DenoiseError, InvalidValueError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,17 @@ def check_job(
         unet_config: the UNet's `config.json`.
 
     Raises:
+        InvalidValueError: the UNet takes more than latents, such as the mask that an inpainting UNet wants.
         DenoiseError: a shape that cannot be stacked with others or read by the UNet.
         NonFiniteError: values that are not finite numbers.
     """
+    if unet_config["in_channels"] != latent_shape[1]:
+        raise InvalidValueError(
+            f"component {plan.component} is a UNet for inpainting: it takes {unet_config['in_channels']} channels, the "
+            f"{latent_shape[1]} of latents with a mask and a masked picture, and this request has neither. Use a model "
+            "that draws from text alone",
+            "model_name",
+        )
     rows = 2 if plan.guided else 1
     embeds = conditioning.prompt_embeds
     _check_shape("latents", latents, latent_shape)

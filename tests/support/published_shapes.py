@@ -52,6 +52,11 @@ def controlnet(base: Any, control_types: int | None = None) -> State:
 
 def checkpoint(base: Any, channels: int = 4) -> State:
     """A whole checkpoint as its publisher names it, with what the publishers' files hold besides."""
+    return dict(_checkpoint(base, channels))
+
+
+@functools.cache
+def _checkpoint(base: Any, channels: int) -> State:
     parts: dict[str, Mapping[str, torch.Tensor]] = {"unet": unet(base, channels), "vae": vae(base)}
     for part in original_layout.ENCODERS[base]:
         parts[part] = text_encoder(base, part)
