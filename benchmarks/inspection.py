@@ -1,4 +1,4 @@
-"""How long it takes to say what a checkpoint of 7 GB is, and how much memory: ours, and diffusers' way beside it.
+"""How long it takes to say what a checkpoint of 7 GB is, and how much memory, beside libraries that read headers.
 
     python -m benchmarks.inspection [--repeats 5]
 
@@ -30,13 +30,15 @@ READERS = {
         "from safetensors import safe_open\n"
         "with safe_open(sys.argv[1], 'np') as f: print(len({k: f.get_slice(k).get_shape() for k in f.keys()}))"
     ),
-    "diffusers' infer_diffusers_model_type": (
-        "from safetensors.torch import load_file\n"
-        "from diffusers.loaders.single_file_utils import infer_diffusers_model_type\n"
-        "print(infer_diffusers_model_type(load_file(sys.argv[1])))"
+    "huggingface_hub's parse_local_safetensors_file_metadata": (
+        "from huggingface_hub import parse_local_safetensors_file_metadata as parse\n"
+        "print(len(parse(sys.argv[1]).tensors))"
     ),
 }
-MEMORY = "\nimport resource; print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+# Not getrusage's figure, which a process inherits from the one that started it.
+MEMORY = """
+with open("/proc/self/status") as status: peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+print("KiB", peak, file=sys.stderr)"""
 
 
 def measure(code: str, path: Path, repeats: int) -> dict[str, Any]:

@@ -195,6 +195,8 @@ def latent_space(catalog: Catalog, component_id: str) -> LatentSpace:
 def record_common_passes(denoiser: TorchDenoiser, catalog: Catalog, component_id: str) -> None:
     """Record what one picture and two pictures of the default size of each of a UNet's models need."""
     space = latent_space(catalog, component_id)
+    if denoiser.config["in_channels"] != space.channels:
+        return  # it refuses every job
     context, pooled = _text_shapes(catalog, component_id, denoiser)
     for model in catalog.available_models():
         if component_id in (model.unet, model.refiner):

@@ -21,15 +21,14 @@ LAYERS_PER_BLOCK = 2
 def unet(base: Any, channels: int = 4) -> State:
     """A UNet in diffusers' layout."""
     with torch.device("meta"):
-        return (
-            UNet2DConditionModel.from_config({**published(base)["unet"], "in_channels": channels}).half().state_dict()
-        )
+        model = UNet2DConditionModel.from_config({**published(base)["unet"], "in_channels": channels})
+        return dict(model.half().state_dict())
 
 
 @functools.cache
 def vae(base: Any) -> State:
     with torch.device("meta"):
-        return AutoencoderKL.from_config(published(base)["vae"]).half().state_dict()
+        return dict(AutoencoderKL.from_config(published(base)["vae"]).half().state_dict())
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def controlnet(base: Any, control_types: int | None = None) -> State:
     config = dict(published(base)["controlnet" if control_types is None else "controlnet_union"])
     with torch.device("meta"):
         net = net_class.from_config(config | ({"num_control_type": control_types} if control_types else {}))
-        return net.half().state_dict()
+        return dict(net.half().state_dict())
 
 
 def checkpoint(base: Any, channels: int = 4) -> State:
