@@ -16,7 +16,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from config.catalog import ROOT
-from deployments.launcher import running_graph
+from deployments.launcher import running_graph, with_library
+from tests.support.library import UNET, put
 
 CONFIG = Path(__file__).with_name("graph.yaml")
 
@@ -68,8 +69,16 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
+def library(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder beside the catalog, with one UNet when the graph starts."""
+    folder = tmp_path_factory.mktemp("library")
+    put(tiny_models / "sd15" / UNET, folder / "checkpoints" / "My SD.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def url(
-    tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector
+    library: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector
 ) -> Iterator[str]:
     """Base URL of the running graph; a failed start shows the graph's own log."""
     programs = tmp_path_factory.mktemp("tvm")
@@ -85,7 +94,9 @@ def url(
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
     }
     try:
-        with running_graph(CONFIG, 8123, environment, timeout_s=400, log=graph_log) as base:
+        with running_graph(
+            with_library(CONFIG, library, programs), 8123, environment, timeout_s=400, log=graph_log
+        ) as base:
             yield base
     finally:
         print(graph_log.read_text()[-5000:])

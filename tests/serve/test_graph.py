@@ -49,6 +49,7 @@ def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
         "text-encoder-sd15",
         "text-encoder-sd2",
         "text-encoder-sdxl",
+        "unet-my-sd-torch",
         "unet-sd15-torch",
         "unet-sd15-tvm",
         "unet-sd2-torch",
