@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config.catalog import Catalog
 from config.library import UnservedFile
+from pipelines.library.controlnets import CONTROLNET, with_controlnets
 from pipelines.library.embeddings import EMBEDDING, with_embeddings
 from pipelines.library.equality import Digests
 from pipelines.library.files import LibraryFile, LibraryFolders
@@ -29,7 +30,8 @@ def extend(catalog: Catalog, folders: Sequence[Path], digests: Digests | None = 
         CatalogError: a folder is not there.
     """
     files = LibraryFolders(folders)
-    extended = with_models(catalog, files.settled(), digests)
+    found = files.settled()
+    extended = with_models(with_controlnets(catalog, found), found, digests)
     return with_loras_of_kin(extended.catalog, extended.kin).model_copy(update={"library": files.folders})
 
 
@@ -50,8 +52,8 @@ class Library:
         late = {file.path: file for file in new_models(self._built, files)}
         unserved = [entry for entry in self._built.unserved if entry.file in here and entry.file not in late]
         unserved += [file.unserved(file.problem or _LATE) for file in late.values()]
-        found_now = (*ADAPTERS, EMBEDDING)
-        unserved += [file.unserved(_reason(file)) for file in files if file.report.kind not in (*MODELS, *found_now)]
+        found_now, deployed = (*ADAPTERS, EMBEDDING), (*MODELS, CONTROLNET)
+        unserved += [f.unserved(_reason(f)) for f in files if f.report.kind not in (*deployed, *found_now)]
         unserved += [entry for path, entry in self._served.items() if path not in here]
         read = with_loras(self._built.model_copy(update={"unserved": tuple(unserved)}), files, self._unets)
         read = with_embeddings(read, files, self._unets)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 from config.catalog import Architecture, Catalog, ComponentSpec, ModelDefaults, ModelSpec, Size
 from config.sources import CheckpointSource, FolderSource, PlainSource
 from pipelines.errors import InvalidValueError
+from pipelines.library.controlnets import CONTROLNET
 from pipelines.library.equality import Digests, Shared
 from pipelines.library.files import LibraryFile
 from pipelines.library.names import Names
+from pipelines.library.names import slug as slug_of
 from pipelines.library.shapes import CONTEXTS, UNetFacts, weights_of
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 
@@ -128,7 +129,7 @@ class _Extension:
         report = file.report
         base: Architecture | None = report.base if kin is None else _facts_of(file).architecture
         family = kin.unet.family if kin else ("sdxl" if base in ("sdxl", "ssd") else "sd")
-        slug = self._slug(file.name)
+        slug = slug_of(file.name, {c.id for c in self._components}, ("unet", "vae", "text-encoder"))
         source = _source(file, None if base else _configuration(kin))
         zeros = kin.unet.force_zeros_for_empty_prompt if kin else family == "sdxl"
         unet = ComponentSpec(
@@ -230,13 +231,6 @@ class _Extension:
             )
         return found
 
-    def _slug(self, name: str) -> str:
-        """A name as ids of components spell it, once each."""
-        plain = re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-.") or "model"
-        taken = {component.id for component in self._components}
-        slugs = (plain if n == 1 else f"{plain}-{n}" for n in range(1, len(taken) + 2))
-        return next(s for s in slugs if not taken & {f"{kind}-{s}" for kind in ("unet", "vae", "text-encoder")})
-
 
 def _facts_of(file: LibraryFile) -> UNetFacts:
     """What the UNet of a file is."""
@@ -305,7 +299,7 @@ def _channels(channels: int | None) -> str:
 
 
 def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[LibraryFile]:
-    """Checkpoints in a library that nothing was said of when its graph was built, or that are other files now."""
+    """Checkpoints and ControlNets that nothing was said of when the graph was built, or that are other files now."""
     told = {(entry.file, entry.version) for entry in catalog.unserved if not entry.is_new}
     served: set[Path] = set()
     for component in catalog.components:
@@ -314,5 +308,9 @@ def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[Libra
         elif isinstance(component.source, FolderSource):
             served.add(component.source.folder)
     for file in files:
-        if file.report.kind in MODELS and file.file not in served and (file.path, file.version) not in told:
+        if (
+            file.report.kind in (*MODELS, CONTROLNET)
+            and file.file not in served
+            and (file.path, file.version) not in told
+        ):
             yield file

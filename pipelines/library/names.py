@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Set
 
 from pipelines.library.files import LibraryFile
 
@@ -22,3 +23,10 @@ class Names:
                 return f"the name '{name}' is {owner}'s; say another `name` in a .yaml of its stem beside it"
         self._owners |= {name.strip().casefold(): file.path for name in names}
         return None
+
+
+def slug(name: str, taken: Set[str], kinds: tuple[str, ...]) -> str:
+    """A name as ids of components spell it, so that `<kind>-<slug>` is none of those taken."""
+    plain = re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-.") or "model"
+    slugs = (plain if n == 1 else f"{plain}-{n}" for n in range(1, len(taken) + 2))
+    return next(s for s in slugs if not taken & {f"{kind}-{s}" for kind in kinds})

@@ -21,7 +21,7 @@ from deployments.graph import Graph
 from deployments.ingress import library as watching
 from deployments.replicas.base import Runtime
 from tests.support.bound import run_locally
-from tests.support.http import check, picture, pixels, post
+from tests.support.http import check, encoded, photo, picture, pixels, post
 from tests.support.ingress import ClientFactory, open_client
 from tests.support.library import LORA, UNET, extended, put, settled, write
 
@@ -34,13 +34,16 @@ def folder(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet alone, a damaged file, and room for LoRAs."""
     library = tmp_path_factory.mktemp("library")
     put(tiny_models / "sd15" / UNET, library / "checkpoints" / "My SD.safetensors")
+    put(tiny_models / "controlnet-sd15-canny" / "diffusion_pytorch_model.safetensors", library / "My Edges.safetensors")
     write(library / "checkpoints" / "cut.safetensors", (tiny_models / "sd15" / UNET).read_bytes()[:5000])
     return library
 
 
 @pytest.fixture(scope="module")
 def built(catalog: Catalog, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    return extended(catalog, [folder], tmp_path_factory.mktemp("digests") / "digests.json").only(("SD1.5", "My SD"))
+    return extended(catalog, [folder], tmp_path_factory.mktemp("digests") / "digests.json").only(
+        ("SD1.5", "My SD", "SD1.5-ControlNet")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,15 @@ async def test_a_checkpoint_draws_with_what_it_borrows(connect_library: ClientFa
     assert np.array_equal(mine, catalogs), "the same weights"
 
 
+async def test_a_controlnet_is_a_control_of_the_models_that_take_one(connect_library: ClientFactory) -> None:
+    fields = {"model_name": "SD1.5-ControlNet", "controlnet_image": encoded(photo()), "controlnet_preprocess": False}
+    async with connect_library() as client:
+        mine, catalogs = [await drawn(client, **fields, controlnet_name=name) for name in ("my edges", "canny")]
+        names = {entry["name"] for entry in (await client.get("/v1/controlnets")).json()["data"]}
+    assert "My Edges" in names
+    assert np.array_equal(mine, catalogs), "the same weights"
+
+
 async def test_a_lora_that_comes_changes_and_goes_is_drawn_as_it_is(
     connect_library: ClientFactory, tiny_models: Path, folder: Path
 ) -> None:
@@ -100,12 +112,12 @@ async def test_listings_tell_what_is_served_and_why_the_rest_is_not(
     async with connect_library() as client:
         models = (await client.get("/v1/models")).json()
         loras = {entry["name"]: entry for entry in (await client.get("/v1/loras")).json()["data"]}
-    assert [entry["id"] for entry in models["data"]] == ["SD1.5", "My SD"]
-    assert models["data"][1]["loras"] == ["Add_Detail", "Pixel_Art", "Mine"]
+    assert [entry["id"] for entry in models["data"]] == ["SD1.5", "SD1.5-ControlNet", "My SD"]
+    assert models["data"][2]["loras"] == ["Add_Detail", "Pixel_Art", "Mine"]
     told = {entry["id"]: entry["reason"] for entry in models["unavailable"]}
     assert "checkpoints/cut.safetensors: it is cut or damaged" in told["cut"]
     assert told["SD2"] == "not served by this graph"
-    assert loras["Mine"]["models"] == ["SD1.5", "My SD"]
+    assert loras["Mine"]["models"] == ["SD1.5", "SD1.5-ControlNet", "My SD"]
     assert loras["empty"] | {"kind": None} == {
         "name": "empty",
         "kind": None,
