@@ -35,7 +35,12 @@ def with_loras(catalog: Catalog, files: Sequence[LibraryFile], unets: Mapping[st
         found[file.name.casefold()] = LoraSpec(
             name=file.name, aliases=file.override.aliases, weights=(weights,), trigger=file.override.trigger
         )
-    kept = [lora for lora in catalog.loras if lora.unavailable is None or lora.name.casefold() not in found]
+    taken = {name.casefold() for lora in found.values() for name in (lora.name, *lora.aliases)}
+    kept = [
+        lora
+        for lora in catalog.loras
+        if lora.unavailable is None or not taken & {name.casefold() for name in (lora.name, *lora.aliases)}
+    ]
     return catalog.model_copy(update={"loras": (*kept, *found.values()), "unserved": tuple(unserved)})
 
 

@@ -105,7 +105,7 @@ def test_a_yaml_beside_a_file_overrides(catalog: Catalog, tiny_models: Path, lib
         "name: Seven\naliases: [7]\ndefaults: {steps: 5, sampler: Heun}\nsizes: [256x256]\nvae: crisp\n"
         "scheduler: {prediction_type: v_prediction, rescale_betas_zero_snr: true}\n".replace("[7]", "['7']"),
     )
-    write(library / "det.yaml", "{name: Detail, aliases: [more], trigger: a detailed picture}")
+    write(library / "det.yaml", "{name: Detail, aliases: [more, sci-fi], trigger: a detailed picture}")
     found = read(catalog, library, memory)
     model = found.model(found.model_choices().resolve("7"))
     assert (model.name, model.defaults.steps, model.defaults.sampler) == ("Seven", 5, "Heun")
@@ -114,6 +114,7 @@ def test_a_yaml_beside_a_file_overrides(catalog: Catalog, tiny_models: Path, lib
     assert found.component(model.unet).scheduler.prediction_type == "v_prediction"
     lora = next(entry for entry in found.loras if entry.name == found.lora_choices().resolve("MORE"))
     assert (lora.name, lora.trigger) == ("Detail", "a detailed picture")
+    assert found.lora_choices().resolve("Sci-fi") == "Detail", "the catalog lists the name without weights"
 
 
 @pytest.mark.parametrize(
