@@ -8,7 +8,8 @@ halves can be recorded apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,12 +28,13 @@ UNSUPPORTED = {
 """Keys of a UNet's config that ask for what this graph does not produce."""
 
 
-class Lower(NamedTuple):
-    """What the first half leaves to the second."""
+@dataclass
+class Lower:
+    """What the first half leaves to the second, which takes it away piece by piece so that memory is free early."""
 
     hidden: torch.Tensor
     """`[rows, channels, height, width]`, after the mid block."""
-    skips: tuple[torch.Tensor, ...]
+    skips: list[torch.Tensor]
     """Outputs of the way down, the first one first; a ControlNet has a residual for each, and one for `hidden`."""
     embedding: torch.Tensor
     """`[rows, channels]`, of the timestep and of what else the UNet is told."""
@@ -73,10 +75,10 @@ class UNetHalves:
         if unet.time_embed_act is not None:
             embedding = unet.time_embed_act(embedding)
         hidden = unet.conv_in(sample)
-        skips: tuple[torch.Tensor, ...] = (hidden,)
+        skips = [hidden]
         for block in unet.down_blocks:
             hidden, own = block(hidden_states=hidden, temb=embedding, **_text(block, prompt_embeds))
-            skips += tuple(own)
+            skips += own
         if unet.mid_block is not None:
             hidden = unet.mid_block(hidden, embedding, **_text(unet.mid_block, prompt_embeds))
         return Lower(hidden, skips, embedding)
@@ -87,20 +89,22 @@ class UNetHalves:
         """Up to the model output, `[rows, channels, height, width]`.
 
         Args:
-            lower: what the first half left.
+            lower: what the first half left; used up.
             prompt_embeds: those that it was given.
             residuals: one for each of `lower.skips` in their order and one for `lower.hidden`, of the same shapes;
                 None without a ControlNet.
         """
         unet, hidden, skips = self._unet, lower.hidden, lower.skips
+        left = None
         if residuals is not None:
-            *down, middle = residuals
-            skips = tuple(skip + residual for skip, residual in zip(skips, down, strict=True))
+            *left, middle = residuals
             hidden = hidden + middle
         # Maps that a level of the UNet does not halve exactly must be told their size on the way up.
         told = any(side % 2**unet.num_upsamplers for side in skips[0].shape[-2:])
         for block in unet.up_blocks:
-            own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            own = _taken(skips, len(block.resnets))
+            if left is not None:
+                own = tuple(skip + extra for skip, extra in zip(own, _taken(left, len(own)), strict=True))
             hidden = block(
                 hidden_states=hidden,
                 temb=lower.embedding,
@@ -111,6 +115,13 @@ class UNetHalves:
         if unet.conv_norm_out is not None:
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         return cast(torch.Tensor, unet.conv_out(hidden))
+
+
+def _taken(tensors: list[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
+    """The last of them, which are gone from the list."""
+    own = tuple(tensors[-count:])
+    del tensors[-count:]
+    return own
 
 
 def _text(block: torch.nn.Module, prompt_embeds: torch.Tensor) -> dict[str, Any]:

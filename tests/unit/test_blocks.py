@@ -46,17 +46,17 @@ def batch_of(unet: TorchDenoiser, rows: int, loras: Mapping[int, Any] | None = N
     return replace(trial_batch(unet, key, pooled, rows), loras=[(loras or {}).get(row, ()) for row in range(rows)])
 
 
-def lora(unet: TorchDenoiser, rank: int, seed: int) -> Adapter:
-    """Random layers on every attention of the UNet; ranks above 128 find no slots and go by hooks."""
+def lora(unet: TorchDenoiser, rank: int, seed: int, ends: tuple[str, ...] = ("to_q", "to_out.0")) -> Adapter:
+    """Random layers on modules whose names end so; ranks above 128 find no slots and go by hooks."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: {
-            "down": torch.randn(rank, module.in_features, generator=generator) / module.in_features,
-            "up": torch.randn(module.out_features, rank, generator=generator),
+            "down": torch.randn(rank, *module.weight.shape[1:], generator=generator) / module.weight[0].numel(),
+            "up": torch.randn(len(module.weight), rank, *[1] * (module.weight.ndim - 2), generator=generator),
             "alpha": torch.tensor(float(rank)),
         }
         for name, module in unet.adapters._modules.items()
-        if name.endswith(("to_q", "to_out.0")) and isinstance(module, torch.nn.Linear)
+        if name.endswith(ends) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
     return unet.adapters.fit(AdapterFile(f"rank {rank}", layers, {}), CPU, torch.float32)
 
@@ -107,5 +107,10 @@ def test_more_shapes_are_compiled_than_dynamo_would_by_itself(monkeypatch: pytes
 
 
 def test_channels_last_computes_the_same() -> None:
+    """With LoRAs on convolutions too, whose products write into the layer's output in place."""
     plain, last = denoiser(), denoiser(acceleration=Acceleration(channels_last=True))
     assert same(last.predict(batch_of(last, 2)), plain.predict(batch_of(plain, 2)))
+    ends = ("to_q", "conv1", "conv_shortcut", "downsamplers.0.conv")
+    theirs, ours = (unet.predict(batch_of(unet, 2, {1: ((lora(unet, 8, 7, ends), 0.5),)})) for unet in (plain, last))
+    assert same(ours, theirs)
+    assert not same(theirs[1], plain.predict(batch_of(plain, 2))[1])

@@ -142,6 +142,25 @@ def test_inside_a_process_residuals_never_leave_the_device() -> None:
     assert (counts["to host"], counts["to device"], counts["wait"]) == (0, 0, 0)
 
 
+def test_between_processes_copies_are_queued_and_waited_for_elsewhere() -> None:
+    """What the model's thread does is free of waits; `wait` is called on another one."""
+    hint = ControlHint("map", "net", None, torch.zeros(1, 3, 8, 8))
+    with PretendedCuda() as cuda:
+        sample, timesteps, embeds = (torch.ones(shape).to("cuda") for shape in ((1, 4, 2, 2), (1,), (1, 7, 8)))
+        residuals = Residuals((sample, embeds))
+        with cuda.counting() as traffic:
+            batch = ControlBatch(((HintUse(hint.ref),),), sample, timesteps, embeds).sent_to_host()
+            packed = residuals.sent_to_host()
+        assert dict(traffic.counts()) == {"fetched": 4, "kernel": 1}
+        arrived = pickle.loads(pickle.dumps(batch.wait()))
+        assert torch.equal(arrived.prompt_embeds, torch.ones(1, 7, 8))
+        given = packed.wait()
+        with cuda.counting() as traffic:
+            back = given.on(torch.device("cuda:0"), torch.float32)
+        assert dict(traffic.counts()) == {"sent": 1}
+        assert torch.equal(back[0].cpu(), torch.ones(1, 4, 2, 2))
+
+
 def test_an_array_of_the_host_is_not_kept() -> None:
     flat = np.arange(8, dtype=np.float32)
     packed = PackedResiduals(flat, ((2, 4),))
