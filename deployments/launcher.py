@@ -109,8 +109,12 @@ def laptop_config(folder: Path, port: int, **args: object) -> Path:
 
 
 def authentication(host: str) -> Mapping[str, str]:
-    """Ray's own: off where only this machine is served, else by a token, one that nobody knows if none is set."""
-    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+    """Ray's own: by a token where others than this machine are served or RAY_AUTH_MODE says so, else off.
+
+    Without RAY_AUTH_TOKEN it is one that nobody knows.
+    """
+    local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    if local and os.environ.get("RAY_AUTH_MODE") != "token":
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
 

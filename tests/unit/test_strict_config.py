@@ -76,11 +76,14 @@ def test_make_serve_and_the_launcher_refuse_a_wrong_config(tmp_path: Path) -> No
 
 def test_ray_asks_for_a_token_where_others_can_reach_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     for host in ("127.0.0.1", "localhost", "::1"):
         assert authentication(host) == {}
     made = authentication("0.0.0.0")
     assert made["RAY_AUTH_MODE"] == "token"
     assert len(made["RAY_AUTH_TOKEN"]) == 64
     assert made != authentication("0.0.0.0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert authentication("127.0.0.1")["RAY_AUTH_MODE"] == "token"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
     assert authentication("192.0.2.1")["RAY_AUTH_TOKEN"] == "given"
