@@ -27,6 +27,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from config.catalog import Catalog
+from pipelines.adapters.places import original_names
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
@@ -187,6 +188,45 @@ def test_all_kinds_in_one_batch(text2image: Text2Image, model: str) -> None:
     together = text2image.generate_many([GenerationParams(**fields, loras=mixture) for fields, mixture in requests])
     for picture, (fields, mixture) in zip(together, requests, strict=True):
         assert_same(picture.image, expected(model, mixture, fields))
+
+
+def flat(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+SPELLINGS: dict[str, Callable[[str, str], str]] = {
+    "kohya, blocks counted through": lambda name, original: flat(original),
+    "LyCORIS' own prefix": lambda name, original: f"lycoris_{name.replace('.', '_')}",
+    "ComfyUI": lambda name, original: f"diffusion_model.{original}",
+    "dots": lambda name, original: f"unet.{name}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("kind", ["LoCon with mid", "LoKr", "norms"])
+def test_layers_by_other_names(
+    catalog: Catalog, folders: Path, tiny_models: Path, tmp_path: Path, kind: str, spelling: str
+) -> None:
+    """The same picture as by the names that were compared with LyCORIS."""
+    unet = MODELS["SDXL1.0-base"][1].from_pretrained(tiny_models / "sdxl").unet
+    originals = original_names(name for name, module in unet.named_modules() if hasattr(module, "weight"))
+    names = {flat(name): SPELLINGS[spelling](name, original) for name, original in originals.items()}
+    state = load_file(folders / "SDXL1.0-base" / kind / FILE)
+    renamed = {}
+    for key, tensor in state.items():
+        layer, _, parameter = key.partition(".")
+        renamed[f"{names.get(layer, layer)}.{parameter}"] = tensor
+    assert set(renamed) != set(state)
+    for name, tensors in (("as written", state), ("renamed", renamed)):
+        (tmp_path / "SDXL1.0-base" / name).mkdir(parents=True)
+        save_file(tensors, tmp_path / "SDXL1.0-base" / name / FILE)
+    text2image = Text2Image(catalog_with(catalog, tmp_path, ["as written", "renamed"]))
+    fields = request("SDXL1.0-base", sampler="Euler", steps=1)
+    one, other = (
+        np.asarray(text2image.generate(GenerationParams(**fields, loras={name: 0.8})).image)
+        for name in ("as written", "renamed")
+    )
+    assert np.array_equal(one, other)
 
 
 def peft_dora(pipe: Any, folder: Path, seed: int, **options: Any) -> None:

@@ -321,3 +321,11 @@ def test_a_missing_or_damaged_file_is_named(catalog: Catalog, tmp_path: Path, co
     with pytest.raises(WeightsError, match=said) as failed:
         load_lora(with_lora(catalog, tmp_path), LoraUse(name="x", weight=1), "unet-sd15", "unet")
     assert str(failed.value).startswith("lora x, file file.safetensors: ")
+
+
+def test_a_file_of_very_many_tensors_is_refused_before_they_are_read(catalog: Catalog, tmp_path: Path) -> None:
+    entries = {f"lora_unet_{i}.alpha": {"dtype": "F32", "shape": [], "data_offsets": [0, 0]} for i in range(70_000)}
+    header = json.dumps(entries).encode()
+    (tmp_path / "file.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(WeightsError, match="more than 65,536 tensors"):
+        load_lora(with_lora(catalog, tmp_path), LoraUse(name="x", weight=1.0), "unet-sd15", "unet")
