@@ -50,7 +50,9 @@ def vae(catalog: Catalog) -> Kind:
     replica = VAEDeployment(components=["vae-sd15"], catalog=catalog, runtime=RUNTIME)
     plan = make_plan(PARAMS, catalog)
     latents = Timed(Latents(torch.zeros(1, 4, 16, 16)))
-    return Kind(replica, replica._vaes["vae-sd15"], "decode", lambda: replica.decode(plan=plan, latents=latents))
+    return Kind(
+        replica, replica._vaes["vae-sd15"], "begin_decoding", lambda: replica.decode(plan=plan, latents=latents)
+    )
 
 
 def controlnet(catalog: Catalog) -> Kind:
