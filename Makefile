@@ -107,6 +107,7 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.tvm
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.library
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py
