@@ -30,6 +30,8 @@ MIN_SIDE, MAX_SIDE = 128, 2496
 MIN_STEPS, MAX_STEPS = 1, 1000
 MIN_CFG_SCALE, MAX_CFG_SCALE = 0, 50
 MIN_STRENGTH, MAX_STRENGTH = 0, 1
+MIN_GUIDANCE_RESCALE, MAX_GUIDANCE_RESCALE = 0, 1
+MIN_ETA, MAX_ETA = 0, 1
 MIN_CLIP_SKIP, MAX_CLIP_SKIP = 1, 12
 
 
@@ -50,6 +52,10 @@ class GenerationParams:
     height: int | None = None
     steps: int | None = None
     cfg_scale: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    eta: float = 0.0
     sampler: str | None = None
     seed: int | None = None
     style_preset: str | None = None
@@ -127,13 +133,15 @@ class ScheduleSlice(_Plan):
     """Which part of a schedule a stage runs.
 
     `strength` begins late on a noised picture (img2img); `start` begins where another stage stopped; `end` stops early.
-    Shares are of the training timesteps, as diffusers' `denoising_start` and `denoising_end`.
+    Shares are of the training timesteps, as diffusers' `denoising_start` and `denoising_end`. `eta` is how much noise
+    the steps of DDIM draw anew (eq. 16 of Song et al. 2020, arXiv:2010.02502); no other sampler has one.
     """
 
     steps: int
     strength: float | None = None
     start: float | None = None
     end: float | None = None
+    eta: float = 0.0
 
 
 class PartWeights(_Plan):
@@ -202,6 +210,9 @@ class StagePlan(_Plan):
     sampler: str
     schedule: ScheduleSlice
     guidance_scale: float
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     text: TextPlan
     width: int
     height: int

@@ -16,11 +16,15 @@ from pipelines.mixtures import mixture_of
 from pipelines.plan import (
     MAX_CFG_SCALE,
     MAX_CLIP_SKIP,
+    MAX_ETA,
+    MAX_GUIDANCE_RESCALE,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
     MIN_CFG_SCALE,
     MIN_CLIP_SKIP,
+    MIN_ETA,
+    MIN_GUIDANCE_RESCALE,
     MIN_SIDE,
     MIN_STEPS,
     MIN_STRENGTH,
@@ -79,7 +83,9 @@ def make_plan(
     _check_size(width, height, model)
     _check_range("steps", steps, MIN_STEPS, MAX_STEPS)
     _check_range("cfg_scale", guidance, MIN_CFG_SCALE, MAX_CFG_SCALE)
-    check_sampler(sampler, steps, model.edm)
+    _check_range("eta", params.eta, MIN_ETA, MAX_ETA)
+    check_sampler(sampler, steps, model.edm, params.eta)
+    _check_guidance(params, model)
     _check_budget(width, height, steps, limits or PlanLimits())
     _check_family(params, model)
     control = _control(params, model, catalog)
@@ -99,6 +105,9 @@ def make_plan(
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,
+            guidance_rescale=params.guidance_rescale,
+            guidance_start=params.guidance_start,
+            guidance_end=params.guidance_end,
             text=prompts.plan(catalog.component(component_id)),
             width=width,
             height=height,
@@ -109,11 +118,11 @@ def make_plan(
 
     if params.enable_refiner and model.refiner is not None:
         stages: tuple[StagePlan, ...] = (
-            stage(model.unet, ScheduleSlice(steps=steps, strength=strength, end=REFINER_SHARE)),
-            stage(model.refiner, ScheduleSlice(steps=steps, start=REFINER_SHARE)),
+            stage(model.unet, ScheduleSlice(steps=steps, strength=strength, end=REFINER_SHARE, eta=params.eta)),
+            stage(model.refiner, ScheduleSlice(steps=steps, start=REFINER_SHARE, eta=params.eta)),
         )
     else:
-        stages = (stage(model.unet, ScheduleSlice(steps=steps, strength=strength)),)
+        stages = (stage(model.unet, ScheduleSlice(steps=steps, strength=strength, eta=params.eta)),)
     return GenerationPlan(
         model=model.name,
         seed=seed,
@@ -188,6 +197,24 @@ def _check_budget(width: int, height: int, steps: int, limits: PlanLimits) -> No
         raise InvalidValueError(
             f"steps {steps} at {width}x{height} is over this server's budget; at this size it allows {most} steps",
             "steps",
+        )
+
+
+def _check_guidance(params: GenerationParams, model: ModelSpec) -> None:
+    _check_range("guidance_rescale", params.guidance_rescale, MIN_GUIDANCE_RESCALE, MAX_GUIDANCE_RESCALE)
+    _check_range("guidance_start", params.guidance_start, 0, 1)
+    _check_range("guidance_end", params.guidance_end, 0, 1)
+    if params.guidance_start >= params.guidance_end:
+        raise InvalidValueError(
+            f"guidance_end {params.guidance_end} leaves no step after guidance_start {params.guidance_start}: "
+            "send a larger guidance_end, or cfg_scale 1 for no guidance at all",
+            "guidance_end",
+        )
+    if model.edm and (params.guidance_start > 0 or params.guidance_end < 1):
+        raise InvalidValueError(
+            f"guidance_start and guidance_end are shares of training timesteps, which {model.name} does not have: "
+            "only 0 and 1 allowed",
+            "guidance_start",
         )
 
 

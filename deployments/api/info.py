@@ -19,7 +19,7 @@ from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import PictureFile, check_image
 from pipelines.pictures.infotext import parse_infotext, request_fields
 from pipelines.pictures.provenance import VOCABULARY
-from pipelines.plan import GenerationPlan, OutputFormat, TextReading
+from pipelines.plan import GenerationPlan, OutputFormat, StagePlan, TextReading
 
 
 class InfoRequest(BaseModel):
@@ -151,7 +151,7 @@ def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
         fields["prompt_2"] = prompts[1]
     if negatives is not None and negatives[1:] and negatives[1] != negatives[0]:
         fields["negative_prompt_2"] = negatives[1]
-    fields |= _how_texts_are_read(first.text.reading)
+    fields |= _how_texts_are_read(first.text.reading) | _how_it_is_guided(first)
     if first.schedule.strength is not None:
         fields["strength"] = first.schedule.strength
     if len(plan.stages) > 1:
@@ -168,3 +168,9 @@ def _how_texts_are_read(reading: TextReading) -> dict[str, Any]:
     """The fields that differ from what they are without being sent."""
     changed = reading.model_dump(exclude_defaults=True, exclude={"max_chunks"})
     return {"prompt_syntax" if name == "syntax" else name: value for name, value in changed.items()}
+
+
+def _how_it_is_guided(stage: StagePlan) -> dict[str, Any]:
+    """The same of guidance and eta."""
+    fields = stage.model_dump(exclude_defaults=True, include={"guidance_rescale", "guidance_start", "guidance_end"})
+    return fields | stage.schedule.model_dump(exclude_defaults=True, include={"eta"})

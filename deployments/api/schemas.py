@@ -14,11 +14,15 @@ from pipelines.errors import InvalidValueError
 from pipelines.plan import (
     MAX_CFG_SCALE,
     MAX_CLIP_SKIP,
+    MAX_ETA,
+    MAX_GUIDANCE_RESCALE,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
     MIN_CFG_SCALE,
     MIN_CLIP_SKIP,
+    MIN_ETA,
+    MIN_GUIDANCE_RESCALE,
     MIN_SIDE,
     MIN_STEPS,
     MIN_STRENGTH,
@@ -113,6 +117,24 @@ class PictureRequest(BaseModel):
         validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
         description="Default 5.",
     )
+    guidance_rescale: FiniteFloat | None = Field(
+        None,
+        ge=MIN_GUIDANCE_RESCALE,
+        le=MAX_GUIDANCE_RESCALE,
+        description="How far guidance is scaled back to the contrast it had without (arXiv:2305.08891); default 0.",
+    )
+    guidance_start: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Guidance begins here: a share of the noise schedule, 0 (default) being pure noise.",
+    )
+    guidance_end: FiniteFloat | None = Field(
+        None, ge=0, le=1, description="Guidance ends here; default 1. Steps outside the window cost half as much."
+    )
+    eta: FiniteFloat | None = Field(
+        None, ge=MIN_ETA, le=MAX_ETA, description="Noise that the steps of sampler DDIM draw anew; default 0."
+    )
     sampler: str | None = Field(None, max_length=200, description="See /v1/samplers; default DPM++ 2M SDE Heun Karras.")
     steps: int | None = Field(
         None,
@@ -150,6 +172,10 @@ class PictureRequest(BaseModel):
             height=self.height,
             steps=self.steps,
             cfg_scale=self.cfg_scale,
+            guidance_rescale=self.guidance_rescale or 0.0,
+            guidance_start=self.guidance_start or 0.0,
+            guidance_end=1.0 if self.guidance_end is None else self.guidance_end,
+            eta=self.eta or 0.0,
             sampler=self.sampler,
             seed=None if self.seed == RANDOM_SEED else self.seed,
             style_preset=self.style_preset,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from pipelines.engine.guidance import guide
+from pipelines.engine.guidance import Guidance
 from pipelines.sampling.base import Sampler
 from pipelines.sampling.tables import Table
 from pipelines.transfers import pinned, send
@@ -33,7 +33,7 @@ class TableCourse:
         latents: torch.Tensor,
         noise: Sequence[torch.Tensor],
         generator_state: torch.Tensor,
-        guidance_scale: float | None,
+        guidance: Guidance,
         device: torch.device,
     ) -> None:
         """Begin with `latents` `[1, channels, height, width]`.
@@ -43,13 +43,14 @@ class TableCourse:
             latents: on the CPU.
             noise: what `table.draw` gave.
             generator_state: after the last draw.
-            guidance_scale: None for a job of one row.
+            guidance: how its outputs become one.
             device: where it will run; its tensors wait in memory that the device can copy from.
         """
         self.timesteps, self.order, self.tick = table.timesteps, table.order, 0
         self.generator_state = generator_state
         self.shape = tuple(latents.shape)
-        self._weights = table.guided(guidance_scale)
+        self._guidance = guidance
+        self._weights = table.guided(guidance.shares)
         self._slots = table.slots
         start = torch.zeros(1 + table.slots + len(noise), latents.numel())
         start[1] = latents.flatten()
@@ -78,6 +79,15 @@ class TableCourse:
         return self._state[1].view(self.shape)
 
     @property
+    def guided(self) -> bool:
+        """Whether the next tick is guided, and so takes two rows."""
+        return self.guided_at(self.tick)
+
+    def guided_at(self, tick: int) -> bool:
+        """The same of any tick."""
+        return self._guidance.at(tick)
+
+    @property
     def slots(self) -> int:
         """Tensors remembered between ticks."""
         return self._slots
@@ -98,6 +108,7 @@ class TableCourse:
         Where there is nothing (no second output, no noise, fewer slots than a neighbour's) the weight is zero, and
         something finite of the job's own stands in.
         """
+        output = self._guidance.rescaled(output)
         yield from (output,) * (3 - len(output))
         draw = self._draws[self.tick]
         yield self._noise[draw] if draw is not None else self._state[1:2]
@@ -113,20 +124,27 @@ class TableCourse:
 class SamplerCourse:
     """By the sampler's own steps; members as above."""
 
-    def __init__(
-        self, sampler: Sampler, latents: torch.Tensor, generator: torch.Generator, guidance_scale: float | None
-    ) -> None:
+    def __init__(self, sampler: Sampler, latents: torch.Tensor, generator: torch.Generator, guidance: Guidance) -> None:
         """Begin with `latents` `[1, channels, height, width]`, in the model's dtype, on the CPU."""
         self.sampler = sampler
         self.timesteps: Sequence[float] = sampler.timesteps.tolist()
         self.order, self.tick, self.latents = sampler.order, 0, latents
         self.shape = tuple(latents.shape)
-        self._generator, self._guidance_scale = generator, guidance_scale
+        self._generator, self._guidance = generator, guidance
 
     @property
     def generator_state(self) -> torch.Tensor:
         """As it stands."""
         return self._generator.get_state()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next tick is guided, and so takes two rows."""
+        return self.guided_at(self.tick)
+
+    def guided_at(self, tick: int) -> bool:
+        """The same of any tick."""
+        return self._guidance.at(tick)
 
     def send(self, device: torch.device) -> None:
         """Move the latents to `device`."""
@@ -140,7 +158,7 @@ class SamplerCourse:
     def advance(self, output: torch.Tensor) -> None:
         """Guide the job's rows `[rows, channels, height, width]` and take the sampler's step."""
         # A copy where guidance makes none: the sampler may remember it, and the next evaluation overwrites `output`.
-        guided = output.clone() if self._guidance_scale is None else guide(output, self._guidance_scale)
+        guided = output.clone() if len(output) == 1 else self._guidance.combine(output)
         timestep = self.sampler.timesteps[self.tick]
         self.latents = self.sampler.step(guided, timestep, self.latents, self._generator)
         self.tick += 1

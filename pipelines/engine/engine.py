@@ -61,6 +61,7 @@ class _Evaluation:
     """One evaluation of the UNet: whom it was for, and what came of it."""
 
     jobs: Sequence[DenoiseJob]
+    rows: int = 0
     padding: int = 0
     error: Exception | None = None
     """Of all its jobs, none of which advanced."""
@@ -194,7 +195,7 @@ class StepEngine:
         seen = [job.fetch() for job in advanced if job.previews and job.id in self._jobs and job.id not in lost]
         broken = [(job, _ours(error)) for job, error in failed if self._jobs.pop(job.id, None) is not None]
         return TickReport(
-            rows=sum(job.rows for job in advanced),
+            rows=sum(evaluation.rows for evaluation in evaluations),
             padding=sum(evaluation.padding for evaluation in evaluations),
             advanced=advanced,
             finished=tuple(left),
@@ -229,8 +230,10 @@ class StepEngine:
             padding = self.denoiser.padding(batch)
             failures = advance(courses, rows, self.denoiser.predict(batch), numbers.weights)  # last: nobody twice
         except Exception as error:
-            return _Evaluation(jobs, error=error)
-        return _Evaluation(jobs, padding, failed=[(jobs[position], error) for position, error in failures.items()])
+            return _Evaluation(jobs, sum(rows), error=error)
+        return _Evaluation(
+            jobs, sum(rows), padding, failed=[(jobs[position], error) for position, error in failures.items()]
+        )
 
     def _apart(self, together: _Evaluation, error: Exception) -> list[_Evaluation]:
         """What becomes of the jobs of an evaluation that failed: each alone, once."""

@@ -20,6 +20,20 @@ from pipelines.text.conditioning import Conditioning
 from pipelines.transfers import Mark, fetch, send
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the UNet is told of a job's rows."""
+
+    conditioning: Conditioning
+    added: Mapping[str, torch.Tensor]
+
+    def last_row(self) -> Told:
+        """The cond row alone."""
+        embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
+        alone = Conditioning(embeds[-1:], pooled[-1:] if pooled is not None else None)
+        return Told(alone, {name: tensor[-1:] for name, tensor in self.added.items()})
+
+
 @dataclass
 class DenoiseJob:
     """One stage of one picture in flight. One owner; never shared, never copied."""
@@ -37,11 +51,20 @@ class DenoiseJob:
     hint: ControlHint | None = None
     previews: bool = False
     """Whether its latents are wanted after every tick."""
+    _told: tuple[Told, Told] | None = field(default=None, init=False, repr=False)
 
-    @cached_property
+    @property
     def rows(self) -> int:
-        """UNet batch entries the job contributes to a tick."""
-        return self.conditioning.rows
+        """UNet batch entries the job contributes to the next tick."""
+        return self.conditioning.rows if self.course.guided else 1
+
+    @property
+    def told(self) -> Told:
+        """What the UNet is told of the rows of the next tick; the same object while nothing changes."""
+        if self._told is None:
+            every = Told(self.conditioning, self.added_conditions)
+            self._told = (every, every.last_row())
+        return self._told[0] if self.rows == self.conditioning.rows else self._told[1]
 
     @cached_property
     def batch_key(self) -> BatchKey:
@@ -80,8 +103,10 @@ class DenoiseJob:
 
     @property
     def outstanding_work(self) -> int:
-        """What is left to do: work of a tick x ticks to come."""
-        return self.work * self.ticks_left
+        """What is left to do: the work of all ticks to come."""
+        ticks = range(self.course.tick, len(self.course.timesteps))
+        rows = sum(self.conditioning.rows if self.course.guided_at(tick) else 1 for tick in ticks)
+        return rows * self.plan.width * self.plan.height
 
     def send(self, device: torch.device) -> None:
         """Move everything the ticks need to `device`, before the first."""
@@ -90,6 +115,7 @@ class DenoiseJob:
         embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
         self.conditioning = Conditioning(send(embeds, device), send(pooled, device) if pooled is not None else None)
         self.added_conditions = {name: send(tensor, device) for name, tensor in self.added_conditions.items()}
+        self._told = None
 
     def fetch(self) -> Fetched:
         """Begin to copy the latents, as they stand, to the host."""

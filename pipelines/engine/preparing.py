@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipelines.backends.base import Denoiser
 from pipelines.control.types import ControlHint
 from pipelines.engine.checks import check_job
 from pipelines.engine.courses import Course, SamplerCourse, TableCourse
+from pipelines.engine.guidance import Guidance
 from pipelines.engine.job import DenoiseJob
 from pipelines.families import Family
 from pipelines.plan import StagePlan
@@ -21,6 +22,9 @@ from pipelines.sampling.samplers import make_sampler
 from pipelines.sampling.tables import SamplerTables, Table
 from pipelines.text.conditioning import Conditioning
 from pipelines.transfers import pinned
+
+TRAINED_TIMESTEPS = 1000
+"""Where a scheduler's configuration does not say, as in diffusers."""
 
 
 def always() -> bool:
@@ -70,12 +74,11 @@ class JobMaker:
         table = self._tables.get(plan.sampler, plan.schedule)
         _stop_unless(wanted)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
-        scale = plan.guidance_scale if plan.guided else None
         course: Course
         if table is None:
-            course = self._by_sampler(plan, latents is None, begin, generator, scale)
+            course = self._by_sampler(plan, latents is None, begin, generator)
         else:
-            course = self._by_table(table, plan, latents is None, begin, generator, scale, wanted)
+            course = self._by_table(table, plan, latents is None, begin, generator, wanted)
         embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
         conditioning = Conditioning(pinned(embeds, device), pinned(pooled, device) if pooled is not None else None)
         added = {name: pinned(tensor, device) for name, tensor in added.items()}
@@ -88,7 +91,6 @@ class JobMaker:
         from_text: bool,
         begin: torch.Tensor,
         generator: torch.Generator,
-        scale: float | None,
         wanted: Callable[[], bool],
     ) -> TableCourse:
         if from_text:
@@ -101,17 +103,23 @@ class JobMaker:
         for noise in table.draw(begin.shape, self._denoiser.dtype, generator, plan.seed):
             _stop_unless(wanted)
             drawn.append(noise)
-        return TableCourse(table, begin, drawn, generator.get_state(), scale, self._denoiser.device)
+        guidance = self._guidance(plan, table.timesteps, table.order)
+        return TableCourse(table, begin, drawn, generator.get_state(), guidance, self._denoiser.device)
 
     def _by_sampler(
-        self, plan: StagePlan, from_text: bool, begin: torch.Tensor, generator: torch.Generator, scale: float | None
+        self, plan: StagePlan, from_text: bool, begin: torch.Tensor, generator: torch.Generator
     ) -> SamplerCourse:
         sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed)
         if from_text:
             begin = draw_noise(begin.shape, generator, begin.dtype) * sampler.init_noise_sigma
         elif plan.schedule.strength is not None:
             begin = sampler.add_noise(begin, draw_noise(begin.shape, generator, begin.dtype))
-        return SamplerCourse(sampler, begin, generator, scale)
+        guidance = self._guidance(plan, sampler.timesteps.tolist(), sampler.order)
+        return SamplerCourse(sampler, begin, generator, guidance)
+
+    def _guidance(self, plan: StagePlan, timesteps: Sequence[float], order: int) -> Guidance:
+        trained = self._scheduler_config.get("num_train_timesteps", TRAINED_TIMESTEPS)
+        return Guidance.create(plan, timesteps, order, trained)
 
 
 def _stop_unless(wanted: Callable[[], bool]) -> None:

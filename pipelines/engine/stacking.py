@@ -10,8 +10,7 @@ import torch
 from pipelines.backends.base import StepBatch
 from pipelines.control.rows import take_rows
 from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource, HintUse
-from pipelines.engine.job import DenoiseJob
-from pipelines.text.conditioning import Conditioning
+from pipelines.engine.job import DenoiseJob, Told
 
 
 class RowStack:
@@ -20,7 +19,7 @@ class RowStack:
     def __init__(self, dtype: torch.dtype) -> None:
         """Samples are given in `dtype`, the model's."""
         self._dtype = dtype
-        self._told: Sequence[Conditioning] = ()
+        self._told: Sequence[Told] = ()
         self._embeds = torch.empty(0)
         self._added: Mapping[str, torch.Tensor] = {}
 
@@ -45,13 +44,11 @@ class RowStack:
         return replace(batch, controlled=_start(control, batch, hints)) if any(hints) else batch
 
     def _stack_conditions(self, jobs: Sequence[DenoiseJob]) -> None:
-        told = [job.conditioning for job in jobs]
+        told = [job.told for job in jobs]
         if len(told) == len(self._told) and all(a is b for a, b in zip(told, self._told, strict=True)):
             return
-        self._embeds = torch.cat([conditioning.prompt_embeds for conditioning in told])
-        self._added = {
-            name: torch.cat([job.added_conditions[name] for job in jobs]) for name in jobs[0].added_conditions
-        }
+        self._embeds = torch.cat([own.conditioning.prompt_embeds for own in told])
+        self._added = {name: torch.cat([own.added[name] for own in told]) for name in told[0].added}
         self._told = told
 
 

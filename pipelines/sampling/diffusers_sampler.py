@@ -38,7 +38,7 @@ class DiffusersSampler:
             scheduler: class name in diffusers.
             settings: what differs from the model's own configuration.
             config: the model's `scheduler_config.json`.
-            part: number of steps and which part of them to run.
+            part: number of steps and which part of them to run; an `eta` needs a scheduler that takes one.
             seed: for the Brownian tree of the DPM SDE samplers, the only ones that do not draw from the generator.
         """
         import diffusers  # when a sampler is made, not before: the ingress needs just the names
@@ -61,6 +61,7 @@ class DiffusersSampler:
         self._first = every[ticks.start : ticks.start + 1]
         self._takes_generator = takes_generator(self._scheduler)
         self._seed = seed
+        self._eta = {"eta": part.eta} if part.eta else {}
         self.tree_levels = brownian_levels(self._scheduler)
         """Lowest and highest noise level of the Brownian tree, for the samplers that ask one."""
 
@@ -84,7 +85,7 @@ class DiffusersSampler:
         if self.tree_levels and self._scheduler.noise_sampler is None:
             tree = brownian_tree(latents.shape, latents.dtype, self.tree_levels, self._seed)
             self.ask_instead_of_the_tree(lambda sigma, sigma_next: tree(sigma, sigma_next).to(latents.device))
-        extra = {"generator": generator} if self._takes_generator else {}
+        extra = ({"generator": generator} if self._takes_generator else {}) | self._eta
         stepped = self._scheduler.step(model_output, timestep, latents, return_dict=False, **extra)
         return cast("torch.Tensor", stepped[0])
 

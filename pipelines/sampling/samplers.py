@@ -32,6 +32,8 @@ class SamplerSpec:
     """What the name changes in the model's scheduler configuration."""
     min_steps: int = MIN_STEPS
     max_steps: int = MAX_STEPS
+    eta: bool = False
+    """Takes an `eta` above 0."""
     edm: bool = False
     """Works in the EDM formulation (Karras et al. 2022), so on EDM models alone."""
     make: MakeSampler | None = None
@@ -48,8 +50,8 @@ The first number of steps that gives values that are not finite is 769 with "tra
 """
 
 
-def _plain(scheduler: str, max_steps: int = _LOOKED_UP, **settings: Any) -> SamplerSpec:
-    return SamplerSpec(scheduler, settings, max_steps=max_steps)
+def _plain(scheduler: str, max_steps: int = _LOOKED_UP, eta: bool = False, **settings: Any) -> SamplerSpec:
+    return SamplerSpec(scheduler, settings, max_steps=max_steps, eta=eta)
 
 
 def _karras(scheduler: str, karras: bool, max_steps: int = MAX_STEPS) -> SamplerSpec:
@@ -70,7 +72,7 @@ def _dpmpp(algorithm: str, solver_type: str, karras: bool) -> SamplerSpec:
 _DPM: dict[str, Any] = {"algorithm_type": "dpmsolver", "solver_type": "midpoint", "final_sigmas_type": "sigma_min"}
 
 SAMPLERS: Mapping[str, SamplerSpec] = {
-    "DDIM": _plain("DDIMScheduler"),
+    "DDIM": _plain("DDIMScheduler", eta=True),
     "DDPM": _plain("DDPMScheduler"),
     "DEIS 2M": _solver("DEISMultistepScheduler", algorithm_type="deis", solver_type="logrho"),
     "DPM 2M": _solver("DPMSolverMultistepScheduler", **_DPM),
@@ -123,12 +125,15 @@ SAMPLER_CHOICES = Choices(
 )
 
 
-def check_sampler(name: str, steps: int, edm_model: bool) -> None:
-    """Raise InvalidValueError when the sampler cannot serve the model or the number of steps."""
+def check_sampler(name: str, steps: int, edm_model: bool, eta: float = 0.0) -> None:
+    """Raise InvalidValueError when the sampler cannot serve the model, the number of steps or an `eta` above 0."""
     spec = SAMPLERS[name]
     if spec.edm != edm_model:
         allowed = [n for n, s in SAMPLERS.items() if s.edm == edm_model]
         raise InvalidValueError(f"sampler '{name}' cannot serve this model. Only {allowed} allowed now", "sampler")
+    if eta and not spec.eta:
+        takers = [n for n, s in SAMPLERS.items() if s.eta]
+        raise InvalidValueError(f"eta {eta} cannot be used with sampler '{name}': only {takers} take one", "eta")
     if not spec.min_steps <= steps <= spec.max_steps:
         span = f"{spec.min_steps} to {spec.max_steps}"
         raise InvalidValueError(f"steps {steps} is out of range: sampler '{name}' takes {span} steps", "steps")

@@ -86,15 +86,13 @@ class Table:
         """Tensors of the latents' shape that are remembered between ticks, the latents included."""
         return len(self.weights[0]) - 1 if len(self.weights) else 1
 
-    def guided(self, scale: float | None) -> np.ndarray:
+    def guided(self, shares: np.ndarray) -> np.ndarray:
         """Weights `[ticks, 1 + slots, 3 + slots]` whose first two columns are the uncond and the cond output.
 
-        `uncond + scale * (cond - uncond)` (Ho & Salimans 2022, arXiv:2207.12598, as diffusers counts `scale`) is
-        linear too. None is a job without guidance, whose only output is the second of the two.
+        Guidance is linear too: `shares` `[ticks, 2]` of the two make the prediction of each tick.
         """
-        shares = (0.0, 1.0) if scale is None else (1.0 - scale, scale)
         output = self.weights[..., OUTPUT : OUTPUT + 1].astype(np.float64)
-        outputs = (output * np.array(shares)).astype(np.float32)
+        outputs = (output * shares.reshape(-1, 1, 2)).astype(np.float32)
         return np.concatenate([outputs, self.weights[..., NOISE:]], axis=-1)
 
     def draw(

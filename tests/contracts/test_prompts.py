@@ -66,7 +66,7 @@ async def test_a_watched_prompt_that_is_too_long_ends_in_an_error_event(client: 
     check(await post(client, prompt="a, " * 700), 400, 40302, "prompt")
 
 
-@pytest.mark.parametrize("field", ["prompt_syntax", "emphasis", "long_prompt", "clip_skip"])
+@pytest.mark.parametrize("field", ["prompt_syntax", "emphasis", "long_prompt", "clip_skip", "guidance_start", "eta"])
 async def test_the_documentation_describes_the_field(client: httpx.AsyncClient, field: str) -> None:
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     assert len(schemas["GenerationRequest"]["properties"][field]["description"]) > 20
