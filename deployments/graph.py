@@ -103,9 +103,9 @@ class Graph:
         """What the text of a stage says to its UNet."""
         return Call(self._handles[component].encode.remote(component=component, stage=stage))
 
-    def encode(self, *, plan: GenerationPlan, image: bytes) -> Call[Timed[Latents]]:
-        """Latents of the picture an img2img request starts from."""
-        return Call(self._handles[plan.vae].encode.remote(plan=plan, image=image))
+    def encode(self, *, plan: GenerationPlan, image: bytes, mask: bytes | None) -> Call[Timed[Latents]]:
+        """Latents of the picture an img2img request starts from, and what `mask` leaves of them."""
+        return Call(self._handles[plan.vae].encode.remote(plan=plan, image=image, mask=mask))
 
     def prepare(self, *, plan: GenerationPlan, component: str, photo: bytes) -> Call[Timed[ControlHint]]:
         """The control map of a request, made where ControlNet `component` lives."""
@@ -161,10 +161,16 @@ class Graph:
             items.cancel()  # a response that is dropped goes on by itself
 
     def decode(
-        self, *, plan: GenerationPlan, latents: Call[Timed[Latents]] | Sealed[Timed[Latents]]
+        self,
+        *,
+        plan: GenerationPlan,
+        latents: Call[Timed[Latents]] | Sealed[Timed[Latents]],
+        image: bytes | None,
+        mask: bytes | None,
     ) -> Call[Timed[EncodedImage]]:
-        """The finished file, with the plan inside."""
-        return Call(self._handles[plan.vae].decode.remote(plan=plan, latents=_handed_on(latents)))
+        """The finished file, with the plan inside; with a mask, what was drawn lies in the picture that was sent."""
+        vae = self._handles[plan.vae]
+        return Call(vae.decode.remote(plan=plan, latents=_handed_on(latents), image=image, mask=mask))
 
     def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> Call[bytes]:
         """A small file of a picture in the making."""

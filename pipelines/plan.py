@@ -19,6 +19,10 @@ PromptSyntax = Literal["plain", "weighted"]
 """`plain` text is read as it stands; `pipelines/text/syntax.py` says what `weighted` text may hold."""
 Emphasis = Literal["Original", "No norm", "Ignore"]
 """What weights do to embeddings, by AUTOMATIC1111's names; see `pipelines/text/emphasis.py`."""
+InpaintArea = Literal["whole", "masked"]
+"""Whether the whole picture is drawn at the plan's size, or what is masked, cut out of the picture."""
+InpaintFill = Literal["original", "noise"]
+"""What the masked part begins from before it is noised."""
 LongPrompt = Literal["chunk", "cut"]
 """A prompt longer than a text encoder's context is read in chunks, or cut as CLIP's own tokenizer does."""
 
@@ -32,6 +36,10 @@ MIN_CFG_SCALE, MAX_CFG_SCALE = 0, 50
 MIN_STRENGTH, MAX_STRENGTH = 0, 1
 MIN_GUIDANCE_RESCALE, MAX_GUIDANCE_RESCALE = 0, 1
 MIN_ETA, MAX_ETA = 0, 1
+MAX_MASK_BLUR = 64
+"""Standard deviation of the blur, in pixels of the sent picture."""
+MAX_INPAINT_PADDING = 256
+"""In pixels of the sent picture."""
 MIN_CLIP_SKIP, MAX_CLIP_SKIP = 1, 12
 
 
@@ -62,6 +70,11 @@ class GenerationParams:
     backend: str = "auto"
     image: bytes | None = None
     strength: float | None = None
+    mask_image: bytes | None = None
+    mask_blur: float = 0.0
+    inpaint_area: str = "whole"
+    inpaint_padding: int = 32
+    inpaint_fill: str = "original"
     enable_refiner: bool = False
     controlnet_name: str | None = None
     controlnet_image: bytes | None = None
@@ -202,6 +215,18 @@ class ControlUse(_Plan):
     preprocess: bool
 
 
+class InpaintPlan(_Plan):
+    """How a part of a picture is repainted; picture and mask come beside the plan.
+
+    `blur` and `padding` are in pixels of the sent picture; `padding` is what is drawn around a masked part.
+    """
+
+    blur: float = 0.0
+    area: InpaintArea = "whole"
+    padding: int = 32
+    fill: InpaintFill = "original"
+
+
 class StagePlan(_Plan):
     """What one denoiser does for one picture."""
 
@@ -219,6 +244,7 @@ class StagePlan(_Plan):
     seed: int
     loras: tuple[LoraUse, ...] = ()
     control: ControlUse | None = None
+    inpaint: InpaintPlan | None = None
 
     @property
     def guided(self) -> bool:

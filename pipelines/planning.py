@@ -18,6 +18,8 @@ from pipelines.plan import (
     MAX_CLIP_SKIP,
     MAX_ETA,
     MAX_GUIDANCE_RESCALE,
+    MAX_INPAINT_PADDING,
+    MAX_MASK_BLUR,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
@@ -36,6 +38,9 @@ from pipelines.plan import (
     Emphasis,
     GenerationParams,
     GenerationPlan,
+    InpaintArea,
+    InpaintFill,
+    InpaintPlan,
     LongPrompt,
     PromptSyntax,
     ScheduleSlice,
@@ -90,6 +95,7 @@ def make_plan(
     _check_family(params, model)
     control = _control(params, model, catalog)
     strength = _strength(params, model, steps)
+    inpaint = _inpaint(params)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(params.backend, model, width, height, compiled)
@@ -114,6 +120,7 @@ def make_plan(
             seed=seed,
             loras=loras if own else (),
             control=control if own else None,
+            inpaint=inpaint,
         )
 
     if params.enable_refiner and model.refiner is not None:
@@ -257,6 +264,24 @@ def _reading(params: GenerationParams, model: ModelSpec) -> TextReading:
         "long_prompt": _choose(Choices("long_prompt", get_args(LongPrompt)), params.long_prompt),
     }
     return TextReading.model_validate(named | {"clip_skip": clip_skip, "max_chunks": model.max_prompt_chunks})
+
+
+def _inpaint(params: GenerationParams) -> InpaintPlan | None:
+    """How a mask is used, None without one."""
+    _check_range("mask_blur", params.mask_blur, 0, MAX_MASK_BLUR)
+    _check_range("inpaint_padding", params.inpaint_padding, 0, MAX_INPAINT_PADDING)
+    area = _choose(Choices("inpaint_area", get_args(InpaintArea)), params.inpaint_area)
+    fill = _choose(Choices("inpaint_fill", get_args(InpaintFill)), params.inpaint_fill)
+    if params.mask_image is None:
+        return None
+    if params.image is None:
+        raise InvalidValueError("mask_image needs image: the picture in which its white part is repainted", "image")
+    if params.enable_refiner:
+        raise InvalidValueError(
+            "enable_refiner cannot be used with mask_image: leave one of them out", "enable_refiner"
+        )
+    fields = {"blur": params.mask_blur, "area": area, "padding": params.inpaint_padding, "fill": fill}
+    return InpaintPlan.model_validate(fields)
 
 
 def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float | None:

@@ -16,6 +16,7 @@ from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.pictures.images import read_image
+from pipelines.pictures.masks import Canvas
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 from pipelines.recordings import Capturer, capturer_for
@@ -36,6 +37,7 @@ class _Work:
     """One request, and how far it is."""
 
     plan: GenerationPlan
+    params: GenerationParams
     latents: Latents | None
     """Of the last stage; before the first, of the picture it starts from, None for a picture from text."""
     hint: ControlHint | None
@@ -95,7 +97,7 @@ class Text2Image:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
         plans = [self._plan(params) for params in requests]
         works = [
-            _Work(plan, self._encode_image(plan, params), self._prepare_hint(plan, params))
+            _Work(plan, params, self._encode_image(plan, params), self._prepare_hint(plan, params))
             for plan, params in zip(plans, requests, strict=True)
         ]
         for position in range(max(len(plan.stages) for plan in plans)):
@@ -132,8 +134,17 @@ class Text2Image:
     def _encode_image(self, plan: GenerationPlan, params: GenerationParams) -> Latents | None:
         if params.image is None:
             return None
+        if canvas := self._canvas(plan, params):
+            return self.vae(plan.vae).encode(canvas.part, plan.seed, canvas)
         image = read_image(params.image, "image", plan.width, plan.height)
         return self.vae(plan.vae).encode(image, plan.seed)
+
+    @staticmethod
+    def _canvas(plan: GenerationPlan, params: GenerationParams) -> Canvas | None:
+        inpaint = plan.stages[0].inpaint
+        if inpaint is None or params.image is None or params.mask_image is None:
+            return None
+        return Canvas.create(params.image, params.mask_image, inpaint, plan.width, plan.height)
 
     def _prepare_hint(self, plan: GenerationPlan, params: GenerationParams) -> ControlHint | None:
         first = plan.stages[0]
@@ -173,4 +184,5 @@ class Text2Image:
 
     def _decode(self, work: _Work) -> Picture:
         assert work.latents is not None, "every plan has a stage, and every stage ends with latents"
-        return Picture(self.vae(work.plan.vae).decode(work.latents), work.plan)
+        image, canvas = self.vae(work.plan.vae).decode(work.latents), self._canvas(work.plan, work.params)
+        return Picture(canvas.lay_in(image) if canvas else image, work.plan)

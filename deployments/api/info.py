@@ -160,7 +160,11 @@ def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
         fields |= {"controlnet_name": first.control.name, "controlnet_preprocess": first.control.preprocess}
     if first.loras:
         fields["loras"] = {use.name: use.as_requested() for use in first.loras}
+    if first.inpaint is not None:
+        names = {"blur": "mask_blur", "area": "inpaint_area", "padding": "inpaint_padding", "fill": "inpaint_fill"}
+        fields |= {names[name]: value for name, value in first.inpaint.model_dump(exclude_defaults=True).items()}
     lacking = {"image": first.schedule.strength is not None, "controlnet_image": first.control is not None}
+    lacking["mask_image"] = first.inpaint is not None
     return fields, [name for name, needed in lacking.items() if needed]
 
 

@@ -16,6 +16,8 @@ from pipelines.plan import (
     MAX_CLIP_SKIP,
     MAX_ETA,
     MAX_GUIDANCE_RESCALE,
+    MAX_INPAINT_PADDING,
+    MAX_MASK_BLUR,
     MAX_SIDE,
     MAX_STEPS,
     MAX_STRENGTH,
@@ -109,6 +111,25 @@ class PictureRequest(BaseModel):
     strength: FiniteFloat | None = Field(
         None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="How much of `image` is repainted; default 0.8."
     )
+    mask_image: str | None = Field(
+        None,
+        description="Of the size of `image`: white is repainted, black stays to the bit. Base64 or a data URI.",
+    )
+    mask_blur: FiniteFloat | None = Field(
+        None, ge=0, le=MAX_MASK_BLUR, description="Blurs the mask's edge by so many pixels; default 0."
+    )
+    inpaint_area: str | None = Field(
+        None,
+        max_length=200,
+        description="whole (default): the picture is drawn at width x height. masked: what is masked is cut out, drawn "
+        "at width x height and laid into the picture, which keeps its own size.",
+    )
+    inpaint_padding: int | None = Field(
+        None, ge=0, le=MAX_INPAINT_PADDING, description="Pixels cut out around a masked area; default 32."
+    )
+    inpaint_fill: str | None = Field(
+        None, max_length=200, description="What is repainted begins from the original (default) or from noise."
+    )
     seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
     cfg_scale: FiniteFloat | None = Field(
         None,
@@ -182,6 +203,11 @@ class PictureRequest(BaseModel):
             backend=self.backend or "auto",
             image=decode_base64(self.image, "image"),
             strength=self.strength,
+            mask_image=decode_base64(self.mask_image, "mask_image"),
+            mask_blur=self.mask_blur or 0.0,
+            inpaint_area=self.inpaint_area or "whole",
+            inpaint_padding=32 if self.inpaint_padding is None else self.inpaint_padding,
+            inpaint_fill=self.inpaint_fill or "original",
             enable_refiner=bool(self.enable_refiner),
             controlnet_name=self.controlnet_name,
             controlnet_image=decode_base64(self.controlnet_image, "controlnet_image"),
@@ -202,6 +228,7 @@ class GenerationRequest(PictureRequest):
 _HYPERBOLIC_UNSET = frozenset(
     {"prompt_2", "negative_prompt_2", "backend", "image", "sampler", "style_preset"}
     | {"controlnet_name", "controlnet_image", "output_format", "prompt_syntax", "emphasis", "long_prompt"}
+    | {"mask_image", "inpaint_area", "inpaint_fill"}
 )
 """Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
 

@@ -77,12 +77,12 @@ class Composition:
 
     async def run(self) -> AsyncGenerator[Progress | Preview | Timed[EncodedImage], None]:
         """Progress and previews, if somebody watches, and at last the file. Closing it cancels what is under way."""
-        graph, plan, photo = self._graph, self._plan, self._params.image
+        graph, plan, photo, mask = self._graph, self._plan, self._params.image, self._params.mask_image
         visits = graph.visits(plan)
         async with Pending(lambda: self._health.check(visits)) as pending:
             latents: Call[Timed[Latents]] | Sealed[Timed[Latents]] | None = None
             if photo is not None:
-                latents = pending.add(graph.encode(plan=plan, image=photo))
+                latents = pending.add(graph.encode(plan=plan, image=photo, mask=mask))
             texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
             hints = [self._prepare(stage, pending) for stage in plan.stages]
             for position, (stage, conditioning, hint) in enumerate(zip(plan.stages, texts, hints, strict=True)):
@@ -113,7 +113,8 @@ class Composition:
                             call = graph.preview(plan=plan, latents=item.latents, file_format=shown)
                             yield Preview(await pending.wait(call), shown, plan.width, plan.height)
             assert latents is not None, "a plan has at least one stage, and a stage ends with latents"
-            yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents)))
+            source = photo if mask is not None else None  # it travels only where what was drawn is laid into it
+            yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents, image=source, mask=mask)))
 
     def _prepare(self, stage: StagePlan, pending: Pending) -> Call[Timed[ControlHint]] | None:
         """The control map of a stage, None for one without ControlNet."""

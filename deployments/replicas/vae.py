@@ -11,6 +11,7 @@ from deployments.replicas.base import Replica, Runtime
 from deployments.replicas.sealing import unseal
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.pictures.images import EncodedImage, read_image, write_image
+from pipelines.pictures.masks import Canvas
 from pipelines.plan import GenerationPlan, OutputFormat
 
 if TYPE_CHECKING:
@@ -36,25 +37,30 @@ class VAEDeployment(Replica):
         self._vaes = {c: load_vae(catalog, c, self._device) for c in components}
         self._files = self._worker.beside("files", FILE_THREADS)
 
-    async def encode(self, *, plan: GenerationPlan, image: bytes) -> Timed[Latents]:
-        """Latents of the picture an img2img request starts from."""
+    async def encode(self, *, plan: GenerationPlan, image: bytes, mask: bytes | None) -> Timed[Latents]:
+        """Latents of the picture an img2img request starts from, and what `mask` leaves of them."""
         with stopwatch("vae_encode", plan.vae) as watch:
-            opened = await self._files.run(read_image, image, "image", plan.width, plan.height)
+            opened, canvas = await self._files.run(_read, plan, image, mask)
             begin = self._vaes[plan.vae].begin_encoding
-            fetching = await self._worker.run(begin, opened, plan.seed, started=watch.start_work)
+            fetching = await self._worker.run(begin, opened, plan.seed, canvas, started=watch.start_work)
             latents = await self._files.run(fetching.result)
         return watch.timed(latents)
 
     async def decode(
-        self, *, plan: GenerationPlan, latents: Timed[Latents] | Sealed[Timed[Latents]]
+        self,
+        *,
+        plan: GenerationPlan,
+        latents: Timed[Latents] | Sealed[Timed[Latents]],
+        image: bytes | None,
+        mask: bytes | None,
     ) -> Timed[EncodedImage]:
-        """The finished file, marked and with the plan inside."""
+        """The finished file, marked and with the plan inside; with a mask, laid into the picture that was sent."""
         opened = unseal(latents)
         with stopwatch("vae_decode", plan.vae) as watch:
             begin = self._vaes[plan.vae].begin_decoding
             fetching = await self._worker.run(begin, opened.value, started=watch.start_work)
-            image = await self._files.run(_write, fetching, plan)
-        return watch.timed(image, opened)
+            written = await self._files.run(_write, fetching, plan, image, mask)
+        return watch.timed(written, opened)
 
     async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> bytes:
         """A small file of a picture in the making."""
@@ -62,8 +68,21 @@ class VAEDeployment(Replica):
         return await self._files.run(_write_preview, fetching, file_format)
 
 
-def _write(fetching: Fetching[Image], plan: GenerationPlan) -> EncodedImage:
-    return write_image(fetching.result(), plan.output_format, plan, plan.output_quality)
+def _canvas(plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Canvas | None:
+    inpaint = plan.stages[0].inpaint
+    if inpaint is None or image is None or mask is None:
+        return None
+    return Canvas.create(image, mask, inpaint, plan.width, plan.height)
+
+
+def _read(plan: GenerationPlan, image: bytes, mask: bytes | None) -> tuple[Image, Canvas | None]:
+    canvas = _canvas(plan, image, mask)
+    return (canvas.part if canvas else read_image(image, "image", plan.width, plan.height)), canvas
+
+
+def _write(fetching: Fetching[Image], plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> EncodedImage:
+    drawn, canvas = fetching.result(), _canvas(plan, image, mask)
+    return write_image(canvas.lay_in(drawn) if canvas else drawn, plan.output_format, plan, plan.output_quality)
 
 
 def _write_preview(fetching: Fetching[Image], file_format: OutputFormat) -> bytes:

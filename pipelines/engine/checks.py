@@ -20,6 +20,7 @@ def check_job(
     latents: torch.Tensor,
     conditioning: Conditioning,
     added_conditions: Mapping[str, torch.Tensor],
+    mask: torch.Tensor | None,
     hint: ControlHint | None,
     latent_shape: tuple[int, ...],
     unet_config: Mapping[str, Any],
@@ -31,6 +32,7 @@ def check_job(
         latents: what it begins from.
         conditioning: one row, or uncond and cond where the stage is guided.
         added_conditions: what else the UNet is told, one entry a row.
+        mask: which latents are repainted, if a part is.
         hint: its control map, if any.
         latent_shape: `[1, channels, height, width]` of the latents of a picture of its size.
         unet_config: the UNet's `config.json`.
@@ -53,6 +55,8 @@ def check_job(
     _check_shape("prompt_embeds", embeds, (rows, None, unet_config["cross_attention_dim"]))
     for name, tensor in added_conditions.items():
         _check_shape(name, tensor, (rows, None))
+    if mask is not None:
+        _check_shape("mask", mask, (1, 1, *latent_shape[2:]))
     if hint is not None:
         _check_shape("control map", hint.image, (1, 3, plan.height, plan.width))
         check_finite(hint.image, plan, "the control map has")

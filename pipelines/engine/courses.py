@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipelines.engine.guidance import Guidance
 from pipelines.sampling.base import Sampler
-from pipelines.sampling.tables import Table
+from pipelines.sampling.tables import KEPT_SLOTS, Table
 from pipelines.transfers import pinned, send
+
+
+class Kept(NamedTuple):
+    """What stays of a picture while a part of it is drawn, as `StableDiffusionInpaintPipeline` keeps it."""
+
+    picture: torch.Tensor
+    """`[1, channels, height, width]`: its latents."""
+    noise: torch.Tensor
+    """The same shape: what it is noised with, at every tick the same."""
+    mask: torch.Tensor
+    """`[1, 1, height, width]`: 1 is drawn, 0 stays."""
 
 
 class TableCourse:
@@ -35,6 +47,7 @@ class TableCourse:
         generator_state: torch.Tensor,
         guidance: Guidance,
         device: torch.device,
+        kept: Kept | None = None,
     ) -> None:
         """Begin with `latents` `[1, channels, height, width]`.
 
@@ -45,6 +58,7 @@ class TableCourse:
             generator_state: after the last draw.
             guidance: how its outputs become one.
             device: where it will run; its tensors wait in memory that the device can copy from.
+            kept: of a picture of which a part stays; the table is one for masks then.
         """
         self.timesteps, self.order, self.tick = table.timesteps, table.order, 0
         self.generator_state = generator_state
@@ -52,11 +66,16 @@ class TableCourse:
         self._guidance = guidance
         self._weights = table.guided(guidance.shares)
         self._slots = table.slots
-        start = torch.zeros(1 + table.slots + len(noise), latents.numel())
+        start = torch.zeros(1 + table.slots + len(noise) + (kept is not None), latents.numel())
         start[1] = latents.flatten()
         start[0] = start[1] * table.first_input
-        for row, drawn in zip(start[1 + table.slots :], noise, strict=True):
+        for row, drawn in zip(start[1 + table.slots :], noise, strict=False):
             row.copy_(drawn.flatten())
+        self._masked = kept is not None
+        if kept is not None:
+            first = 1 + table.slots - KEPT_SLOTS
+            start[first], start[first + 1] = kept.picture.flatten(), kept.noise.flatten()
+            start[-1] = kept.mask.expand(latents.shape).flatten()
         draws = iter(range(len(noise)))
         self._draws = [None if draw is None else next(draws) for draw in table.draws]
         self._take(pinned(start, device))
@@ -66,6 +85,7 @@ class TableCourse:
         self._start: torch.Tensor | None = start
         self._state = start[: 1 + self._slots]
         self._noise = start[1 + self._slots :].split(1)
+        self._repainted = start[-1] > 0.5 if self._masked else None
 
     def send(self, device: torch.device) -> None:
         """Move the state and the noise to `device`, in one copy."""
@@ -118,19 +138,28 @@ class TableCourse:
     def move_on(self, state: torch.Tensor) -> None:
         """Take the rows `[1 + slots or more, elements]` of the product for the next tick."""
         self._state = state[: 1 + self._slots]
+        if self._repainted is not None:  # next input and latents, in one kernel
+            torch.where(self._repainted, self._state[:2], self._state[-2:], out=self._state[:2])
         self.tick += 1
 
 
 class SamplerCourse:
     """By the sampler's own steps; members as above."""
 
-    def __init__(self, sampler: Sampler, latents: torch.Tensor, generator: torch.Generator, guidance: Guidance) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        latents: torch.Tensor,
+        generator: torch.Generator,
+        guidance: Guidance,
+        kept: Kept | None = None,
+    ) -> None:
         """Begin with `latents` `[1, channels, height, width]`, in the model's dtype, on the CPU."""
         self.sampler = sampler
         self.timesteps: Sequence[float] = sampler.timesteps.tolist()
         self.order, self.tick, self.latents = sampler.order, 0, latents
         self.shape = tuple(latents.shape)
-        self._generator, self._guidance = generator, guidance
+        self._generator, self._guidance, self._kept = generator, guidance, kept
 
     @property
     def generator_state(self) -> torch.Tensor:
@@ -149,6 +178,8 @@ class SamplerCourse:
     def send(self, device: torch.device) -> None:
         """Move the latents to `device`."""
         self.latents = send(pinned(self.latents, device), device)
+        if self._kept is not None:
+            self._kept = Kept(*(send(pinned(tensor, device), device) for tensor in self._kept))
 
     def model_input(self) -> torch.Tensor:
         """What the UNet sees next, `[1, elements]` float32."""
@@ -162,6 +193,11 @@ class SamplerCourse:
         timestep = self.sampler.timesteps[self.tick]
         self.latents = self.sampler.step(guided, timestep, self.latents, self._generator)
         self.tick += 1
+        if self._kept is not None:
+            stays = self._kept.picture
+            if self.tick < len(self.timesteps):
+                stays = self.sampler.add_noise_at(stays, self._kept.noise, self.tick)
+            self.latents = torch.where(self._kept.mask > 0.5, self.latents, stays)
 
 
 Course = TableCourse | SamplerCourse

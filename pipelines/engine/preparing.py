@@ -12,7 +12,7 @@ from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.control.types import ControlHint
 from pipelines.engine.checks import check_job
-from pipelines.engine.courses import Course, SamplerCourse, TableCourse
+from pipelines.engine.courses import Course, Kept, SamplerCourse, TableCourse
 from pipelines.engine.guidance import Guidance
 from pipelines.engine.job import DenoiseJob
 from pipelines.families import Family
@@ -68,17 +68,18 @@ class JobMaker:
         added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
         shape = self._space.shape(plan.width, plan.height)
         begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
-        check_job(plan, begin, conditioning, added, hint, shape, self._denoiser.config)
+        mask = latents.mask.to(dtype) if latents is not None and latents.mask is not None else None
+        check_job(plan, begin, conditioning, added, mask, hint, shape, self._denoiser.config)
         mixture = self._loras.mixture(plan)
         _stop_unless(wanted)
-        table = self._tables.get(plan.sampler, plan.schedule)
+        table = self._tables.get(plan.sampler, plan.schedule, mask is not None)
         _stop_unless(wanted)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
         course: Course
         if table is None:
-            course = self._by_sampler(plan, latents is None, begin, generator)
+            course = self._by_sampler(plan, latents is None, begin, mask, generator)
         else:
-            course = self._by_table(table, plan, latents is None, begin, generator, wanted)
+            course = self._by_table(table, plan, latents is None, begin, mask, generator, wanted)
         embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
         conditioning = Conditioning(pinned(embeds, device), pinned(pooled, device) if pooled is not None else None)
         added = {name: pinned(tensor, device) for name, tensor in added.items()}
@@ -89,33 +90,37 @@ class JobMaker:
         table: Table,
         plan: StagePlan,
         from_text: bool,
-        begin: torch.Tensor,
+        picture: torch.Tensor,
+        mask: torch.Tensor | None,
         generator: torch.Generator,
         wanted: Callable[[], bool],
     ) -> TableCourse:
-        if from_text:
-            begin = draw_noise(begin.shape, generator, begin.dtype) * table.init_noise_sigma
-        elif table.noised is not None:
+        def noised(picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            assert table.noised is not None, "read for a part that has a strength"
             of_picture, of_noise = table.noised
-            noise = draw_noise(begin.shape, generator, begin.dtype)
-            begin = of_picture * begin.float() + of_noise * noise.float()
+            return of_picture * picture.float() + of_noise * noise.float()
+
+        begin, kept = _begin(plan, from_text, picture, mask, generator, table.init_noise_sigma, noised)
         drawn = []
         for noise in table.draw(begin.shape, self._denoiser.dtype, generator, plan.seed):
             _stop_unless(wanted)
             drawn.append(noise)
         guidance = self._guidance(plan, table.timesteps, table.order)
-        return TableCourse(table, begin, drawn, generator.get_state(), guidance, self._denoiser.device)
+        return TableCourse(table, begin, drawn, generator.get_state(), guidance, self._denoiser.device, kept)
 
     def _by_sampler(
-        self, plan: StagePlan, from_text: bool, begin: torch.Tensor, generator: torch.Generator
+        self,
+        plan: StagePlan,
+        from_text: bool,
+        picture: torch.Tensor,
+        mask: torch.Tensor | None,
+        generator: torch.Generator,
     ) -> SamplerCourse:
         sampler = make_sampler(plan.sampler, self._scheduler_config, plan.schedule, plan.seed)
-        if from_text:
-            begin = draw_noise(begin.shape, generator, begin.dtype) * sampler.init_noise_sigma
-        elif plan.schedule.strength is not None:
-            begin = sampler.add_noise(begin, draw_noise(begin.shape, generator, begin.dtype))
+        sigma = sampler.init_noise_sigma
+        begin, kept = _begin(plan, from_text, picture, mask, generator, sigma, sampler.add_noise)
         guidance = self._guidance(plan, sampler.timesteps.tolist(), sampler.order)
-        return SamplerCourse(sampler, begin, generator, guidance)
+        return SamplerCourse(sampler, begin, generator, guidance, kept)
 
     def _guidance(self, plan: StagePlan, timesteps: Sequence[float], order: int) -> Guidance:
         trained = self._scheduler_config.get("num_train_timesteps", TRAINED_TIMESTEPS)
@@ -125,3 +130,34 @@ class JobMaker:
 def _stop_unless(wanted: Callable[[], bool]) -> None:
     if not wanted():
         raise CancelledError("nobody waits for this job any more")
+
+
+def _begin(
+    plan: StagePlan,
+    from_text: bool,
+    picture: torch.Tensor,
+    mask: torch.Tensor | None,
+    generator: torch.Generator,
+    init_noise_sigma: float,
+    noised: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, Kept | None]:
+    """The latents of the first tick, and what stays of a picture that has a mask.
+
+    Draws come in the order of diffusers' text, image and inpainting pipelines. The last one encodes the masked picture
+    too, whatever the UNet reads, so one draw of it is passed over; and at strength 1 it begins from noise alone.
+    """
+
+    def draw() -> torch.Tensor:
+        return draw_noise(picture.shape, generator, picture.dtype)
+
+    if from_text:
+        return draw() * init_noise_sigma, None
+    if plan.schedule.strength is None:
+        return picture, None
+    noise = draw()
+    if mask is None:
+        return noised(picture, noise), None
+    draw()
+    filled = torch.where(mask > 0.5, draw(), picture) if plan.inpaint and plan.inpaint.fill == "noise" else picture
+    begin = noise * init_noise_sigma if plan.schedule.strength == 1 else noised(filled, noise)
+    return begin, Kept(picture, noise, mask)

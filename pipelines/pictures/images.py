@@ -126,11 +126,30 @@ def read_image(data: bytes, param: str, width: int, height: int) -> Image.Image:
     Raises:
         InvalidValueError: the bytes are not a complete picture.
     """
-    with _open(data, param) as raw:
-        image = _decode(raw, param)
+    image = read_whole_image(data, param)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return image
+
+
+def read_whole_image(data: bytes, param: str) -> Image.Image:
+    """The same in the picture's own size."""
+    with _open(data, param) as raw:
+        return _decode(raw, param)
+
+
+def read_alpha(data: bytes, param: str) -> Image.Image | None:
+    """How opaque a picture is, 8 bit grey, upright; None for one without transparency.
+
+    Raises:
+        InvalidValueError: the bytes are not a complete picture.
+    """
+    with _open(data, param) as raw:
+        try:
+            raw.load()
+            return _upright(raw).convert("RGBA").getchannel("A") if raw.has_transparency_data else None
+        except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+            raise InvalidValueError(f"{param} is damaged and cannot be decoded", param) from error
 
 
 def _decode(file: ImageFile.ImageFile, param: str) -> Image.Image:

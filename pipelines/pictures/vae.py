@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pipelines.errors import NonFiniteError
+from pipelines.pictures.masks import Canvas
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.torch_compat import ran_out_of_memory
 from pipelines.transfers import Fetching, fetch, pinned, send
@@ -53,9 +54,12 @@ class VAE:
         self.space = space
         self._processor = VaeImageProcessor(vae_scale_factor=self.space.downscale)
 
-    def encode(self, image: Image.Image, seed: int) -> Latents:
-        """Latents of an RGB picture, sampled with the job's generator, whose state goes on with them."""
-        return self.begin_encoding(image, seed).result()
+    def encode(self, image: Image.Image, seed: int, canvas: Canvas | None = None) -> Latents:
+        """Latents of an RGB picture, sampled with the job's generator, whose state goes on with them.
+
+        `canvas`, of which `image` is the part that is drawn, says which latents are.
+        """
+        return self.begin_encoding(image, seed, canvas).result()
 
     def decode(self, latents: Latents) -> Image.Image:
         """The picture of `latents`, RGB 8 bit.
@@ -70,7 +74,7 @@ class VAE:
         return self.begin_preview(latents).result()
 
     @torch.inference_mode()
-    def begin_encoding(self, image: Image.Image, seed: int) -> Fetching[Latents]:
+    def begin_encoding(self, image: Image.Image, seed: int, canvas: Canvas | None = None) -> Fetching[Latents]:
         """`encode`, queued on the device."""
         device = self._model.device
         pixels = send(pinned(self._processor.preprocess(image).to(self._model.dtype), device), device)
@@ -79,7 +83,8 @@ class VAE:
         spread = encoded.latent_dist
         noise = send(pinned(draw_noise(spread.mean.shape, generator, spread.mean.dtype), device), device)
         values = fetch(self.space.normalise(spread.mean + spread.std * noise))
-        return Fetching(device, lambda: Latents(values, generator.get_state()))
+        mask = torch.tensor(canvas.latent_mask(self.space))[None, None].to(values.dtype) if canvas else None
+        return Fetching(device, lambda: Latents(values, generator.get_state(), mask))
 
     @torch.inference_mode()
     def begin_decoding(self, latents: Latents) -> Fetching[Image.Image]:

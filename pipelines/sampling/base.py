@@ -39,6 +39,13 @@ class Sampler(Protocol):
         """
         ...
 
+    def add_noise_at(self, latents: torch.Tensor, noise: torch.Tensor, tick: int) -> torch.Tensor:
+        """Noise `latents` up to `timesteps[tick]`, between two steps: what stays of a picture while a part is drawn.
+
+        Only asked for masks; a sampler without it cannot serve them.
+        """
+        ...
+
     def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What the UNet sees of `latents` at `timestep`, in the scale it was trained on."""
         ...

@@ -74,6 +74,11 @@ class DiffusersSampler:
         """Noise `latents` up to where the part begins (img2img), also where its end leaves it no timestep."""
         return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, self._first))
 
+    def add_noise_at(self, latents: torch.Tensor, noise: torch.Tensor, tick: int) -> torch.Tensor:
+        """Noise `latents` up to `timesteps[tick]`, after the step before it."""
+        at = self.timesteps[tick : tick + 1]
+        return cast("torch.Tensor", self._scheduler.add_noise(latents, noise, at))
+
     def scale_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What the UNet sees of `latents` at `timestep`."""
         return cast("torch.Tensor", self._scheduler.scale_model_input(latents, timestep))

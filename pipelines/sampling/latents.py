@@ -78,6 +78,8 @@ class Latents(TensorBundle):
     """`[1, channels, height, width]`, in the UNet's scale."""
     generator_state: torch.Tensor | None = None
     """`[bytes]` uint8, None before anything was drawn."""
+    mask: torch.Tensor | None = None
+    """`[1, 1, height, width]`: 1 where a picture is repainted, 0 where it stays; None where there is no such thing."""
 
 
 def make_generator(seed: int, state: torch.Tensor | None = None) -> torch.Generator:

@@ -16,7 +16,7 @@ import copy
 import logging
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ MOST_TICKS = 256
 """Longer schedules keep the solver's own steps: their noise would be drawn ahead for minutes of work."""
 KEPT_TABLES = 256
 """Tables of an engine: some 60 KB each at most."""
+KEPT_SLOTS = 4
+"""Of a table for masks, behind its other slots."""
 OUTPUT, NOISE, FIRST_SLOT = 0, 1, 2
 """Columns of a tick's matrix; slot 0 is the latents."""
 
@@ -80,6 +82,10 @@ class Table:
     """The noise that each tick draws, if any."""
     levels: tuple[float, float] | None
     """Lowest and highest noise level of the Brownian tree, for samplers that ask one."""
+    inputs: tuple[float, ...] = ()
+    """What the latents are multiplied by for each tick."""
+    kept: tuple[tuple[float, float], ...] = ()
+    """After each tick, the weights of picture and noise in what stays of a masked picture; read only where asked."""
 
     @property
     def slots(self) -> int:
@@ -94,6 +100,22 @@ class Table:
         output = self.weights[..., OUTPUT : OUTPUT + 1].astype(np.float64)
         outputs = (output * shares.reshape(-1, 1, 2)).astype(np.float32)
         return np.concatenate([outputs, self.weights[..., NOISE:]], axis=-1)
+
+    def with_kept(self) -> Table:
+        """The table with four slots more: picture, its noise, and what stays of it as next input and as latents.
+
+        Behind each tick's product, the last two go over the first two rows wherever the picture stays.
+        """
+        assert len(self.kept) == len(self.inputs) == len(self.weights), "read for masks"
+        ticks, rows, columns = self.weights.shape
+        wider = np.zeros((ticks, rows + KEPT_SLOTS, columns + KEPT_SLOTS), dtype=np.float32)
+        wider[:, :rows, :columns] = self.weights
+        wider[:, rows, columns] = wider[:, rows + 1, columns + 1] = 1
+        latents = np.array(self.kept)
+        following = np.array([*self.inputs[1:], 0.0])[:, None]
+        wider[:, rows + 2, columns : columns + 2] = latents * following
+        wider[:, rows + 3, columns : columns + 2] = latents
+        return replace(self, weights=wider)
 
     def draw(
         self, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, seed: int
@@ -121,26 +143,30 @@ class SamplerTables:
         """Tables of at most `most_ticks` ticks over a model's `scheduler_config.json`."""
         self._config = config
         self._most_ticks = most_ticks
-        self._kept: LruCache[tuple[str, ScheduleSlice], tuple[Table | None]] = LruCache(KEPT_TABLES)
+        self._kept: LruCache[tuple[str, ScheduleSlice, bool], tuple[Table | None]] = LruCache(KEPT_TABLES)
         self._lock = threading.Lock()
 
-    def get(self, name: str, part: ScheduleSlice) -> Table | None:
-        """The table of a sampler on a part of a schedule; None where the solver must take its own steps."""
+    def get(self, name: str, part: ScheduleSlice, masked: bool = False) -> Table | None:
+        """The table of a sampler on a part of a schedule; None where the solver must take its own steps.
+
+        `masked`: for a picture of which a part stays, `Table.with_kept`.
+        """
         with self._lock:
-            kept = self._kept.get((name, part))
+            kept = self._kept.get((name, part, masked))
         if kept is None:
             # Two threads may probe the same at once: neither waits for the other, and both find the same.
-            kept = (self._read(name, part),)
+            kept = (self._read(name, part, masked),)
             with self._lock:
-                self._kept.put((name, part), kept)
+                self._kept.put((name, part, masked), kept)
         return kept[0]
 
-    def _read(self, name: str, part: ScheduleSlice) -> Table | None:
+    def _read(self, name: str, part: ScheduleSlice, masked: bool) -> Table | None:
         sampler = make_sampler(name, self._config, part, seed=0)
         if len(sampler.timesteps) > self._most_ticks:
             return None
         try:
-            return read_table(sampler, img2img=part.strength is not None)
+            table = read_table(sampler, img2img=part.strength is not None, masked=masked)
+            return table.with_kept() if masked else table
         except NotATableError as error:
             logger.info("sampler %s takes its own steps: %s", name, error)
         except Exception:  # of somebody's own sampler, which may work on latents that are no probe
@@ -153,23 +179,24 @@ class NotATableError(Exception):
 
 
 @torch.inference_mode()
-def read_table(sampler: Sampler, img2img: bool = False) -> Table:
+def read_table(sampler: Sampler, img2img: bool = False, masked: bool = False) -> Table:
     """Run a new sampler through its schedule twice and read off its table.
 
     Args:
         sampler: on the CPU, not used yet; it can be copied.
         img2img: whether it may be asked to noise a picture.
+        masked: whether a part of the picture stays.
 
     Raises:
         NotATableError: it is not linear, mixes elements, or remembers more than can be seen.
     """
-    table, again = (_read(copy.deepcopy(sampler), _Probe(seed), img2img) for seed in (0, 1))
+    table, again = (_read(copy.deepcopy(sampler), _Probe(seed), img2img, masked) for seed in (0, 1))
     if not np.allclose(table.weights, again.weights, rtol=1e-5):
         raise NotATableError("its weights depend on the picture")
     return table
 
 
-def _read(sampler: Sampler, probe: _Probe, img2img: bool) -> Table:
+def _read(sampler: Sampler, probe: _Probe, img2img: bool, masked: bool) -> Table:
     """The table of one run."""
     generator = torch.Generator()
     untouched = generator.get_state()
@@ -178,21 +205,26 @@ def _read(sampler: Sampler, probe: _Probe, img2img: bool) -> Table:
         picture, noise = probe.column(0), probe.column(1)
         noised = tuple(probe.read(sampler.add_noise(picture, noise), [picture, noise]).tolist())
     ticks: list[_Tick] = []
+    kept: list[tuple[float, float]] = []
     latents = probe.column(FIRST_SLOT)
-    for timestep in sampler.timesteps:
+    for number, timestep in enumerate(sampler.timesteps):
         slots = [latents, *_remembered(sampler, [latents])]
         output, noise = probe.column(OUTPUT), probe.column(NOISE)
-        for number, slot in enumerate(slots):
-            probe.write(slot, FIRST_SLOT + number)
+        for place, slot in enumerate(slots):
+            probe.write(slot, FIRST_SLOT + place)
         columns = [output.clone(), noise, *(slot.clone() for slot in slots)]
         given = probe.read(sampler.scale_input(latents, timestep), columns)
         with _Intercepted(sampler, generator, noise) as intercepted:
             latents = sampler.step(output, timestep, latents, generator)
         after = [latents, *_remembered(sampler, [latents])]
         ticks.append(_Tick(given, np.stack([probe.read(slot, columns) for slot in after]), intercepted.draw()))
+        if masked:
+            kept.append(_kept(sampler, probe, number + 1))
     if not torch.equal(generator.get_state(), untouched):
         raise NotATableError("it draws noise by other means than torch.randn")
     weights = _weights(ticks)
+    if masked and any(np.count_nonzero(tick.given[FIRST_SLOT + 1 :]) for tick in ticks):
+        raise NotATableError("its model input is made of more than the latents")
     if not np.isfinite(weights).all():
         raise NotATableError("its weights are not finite")
     levels = sampler.tree_levels if isinstance(sampler, DiffusersSampler) else None
@@ -205,7 +237,18 @@ def _read(sampler: Sampler, probe: _Probe, img2img: bool) -> Table:
         weights=weights,
         draws=tuple(tick.draw for tick in ticks),
         levels=levels,
+        inputs=tuple(float(tick.given[FIRST_SLOT]) for tick in ticks),
+        kept=tuple(kept),
     )
+
+
+def _kept(sampler: Sampler, probe: _Probe, tick: int) -> tuple[float, float]:
+    """Weights of picture and noise in what stays of a picture before a tick; after the last it is the picture."""
+    if tick == len(sampler.timesteps):
+        return 1.0, 0.0
+    picture, noise = probe.column(0), probe.column(1)
+    of_picture, of_noise = probe.read(sampler.add_noise_at(picture, noise, tick), [picture, noise]).tolist()
+    return of_picture, of_noise
 
 
 class _Tick(NamedTuple):

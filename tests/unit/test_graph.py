@@ -28,8 +28,8 @@ COMPOSE = Path("deployments", "ingress", "compose.py")
 # Name -> what is replaced in compose.py, by what, and what mypy says of that line.
 MUTANTS = {
     "a_wrong_keyword": (
-        "graph.encode(plan=plan, image=photo)",
-        "graph.encode(plan=plan, picture=photo)",
+        "graph.encode(plan=plan, image=photo, mask=mask)",
+        "graph.encode(plan=plan, picture=photo, mask=mask)",
         'Unexpected keyword argument "picture" for "encode" of "Graph"',
     ),
     "a_missing_keyword": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,9 +51,8 @@ def vae(catalog: Catalog) -> Kind:
     replica = VAEDeployment(components=["vae-sd15"], catalog=catalog, runtime=RUNTIME)
     plan = make_plan(PARAMS, catalog)
     latents = Timed(Latents(torch.zeros(1, 4, 16, 16)))
-    return Kind(
-        replica, replica._vaes["vae-sd15"], "begin_decoding", lambda: replica.decode(plan=plan, latents=latents)
-    )
+    decode = partial(replica.decode, image=None, mask=None)
+    return Kind(replica, replica._vaes["vae-sd15"], "decode", lambda: decode(plan=plan, latents=latents))
 
 
 def controlnet(catalog: Catalog) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from config.catalog import Catalog
@@ -9,6 +10,7 @@ from deployments.api.openai.requests import EditRequest
 from deployments.api.schemas import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import picture_size
+from pipelines.pictures.masks import mask_of_holes
 from pipelines.plan import GenerationParams
 
 
@@ -26,9 +28,8 @@ def edit_of(asked: EditRequest, catalog: Catalog) -> GenerationParams:
     if source is None:
         raise InvalidValueError("image is missing: send it as a file, in base64 or as a data URI", "image")
     mask = _bytes(asked.mask, "mask")
-    if mask is not None:
-        raise InvalidValueError("mask is not possible yet: leave it out, and the whole picture is changed", "mask")
-    return asked.for_edit(catalog, source, nearest_size(source, asked.model_name or catalog.default_model(), catalog))
+    edit = asked.for_edit(catalog, source, nearest_size(source, asked.model_name or catalog.default_model(), catalog))
+    return replace(edit, mask_image=mask_of_holes(mask, "mask") if mask is not None else None)
 
 
 def nearest_size(source: bytes, model: str, catalog: Catalog) -> dict[str, int]:

@@ -1,0 +1,112 @@
+"""Repainting a part of a picture: which part is drawn, and how what was drawn goes back into the picture.
+
+diffusers' `VaeImageProcessor` crops, fills and lays over, so that a part is cut out as its inpainting pipelines do.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageFilter, ImageOps
+
+from pipelines.errors import InvalidValueError
+from pipelines.pictures.images import read_alpha, read_image, read_whole_image
+from pipelines.plan import InpaintPlan
+
+if TYPE_CHECKING:
+    from pipelines.sampling.latents import LatentSpace
+
+REPAINTED = 128
+"""Grey values from here on are repainted, as in diffusers."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture, the part of it that is drawn, and where in it that is repainted."""
+
+    whole: Image.Image
+    """What the drawn part is laid into, RGB."""
+    mask: Image.Image
+    """Of the same size, 8 bit grey: white is repainted, black stays, grey is in between."""
+    box: tuple[int, int, int, int] | None
+    """Left, top, right and bottom of the part that is drawn, in pixels of `whole`; None is all of it."""
+    part: Image.Image
+    """What is drawn over, RGB, of the plan's size."""
+    part_mask: Image.Image
+    """Of the same size, 8 bit grey."""
+
+    @classmethod
+    def create(cls, image: bytes, mask: bytes, plan: InpaintPlan, width: int, height: int) -> Canvas:
+        """Read picture and mask for a plan of `width` x `height` pixels.
+
+        Raises:
+            InvalidValueError: one cannot be decoded, or `check_mask` refuses the mask.
+        """
+        from diffusers.image_processor import VaeImageProcessor  # where pictures are drawn; the ingress only checks
+
+        grey = check_mask(image, mask)
+        if plan.blur:
+            grey = grey.filter(ImageFilter.GaussianBlur(plan.blur))
+        if plan.area == "whole":
+            picture = read_image(image, "image", width, height)
+            grey = grey.resize(picture.size, Image.Resampling.LANCZOS) if grey.size != picture.size else grey
+            return cls(picture, grey, None, picture, grey)
+        picture, processor = read_whole_image(image, "image"), VaeImageProcessor()
+        box = processor.get_crop_region(grey, width, height, pad=plan.padding)
+        part, part_mask = (
+            processor.resize(source.crop(box), height, width, resize_mode="fill") for source in (picture, grey)
+        )
+        return cls(picture, grey, box, part, part_mask)
+
+    def lay_in(self, drawn: Image.Image) -> Image.Image:
+        """The picture with the drawn part in it: as it was, to the bit, wherever the mask is black."""
+        from diffusers.image_processor import VaeImageProcessor
+
+        laid: Image.Image = VaeImageProcessor().apply_overlay(self.mask, self.whole, drawn, self.box)
+        return laid
+
+    def latent_mask(self, space: LatentSpace) -> list[list[bool]]:
+        """Which latents are drawn, `[height][width]`: each asks its upper left pixel, as diffusers does."""
+        width, step = self.part_mask.width, space.downscale
+        grey = self.part_mask.tobytes()
+        rows = (grey[begin : begin + width : step] for begin in range(0, len(grey), width * step))
+        return [[value >= REPAINTED for value in row] for row in rows]
+
+
+def mask_of_holes(data: bytes, param: str) -> bytes:
+    """A mask as OpenAI's clients send it, where transparent is repainted, as a PNG where white is.
+
+    One without transparency stays as it is.
+
+    Raises:
+        InvalidValueError: it cannot be decoded.
+    """
+    alpha = read_alpha(data, param)
+    if alpha is None:
+        return data
+    buffer = io.BytesIO()
+    ImageOps.invert(alpha).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def check_mask(image: bytes, mask: bytes) -> Image.Image:
+    """The mask in grey, white where it is transparent.
+
+    Raises:
+        InvalidValueError: it cannot be decoded, has another size than the picture, or repaints nothing.
+    """
+    grey = read_whole_image(mask, "mask_image").convert("L")
+    size = read_whole_image(image, "image").size
+    if grey.size != size:
+        raise InvalidValueError(
+            f"mask_image is {grey.width}x{grey.height}, image {size[0]}x{size[1]}: send a mask of the picture's size",
+            "mask_image",
+        )
+    if max(grey.tobytes()) < REPAINTED:
+        raise InvalidValueError(
+            "mask_image is black all over, so nothing would be repainted: make it white where the picture is to change",
+            "mask_image",
+        )
+    return grey

@@ -1,0 +1,180 @@
+"""Repainting a part of a picture equals diffusers' inpainting pipelines, alone and beside seven strangers."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from PIL import Image, ImageDraw, ImageFilter
+
+from config.catalog import Catalog
+from pipelines.errors import InvalidValueError
+from pipelines.plan import GenerationParams
+from pipelines.sampling.samplers import SAMPLERS
+from pipelines.text2image import Text2Image
+from tests.parity import oracle
+
+PIPELINES = {"SD1.5": StableDiffusionInpaintPipeline, "SDXL1.0-base": StableDiffusionXLInpaintPipeline}
+SIZE = {"SD1.5": 128, "SDXL1.0-base": 256}
+FIELDS: dict[str, Any] = {"prompt": "a fox", "seed": 5, "steps": 6, "cfg_scale": 5.0, "strength": 0.7}
+
+
+@pytest.fixture(scope="module")
+def text2image(catalog: Catalog) -> Text2Image:
+    return Text2Image(catalog)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(photo: bytes, side: int) -> Image.Image:
+    return Image.open(io.BytesIO(photo)).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def disc(side: int) -> Image.Image:
+    """A mask: white in the middle, black around it."""
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).ellipse((side // 4, side // 3, side * 3 // 4, side * 5 // 6), fill=255)
+    return mask
+
+
+def fields(model: str, photo: bytes, **changes: Any) -> dict[str, Any]:
+    side = SIZE[model]
+    base = {"sampler": "Euler a", "image": png(picture(photo, side)), "mask_image": png(disc(side))}
+    return {"model_name": model, "width": side, "height": side} | FIELDS | base | changes
+
+
+def repainted(request: dict[str, Any]) -> np.ndarray:
+    """diffusers' picture, laid into the one that was sent as its own `padding_mask_crop` does."""
+    pipe = oracle._scheduled(
+        oracle.pipeline(oracle.PIPELINES[request["model_name"]][0], PIPELINES[request["model_name"]]),
+        request["sampler"],
+        request["seed"],
+    )
+    image, mask = (Image.open(io.BytesIO(request[name])) for name in ("image", "mask_image"))
+    if blur := request.get("mask_blur"):
+        mask = mask.filter(ImageFilter.GaussianBlur(blur))
+    crop = 32 if request.get("inpaint_area") == "masked" else None
+    result = pipe(
+        prompt=request["prompt"],
+        image=image,
+        mask_image=mask,
+        width=request["width"],
+        height=request["height"],
+        strength=request["strength"],
+        num_inference_steps=request["steps"],
+        guidance_scale=request["cfg_scale"],
+        generator=torch.Generator().manual_seed(request["seed"]),
+        padding_mask_crop=crop,
+    ).images[0]
+    return np.asarray(result if crop else pipe.image_processor.apply_overlay(mask, image, result))
+
+
+def check(ours: Image.Image, request: dict[str, Any]) -> None:
+    """As diffusers', changed where the mask is white, and untouched where it is black."""
+    pixels, expected = np.asarray(ours).astype(int), repainted(request).astype(int)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).max() <= 1
+    sent = np.asarray(Image.open(io.BytesIO(request["image"]))).astype(int)
+    mask = Image.open(io.BytesIO(request["mask_image"]))
+    black = np.asarray(mask.filter(ImageFilter.GaussianBlur(request.get("mask_blur", 0)))) == 0
+    assert np.array_equal(pixels[black], sent[black])
+    assert np.abs(pixels - sent)[np.asarray(mask) == 255].mean() > 5
+
+
+@pytest.mark.parametrize("sampler", sorted(oracle.SCHEDULERS))
+def test_every_sampler_keeps_what_is_black(text2image: Text2Image, photo: bytes, sampler: str) -> None:
+    request = fields("SD1.5", photo, sampler=sampler)
+    check(text2image.generate(GenerationParams(**request)).image, request)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+@pytest.mark.parametrize("model", sorted(PIPELINES))
+def test_strength(text2image: Text2Image, photo: bytes, model: str, strength: float) -> None:
+    request = fields(model, photo, strength=strength, sampler="DPM++ 2M Karras")
+    check(text2image.generate(GenerationParams(**request)).image, request)
+
+
+def test_a_blurred_mask(text2image: Text2Image, photo: bytes) -> None:
+    request = fields("SD1.5", photo, mask_blur=4)
+    check(text2image.generate(GenerationParams(**request)).image, request)
+
+
+@pytest.mark.parametrize("model", sorted(PIPELINES))
+def test_the_masked_area_alone_is_drawn_and_laid_into_a_picture_of_any_size(
+    text2image: Text2Image, photo: bytes, model: str
+) -> None:
+    large = picture(photo, 400).crop((0, 0, 400, 301))
+    mask = Image.new("L", large.size)
+    ImageDraw.Draw(mask).rectangle((250, 120, 310, 200), fill=255)
+    request = fields(model, photo, image=png(large), mask_image=png(mask), inpaint_area="masked", mask_blur=2)
+    ours = text2image.generate(GenerationParams(**request)).image
+    assert ours.size == (400, 301)
+    check(ours, request)
+
+
+def test_a_sampler_without_a_table(text2image: Text2Image, photo: bytes) -> None:
+    request = fields("SD1.5", photo, sampler="DDIM", steps=400)
+    check(text2image.generate(GenerationParams(**request)).image, request)
+
+
+def test_a_part_that_begins_from_noise(text2image: Text2Image, photo: bytes) -> None:
+    """It forgets the picture there, which the original does not, and keeps the rest."""
+    other = picture(photo, 128)
+    other.paste((0, 200, 0), mask=disc(128))
+
+    def drawn(fill: str, image: bytes) -> np.ndarray:
+        request = fields("SD1.5", photo, image=image, inpaint_fill=fill, strength=0.5)
+        return np.asarray(text2image.generate(GenerationParams(**request)).image).astype(int)
+
+    first, second = fields("SD1.5", photo)["image"], png(other)
+    apart = {fill: np.abs(drawn(fill, first) - drawn(fill, second)).mean() for fill in ("original", "noise")}
+    assert apart["noise"] < apart["original"] / 2
+
+
+def test_eight_jobs_with_and_without_masks_share_ticks(text2image: Text2Image, photo: bytes) -> None:
+    plain = {"image": None, "mask_image": None}
+    requests = [
+        fields("SD1.5", photo, seed=1),
+        fields("SD1.5", photo, seed=2) | plain,
+        fields("SD1.5", photo, seed=3, sampler="Heun", strength=1.0),
+        fields("SD1.5", photo, seed=4, sampler="DPM++ 2M SDE Karras", mask_blur=3),
+        fields("SD1.5", photo, seed=5, cfg_scale=1.0, sampler="DDIM"),
+        fields("SD1.5", photo, seed=6, sampler="UniPC 2M"),
+        fields("SD1.5", photo, seed=7, mask_image=None),
+        fields("SD1.5", photo, seed=8, sampler="DPM SDE", strength=0.5),
+    ]
+    together = text2image.generate_many([GenerationParams(**request) for request in requests])
+    for drawn, request in zip(together, requests, strict=True):
+        if request["mask_image"]:
+            check(drawn.image, request)
+        else:
+            usual = {k: v for k, v in request.items() if k not in ("mask_image", "image")}
+            given = {"image": request["image"]} if request["image"] else {}
+            strength = {} if given else {"strength": None}
+            expected = oracle.draw(**usual | given | strength)
+            assert np.abs(np.asarray(drawn.image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (64, 128), 255), "mask_image is 64x128, image 128x128"),
+        (Image.new("L", (128, 128), 127), "black all over"),
+    ],
+)
+def test_masks_that_cannot_be(text2image: Text2Image, photo: bytes, mask: Image.Image, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message) as caught:
+        text2image.generate(GenerationParams(**fields("SD1.5", photo, mask_image=png(mask))))
+    assert caught.value.param == "mask_image"
+
+
+def test_no_sampler_that_serves_these_models_is_missing() -> None:
+    assert {name for name, spec in SAMPLERS.items() if not spec.edm} == set(oracle.SCHEDULERS)
