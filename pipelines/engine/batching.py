@@ -11,6 +11,16 @@ class BatchKey(NamedTuple):
 
     latent_shape: tuple[int, ...]
     context_shape: tuple[int, ...]
+    """Tokens and their width."""
+
+    def carries(self, other: BatchKey) -> bool:
+        """Whether rows of another key can ride along: the same, or a context that fills this one if it is repeated.
+
+        Attention is a weighted mean over the tokens, so a context that is read twice says what it says once.
+        """
+        tokens, width = self.context_shape
+        theirs, their_width = other.context_shape
+        return self.latent_shape == other.latent_shape and width == their_width and tokens % theirs == 0
 
 
 class Batchable(Protocol):
@@ -29,8 +39,9 @@ J = TypeVar("J", bound=Batchable)
 def select_rows(jobs: Iterable[J], max_rows: int) -> list[J]:
     """Pick the jobs of the next tick, oldest first.
 
-    The oldest job always runs and its key decides; younger jobs of the same key fill the row budget in order. A job's
-    rows stay together. Since the oldest runs at every tick, it ends, the next becomes the oldest, and no shape starves.
+    The oldest job always runs and its key decides; younger jobs that it carries fill the row budget in order: nobody's
+    context is made longer than the oldest's, which the budget is for. A job's rows stay together. Since the oldest runs
+    at every tick, it ends, the next becomes the oldest, and no shape starves.
 
     Args:
         jobs: waiting jobs, oldest first.
@@ -39,7 +50,7 @@ def select_rows(jobs: Iterable[J], max_rows: int) -> list[J]:
     chosen: list[J] = []
     free = max_rows
     for job in jobs:
-        if not chosen or (job.batch_key == chosen[0].batch_key and job.rows <= free):
+        if not chosen or (chosen[0].batch_key.carries(job.batch_key) and job.rows <= free):
             chosen.append(job)
             free -= job.rows
         if free <= 0:

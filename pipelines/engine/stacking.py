@@ -27,7 +27,7 @@ class RowStack:
         """The jobs' rows, and their residuals under way.
 
         Args:
-            jobs: of one batch key.
+            jobs: whose batch keys the first one's carries.
             timesteps: of every row, `[rows]`.
             control: where residuals come from.
         """
@@ -47,9 +47,16 @@ class RowStack:
         told = [job.told for job in jobs]
         if len(told) == len(self._told) and all(a is b for a, b in zip(told, self._told, strict=True)):
             return
-        self._embeds = torch.cat([own.conditioning.prompt_embeds for own in told])
+        tokens = told[0].conditioning.prompt_embeds.shape[1]  # the oldest job's are the most
+        self._embeds = torch.cat([_repeated(own.conditioning.prompt_embeds, tokens) for own in told])
         self._added = {name: torch.cat([own.added[name] for own in told]) for name in told[0].added}
         self._told = told
+
+
+def _repeated(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A context that fills `tokens`: read so many times over, it says the same."""
+    times = tokens // embeds.shape[1]
+    return embeds if times == 1 else embeds.repeat(1, times, 1)
 
 
 def _start(control: ControlSource | None, batch: StepBatch, hints: Sequence[ControlHint | None]) -> ControlledRows:

@@ -58,7 +58,7 @@ class Canvas:
         part, part_mask = (
             processor.resize(source.crop(box), height, width, resize_mode="fill") for source in (picture, grey)
         )
-        return cls(picture, grey, box, part, part_mask)
+        return cls(picture, grey, box, part, part_mask.convert("L"))
 
     def lay_in(self, drawn: Image.Image) -> Image.Image:
         """The picture with the drawn part in it: as it was, to the bit, wherever the mask is black."""

@@ -10,6 +10,7 @@ import pytest
 from config.catalog import Catalog
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
+from pipelines.planning import make_plan
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
 from tests.support import prompts
@@ -150,3 +151,17 @@ def test_eight_different_prompts_in_a_batch(text2image: Text2Image, model: str) 
     for picture, (prompt, negative, how) in zip(together, jobs, strict=True):
         options = {"weighted": "prompt_syntax" in how, "emphasis": how.get("emphasis", "Original")}
         assert distance(picture.image, expected(model, prompt, negative, **options)) <= 1
+
+
+def test_short_prompts_ride_in_a_long_ones_ticks(text2image: Text2Image, catalog: Catalog) -> None:
+    """A context that is read twice says what it says once, so nothing is masked and no tick is the short one's own."""
+    requests = [params("SD1.5", prompt, None) for prompt in (LONG, "a fox", "a boat")]
+    plans = [make_plan(request, catalog) for request in requests]
+    engine = text2image.torch_engine(plans[0].stages[0].component)
+    for number, plan in enumerate(plans):
+        text = text2image.text_encoders(plan.text_encoder).encode(plan.stages[0])
+        engine.add(engine.prepare(str(number), plan.stages[0], text, None))
+    assert engine.tick().rows == 6
+    engine.clear()
+    for picture, request in zip(text2image.generate_many(requests), requests, strict=True):
+        assert distance(picture.image, expected("SD1.5", request.prompt, None, weighted=False)) <= 1

@@ -52,7 +52,7 @@ def vae(catalog: Catalog) -> Kind:
     plan = make_plan(PARAMS, catalog)
     latents = Timed(Latents(torch.zeros(1, 4, 16, 16)))
     decode = partial(replica.decode, image=None, mask=None)
-    return Kind(replica, replica._vaes["vae-sd15"], "decode", lambda: decode(plan=plan, latents=latents))
+    return Kind(replica, replica._vaes["vae-sd15"], "begin_decoding", lambda: decode(plan=plan, latents=latents))
 
 
 def controlnet(catalog: Catalog) -> Kind:
