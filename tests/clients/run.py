@@ -1,6 +1,6 @@
 """Other people's clients against a running graph: each from PyPI in a venv of its own, pointed at our server.
 
-    make clients        # or: python tests/clients/run.py [llm-hyperbolic] [huggingface_hub]
+    make clients        # or: python tests/clients/run.py [llm-hyperbolic] [huggingface_hub] [huggingface_hub-url] [openai]
 
 Not part of `make test`: it installs packages that this project does not depend on.
 """
@@ -43,8 +43,74 @@ image = client.text_to_image("a photo of an astronaut", model=name, seed=7, num_
 image.save(target)
 """
 
+HUGGINGFACE_HUB_URL = """
+import io, sys
+url, target = sys.argv[1:]
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+client = InferenceClient(model=f"{url}/models/SD1.5", token="any")
+size = {"width": 256, "height": 256}
+image = client.text_to_image("an apple on a teal background", num_inference_steps=8, guidance_scale=4.0, seed=2, **size)
+assert image.size == (256, 256)
+given = io.BytesIO()
+image.save(given, "PNG")
+changed = client.image_to_image(given.getvalue(), "a cat", strength=0.7, num_inference_steps=8, target_size=size)
+changed.save(target)
+try:
+    client.text_to_image("x", width=100000)
+except HfHubHTTPError as error:
+    assert error.response.status_code == 400, error
+else:
+    raise SystemExit("a wrong width was accepted")
+"""
+
+OPENAI = """
+import base64, io, sys
+url, target = sys.argv[1:]
+import openai
+client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+few = {"steps": 8, "seed": 7}
+
+reply = client.images.generate(prompt="a penguin in the snow", n=2, size="256x256", extra_body=few)
+assert [item.seed for item in reply.data] == [7, 8], reply.data
+assert (reply.size, reply.output_format, reply.usage.total_tokens) == ("256x256", "png", 0)
+first = base64.b64decode(reply.data[0].b64_json)
+assert first.startswith(b"\\x89PNG")
+
+asked = dict(model="dall-e-3", prompt="a penguin", size="256x256", response_format="url", quality="standard")
+link = client.images.generate(**asked, extra_body=few).data[0].url
+assert link.startswith("data:image/png;base64,"), link[:40]
+
+told = list(client.images.generate(
+    model="gpt-image-1", prompt="a penguin", size="256x256", stream=True, partial_images=2, extra_body=few))
+assert [e.type for e in told] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"], told
+assert [e.partial_image_index for e in told[:2]] == [0, 1]
+assert told[-1].usage.input_tokens_details.text_tokens == 0
+
+edited = client.images.edit(image=("a.png", first), prompt="a cat", size="256x256", extra_body={**few, "strength": "0.7"})
+told = list(client.images.edit(
+    image=[("a.png", first)], prompt="a cat", stream=True, partial_images=1, extra_body={**few, "strength": "0.7"}))
+assert [e.type for e in told] == ["image_edit.partial_image", "image_edit.completed"], told
+
+try:
+    client.images.generate(prompt="x", background="transparent")
+except openai.BadRequestError as error:
+    assert (error.param, error.code, "['auto', 'opaque']" in error.message) == ("background", "40302", True), error
+else:
+    raise SystemExit("a transparent background was accepted")
+try:
+    client.images.edit(image=[("a.png", first)] * 17, prompt="x")
+except openai.BadRequestError as error:
+    assert "16" in error.message
+else:
+    raise SystemExit("17 pictures were accepted")
+open(target, "wb").write(base64.b64decode(edited.data[0].b64_json))
+"""
+
 CLIENTS = {
     "llm-hyperbolic": (["llm-hyperbolic==0.4.9", "requests"], LLM_HYPERBOLIC),
+    "openai": (["openai==3.57.0"], OPENAI),
+    "huggingface_hub-url": (["huggingface_hub==2.4.0", "pillow"], HUGGINGFACE_HUB_URL),
     "huggingface_hub": (["huggingface_hub==1.21.0", "pillow"], HUGGINGFACE_HUB),
 }
 

@@ -67,7 +67,8 @@ def schema(server: str) -> Any:
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_what_the_document_promises_holds(schema: Any, mode: GenerationMode) -> None:
     operations = [schema[path][method] for path in schema for method in schema[path]]
-    assert len(operations) == 12
+    drawing = ("/v1/image/generation", "/v1/images/generations", "/v1/images/edits", "/models/{name}")
+    assert {*drawing, "/v1/images/info"} <= {operation.path for operation in operations if operation.method == "post"}
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and not list(operation.body):
             continue  # nothing to get wrong
