@@ -108,6 +108,7 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.library
+	$(BIN)/python -m benchmarks.dialects
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py

@@ -48,29 +48,27 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     @router.post(
         "/images/generations",
         response_model=GenerationResponse | OpenAIImageResponse,
-        response_model_exclude_none=True,
         responses=_streamed(hyperbolic.EVENT_SCHEMA, drawing.EVENT_SCHEMA),
     )
     async def generate_either(
         body: Annotated[AnyImageRequest, Body()], request: Request, response: Response
-    ) -> GenerationResponse | OpenAIImageResponse | Response:
+    ) -> GenerationResponse | Response:
         """The same with `model_name`; without, the OpenAI Images request and reply."""
         if isinstance(body, GenerationRequest):
             return await hyperbolic.generate(ingress, body, request, response)
-        return await drawing.generate(ingress, body, request, response)
+        return await drawing.generate(ingress, body, request)
 
     @router.post(
         "/images/edits",
         response_model=OpenAIImageResponse,
-        response_model_exclude_none=True,
         responses=_streamed(drawing.EVENT_SCHEMA),
         openapi_extra=dict(documented(EditRequest, ["image", "mask"], ["image", "prompt"])),
     )
-    async def edit(request: Request, response: Response) -> OpenAIImageResponse | Response:
+    async def edit(request: Request) -> Response:
         """Change a picture, as OpenAI's clients ask for it: a form with files, or JSON."""
         body = validated(EditRequest, await fields_of(request, ingress.limits.max_body_bytes))
         params = edit_of(body, ingress.catalog)
-        return await drawing.draw(ingress, body, params, "image_edit", request, response)
+        return await drawing.draw(ingress, body, params, "image_edit", request)
 
     return router
 

@@ -165,6 +165,8 @@ class Ingress:
         self, params: GenerationParams, count: int, caller: Caller = ANONYMOUS
     ) -> list[Generated]:
         """`count` pictures of consecutive seeds; they share ticks."""
+        if count == 1:
+            return [await self.generate(params, caller)]
         requests = await self._series(params, count)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.generate(request, caller)) for request in requests]
@@ -202,6 +204,8 @@ class Ingress:
             await asyncio.wait(tasks)
 
     async def _series(self, params: GenerationParams, count: int) -> list[GenerationParams]:
+        if count == 1:
+            return [params]
         first = (await self._plan(params)).seed
         return [replace(params, seed=(first + i) % SEED_LIMIT) for i in range(count)]
 

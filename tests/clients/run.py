@@ -1,6 +1,6 @@
 """Other people's clients against a running graph: each from PyPI in a venv of its own, pointed at our server.
 
-    make clients        # or: python tests/clients/run.py [llm-hyperbolic] [huggingface_hub] [huggingface_hub-url] [openai]
+    make clients        # or: python tests/clients/run.py [llm-hyperbolic] [openai] [huggingface_hub] ...
 
 Not part of `make test`: it installs packages that this project does not depend on.
 """
@@ -50,7 +50,8 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 client = InferenceClient(model=f"{url}/models/SD1.5", token="any")
 size = {"width": 256, "height": 256}
-image = client.text_to_image("an apple on a teal background", num_inference_steps=8, guidance_scale=4.0, seed=2, **size)
+few = {"num_inference_steps": 8, "guidance_scale": 4.0, "seed": 2}
+image = client.text_to_image("an apple on a teal background", **few, **size)
 assert image.size == (256, 256)
 given = io.BytesIO()
 image.save(given, "PNG")
@@ -87,9 +88,10 @@ assert [e.type for e in told] == ["image_generation.partial_image"] * 2 + ["imag
 assert [e.partial_image_index for e in told[:2]] == [0, 1]
 assert told[-1].usage.input_tokens_details.text_tokens == 0
 
-edited = client.images.edit(image=("a.png", first), prompt="a cat", size="256x256", extra_body={**few, "strength": "0.7"})
+few = {**few, "strength": "0.7"}
+edited = client.images.edit(image=("a.png", first), prompt="a cat", size="256x256", extra_body=few)
 told = list(client.images.edit(
-    image=[("a.png", first)], prompt="a cat", stream=True, partial_images=1, extra_body={**few, "strength": "0.7"}))
+    image=[("a.png", first)], prompt="a cat", stream=True, partial_images=1, extra_body=few))
 assert [e.type for e in told] == ["image_edit.partial_image", "image_edit.completed"], told
 
 try:

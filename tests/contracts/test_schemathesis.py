@@ -59,6 +59,9 @@ def schema(server: str) -> Any:
         if isinstance(body, dict) and isinstance(body.get("model_name"), str) and len(str(body)) % 3:
             body["model_name"] = MODELS[len(str(body)) % len(MODELS)]
             body |= {"width": 256, "height": 256, "steps": 1 + len(str(body)) % 4}
+        elif isinstance(body, dict) and isinstance(body.get("prompt"), str) and len(str(body)) % 3:
+            body |= {"model": MODELS[0], "size": "256x256", "width": None, "height": None, "n": 1}
+            body["steps"] = 1 + len(str(body)) % 4
         return body
 
     return made

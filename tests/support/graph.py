@@ -57,7 +57,8 @@ class FakeGraph(Graph):
             return Call(FakeResponse(_nothing, {}))
         if any(_is_fake(value) for value in arguments.values()):
             return Call(FakeResponse(self._after_fakes, {"edge": edge, "arguments": arguments}))
-        return getattr(self._inner, edge)(**arguments)
+        call: Call[Any] = getattr(self._inner, edge)(**arguments)
+        return call
 
     async def _after_fakes(self, edge: str, arguments: dict[str, Any]) -> Any:
         """A call of `inner` that was handed a fake response: Serve could not wait for it, so it is awaited here."""

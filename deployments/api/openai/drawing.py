@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from deployments.api.admission import caller_of
 from deployments.api.connection import describe, until_disconnect
 from deployments.api.events import EventStream
-from deployments.api.openai.replies import Kind, OpenAIImageResponse, teller, whole
+from deployments.api.openai.replies import Kind, teller, whole
 from deployments.api.openai.requests import ImageRequest
 from deployments.api.raw import accepted_format, bytes_reply, wants_bytes
 from deployments.api.scope import request_id_of
@@ -36,16 +36,14 @@ EVENT_SCHEMA = {
 }
 
 
-async def generate(
-    ingress: Ingress, body: ImageRequest, request: Request, response: Response
-) -> OpenAIImageResponse | Response:
+async def generate(ingress: Ingress, body: ImageRequest, request: Request) -> Response:
     """`n` pictures of consecutive seeds."""
-    return await draw(ingress, body, body.for_model(ingress.catalog), "image_generation", request, response)
+    return await draw(ingress, body, body.for_model(ingress.catalog), "image_generation", request)
 
 
 async def draw(
-    ingress: Ingress, asked: ImageRequest, params: GenerationParams, kind: Kind, request: Request, response: Response
-) -> OpenAIImageResponse | Response:
+    ingress: Ingress, asked: ImageRequest, params: GenerationParams, kind: Kind, request: Request
+) -> Response:
     """The pictures of `params`, in a reply or as events whose names begin with `kind`; of one alone, its bytes."""
     raw = wants_bytes(request) and not asked.stream
     if raw and asked.count > 1:
@@ -57,8 +55,10 @@ async def draw(
         pictures = await until_disconnect(request, work)
         if raw:
             return bytes_reply(pictures[0])
-        describe(response, pictures[0])
-        return whole(asked, pictures)
+        # Written here: FastAPI would read megabytes of base64 once more to be sure of their type.
+        reply = Response(whole(asked, pictures).model_dump_json(exclude_none=True), media_type="application/json")
+        describe(reply, pictures[0])
+        return reply
     watcher = Watcher(asked.partial_images or 0, params.output_format)
     items = ingress.watch_series(params, asked.count, watcher, caller_of(request))
     first = await anext(items)  # a bad request is refused here, with a status of its own
