@@ -42,7 +42,7 @@ DEFAULTS: Mapping[str, Any] = {
     "max_ongoing_requests": 64,
     "max_queued_requests": 256,
     "health_check_period_s": 5,  # a dead replica may go unnoticed for so long
-    "health_check_timeout_s": 60,
+    "health_check_timeout_s": 20,  # one that hangs is replaced after three such in a row
     # Missing weights may come: a replica is started again for ever (with RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT).
     "max_constructor_retry_count": 10**6,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ def tiny_models() -> Path:
 @pytest.fixture(scope="session")
 def catalog(tiny_models: Path) -> Catalog:
     return Catalog.load("tiny")
+
+
+@pytest.fixture
+def recovered(capsys: pytest.CaptureFixture[str]) -> Callable[[str, float], None]:
+    """Print how long something took to be whole again, past pytest's capture: benchmarks/RESULTS.md records them."""
+
+    def tell(what: str, since: float) -> None:
+        with capsys.disabled():
+            print(f"\nrecovered: {what}: {time.monotonic() - since:.1f} s")
+
+    return tell
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,18 +6,23 @@ import gzip
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from config.catalog import ROOT
 from deployments.launcher import running_graph, with_library
+from tests.support.http import encoded, photo
 from tests.support.library import UNET, put
+from tests.support.live import draw, request
 
 CONFIG = Path(__file__).with_name("graph.yaml")
 
@@ -106,3 +111,45 @@ def url(
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=120) as opened:
         yield opened
+
+
+COUNT = 20
+AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Eventful:
+    """Requests that go through every kind of replica, and what they draw while nothing happens."""
+
+    bodies: list[dict[str, Any]]
+    pictures: list[np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def eventful(url: str) -> Eventful:
+    """Text encoder, ControlNet, UNet, refiner, VAE both ways."""
+    picture = encoded(photo(300, 200))
+    steered = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": picture}
+    rest = {"enable_refiner": True, "image": picture, "strength": 0.8, "sampler": "Euler a", "steps": 10}
+    bodies = [request("SDXL1.0-base", seed=i, prompt=f"lighthouse {i % 3}") | steered | rest for i in range(COUNT)]
+    return Eventful(bodies, send_all(url, bodies))
+
+
+def send_all(
+    url: str, bodies: list[dict[str, Any]], after: int = 0, then: Callable[[], object] = int
+) -> list[np.ndarray]:
+    """Every picture; when `after` of them are there, `then` is called while the others are under way."""
+    done, lock = 0, threading.Lock()
+
+    def one(body: dict[str, Any]) -> np.ndarray:
+        nonlocal done
+        with httpx.Client(base_url=url, timeout=660) as client:
+            pixels, _ = draw(client, **body)
+        with lock:
+            done += 1
+            if done == after:
+                then()
+        return pixels
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(one, bodies))

@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.support.http import check, encoded, photo
-from tests.support.live import draw, replicas, request, wait_until_whole
+from tests.serve.conftest import COUNT, Eventful, send_all
+from tests.support.http import check
+from tests.support.live import replicas, request, wait_until_whole
 
 pytestmark = pytest.mark.slow
-
-COUNT = 20
-AT_ONCE = 4
-
-
-def eventful() -> list[dict[str, Any]]:
-    """Requests that go through every kind of replica: text encoder, ControlNet, UNet, refiner, VAE both ways."""
-    picture = encoded(photo(300, 200))
-    steered = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": picture}
-    rest = {"enable_refiner": True, "image": picture, "strength": 0.8, "sampler": "Euler a", "steps": 10}
-    return [request("SDXL1.0-base", seed=i, prompt=f"lighthouse {i % 3}") | steered | rest for i in range(COUNT)]
-
-
-@pytest.fixture(scope="module")
-def bodies() -> list[dict[str, Any]]:
-    return eventful()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(url: str, bodies: list[dict[str, Any]]) -> list[np.ndarray]:
-    return send_all(url, bodies)
-
-
-def send_all(
-    url: str, bodies: list[dict[str, Any]], after: int = 0, then: Callable[[], object] = int
-) -> list[np.ndarray]:
-    """Every picture; when `after` of them are there, `then` is called while the others are under way."""
-    done, lock = 0, threading.Lock()
-
-    def one(body: dict[str, Any]) -> np.ndarray:
-        nonlocal done
-        with httpx.Client(base_url=url, timeout=120) as client:
-            pixels, _ = draw(client, **body)
-        with lock:
-            done += 1
-            if done == after:
-                then()
-        return pixels
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(one, bodies))
 
 
 @pytest.mark.parametrize(
     "deployment",
     ["text-encoder-sdxl", "controlnet-sdxl", "unet-sdxl-base-torch", "refiner-sdxl", "vae-sdxl", "ingress"],
 )
-def test_a_replica_killed_under_load_costs_no_picture(
-    url: str, bodies: list[dict[str, Any]], undisturbed: list[np.ndarray], deployment: str
-) -> None:
+def test_a_replica_killed_under_load_costs_no_picture(url: str, eventful: Eventful, deployment: str) -> None:
     victims = replicas(deployment)
     assert victims, f"no process of {deployment}"
 
@@ -73,9 +28,9 @@ def test_a_replica_killed_under_load_costs_no_picture(
         for victim in victims:
             victim.kill()
 
-    pictures = send_all(url, bodies, after=3, then=kill)
+    pictures = send_all(url, eventful.bodies, after=3, then=kill)
     assert len(pictures) == COUNT
-    for expected, pixels in zip(undisturbed, pictures, strict=True):
+    for expected, pixels in zip(eventful.pictures, pictures, strict=True):
         assert np.abs(expected - pixels).max() <= 1
     assert not {p.pid for p in replicas(deployment)} & {p.pid for p in victims}
     wait_until_whole(url)

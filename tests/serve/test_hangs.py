@@ -1,0 +1,43 @@
+"""What does not die but hangs: nothing is lost, pictures are the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.serve.conftest import Eventful, send_all
+from tests.support.live import replicas, wait_until_whole
+
+pytestmark = pytest.mark.slow
+
+Recovered = Callable[[str, float], None]
+
+
+@pytest.mark.parametrize("deployment", ["unet-sdxl-base-torch", "ingress"])
+def test_a_replica_that_hangs_is_replaced_and_costs_no_picture(
+    url: str, eventful: Eventful, deployment: str, recovered: Recovered
+) -> None:
+    """SIGSTOP: its connections stay open, it answers nothing, health checks included."""
+    victims = replicas(deployment)
+    since = 0.0
+
+    def hang() -> None:
+        nonlocal since
+        since = time.monotonic()
+        for victim in victims:
+            victim.suspend()
+
+    try:
+        pictures = send_all(url, eventful.bodies, after=3, then=hang)
+        recovered(f"{deployment} stopped under load, all pictures there", since)
+        wait_until_whole(url)
+        assert not {p.pid for p in replicas(deployment)} & {p.pid for p in victims}
+    finally:
+        for victim in victims:
+            if victim.is_running():
+                victim.kill()
+    for expected, drawn in zip(eventful.pictures, pictures, strict=True):
+        assert np.abs(expected - drawn).max() <= 1
