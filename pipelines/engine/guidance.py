@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ class Guidance:
             order: ticks of one step.
             trained: number of training timesteps.
         """
-        noisiest, cleanest = trained - plan.guidance_start * trained, trained - plan.guidance_end * trained
+        # Open where nothing is asked for: EDM's timesteps are logarithms of noise levels, and some are negative.
+        noisiest = trained - plan.guidance_start * trained if plan.guidance_start > 0 else math.inf
+        cleanest = trained - plan.guidance_end * trained if plan.guidance_end < 1 else -math.inf
         firsts = (timesteps[tick - tick % order] for tick in range(len(timesteps)))
         inside = tuple(plan.guided and cleanest <= timestep <= noisiest for timestep in firsts)
         return cls(plan.guidance_scale, plan.guidance_rescale, inside)
