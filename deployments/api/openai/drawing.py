@@ -21,18 +21,26 @@ from pipelines.plan import GenerationParams
 END = b"data: [DONE]\n\n"
 """Ends the loops of OpenAI's SDKs."""
 EVENT_SCHEMA = {
-    "type": "object",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {
-            "enum": [
-                f"{kind}.{what}"
-                for kind in ("image_generation", "image_edit")
-                for what in ("partial_image", "completed")
-            ]
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["event", "data"],
+            "properties": {
+                "event": {
+                    "enum": [
+                        *(
+                            f"{kind}.{what}"
+                            for kind in ("image_generation", "image_edit")
+                            for what in ("partial_image", "completed")
+                        ),
+                        "error",
+                    ]
+                },
+                "data": {"type": "string", "contentMediaType": "application/json"},
+            },
         },
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    },
+        {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}},
+    ]
 }
 
 
