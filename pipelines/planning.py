@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from typing import get_args
 
 from config.catalog import Catalog, ModelSpec
 from config.choices import Choices, UnknownChoiceError
+from pipelines.backend_choice import BACKENDS, BackendChoice
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.mixtures import mixture_of
 from pipelines.plan import (
@@ -32,7 +32,6 @@ from pipelines.plan import (
     MIN_STRENGTH,
     OUTPUT_QUALITY,
     SEED_LIMIT,
-    BackendName,
     CompiledSize,
     ControlUse,
     Emphasis,
@@ -51,10 +50,6 @@ from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 from pipelines.text.embedding_names import with_embeddings
 from pipelines.text.prompts import Prompts
 
-logger = logging.getLogger(__name__)
-
-WORTHWHILE = 1.1
-"""Times that tvm must have been faster than torch for `auto` to take it."""
 REFINER_SHARE = 0.8
 """The base runs this share of the schedule, the refiner the rest: the ensemble of experts of SDXL, arXiv:2307.01952."""
 
@@ -98,7 +93,7 @@ def make_plan(
     inpaint = _inpaint(params)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
-    backend = BackendChoice.create(params.backend, model, width, height, compiled)
+    backend = BackendChoice.create(_choose(BACKENDS, params.backend), model, width, height, compiled)
     style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
     prompts = with_embeddings(Prompts.create(params, style, _reading(params, model)), model, catalog)
     loras = mixture_of(params, prompts.lora_tags, model, catalog)
@@ -300,54 +295,3 @@ def _strength(params: GenerationParams, model: ModelSpec, steps: int) -> float |
             f"strength {strength} with {steps} steps leaves no denoising step; use at least {least}", "strength"
         )
     return strength
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """Decides for each stage of a request which backend runs it."""
-
-    wanted: str
-    model: ModelSpec
-    width: int
-    height: int
-    compiled: Collection[CompiledSize]
-
-    @classmethod
-    def create(
-        cls, wanted: str, model: ModelSpec, width: int, height: int, compiled: Collection[CompiledSize]
-    ) -> BackendChoice:
-        """Check what can be checked of the request alone: the name, and that an explicit `tvm` is on the size table."""
-        name = _choose(Choices("backend", ["auto", "tvm", "torch"]), wanted)
-        sizes = [str(s) for s in model.tvm_sizes]
-        if name == "tvm" and f"{width}x{height}" not in sizes:
-            raise InvalidValueError(
-                f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
-            )
-        return cls(name, model, width, height, compiled)
-
-    def for_stage(self, component: str, steered: bool, loras: bool) -> BackendName:
-        """The backend of one stage; the refiner of an explicit `tvm` runs there too where it is compiled."""
-        wanted = (component, self.width, self.height, steered)
-        here = next((c for c in self.compiled if (c.component, c.width, c.height, c.control) == wanted), None)
-        cannot = self._why_not(here, loras)
-        if self.wanted == "tvm":
-            if cannot and component == self.model.unet:
-                raise InvalidValueError(f"backend 'tvm': {cannot}", "backend")
-            return "torch" if cannot else "tvm"
-        if self.wanted == "auto" and here is not None and not cannot and here.speedup < WORTHWHILE:
-            cannot = f"tvm was only {here.speedup:.2f} times as fast when it started"
-        if self.wanted == "auto" and self.compiled:
-            on = f"torch: {cannot}" if cannot else "tvm"
-            logger.info("%s at %dx%d runs on %s", component, self.width, self.height, on)
-        return "torch" if cannot or self.wanted == "torch" else "tvm"
-
-    def _why_not(self, here: CompiledSize | None, loras: bool) -> str | None:
-        """Why tvm cannot run a stage, None if it can."""
-        if loras:
-            return "compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
-        if here is not None:
-            return None
-        sizes = list(dict.fromkeys(str(c) for c in self.compiled if c.component == self.model.unet))
-        if not sizes:
-            return "not compiled on this server. Only ['auto', 'torch'] allowed now"
-        return f"not compiled for this size and ControlNet on this server. Only {sizes} are compiled"

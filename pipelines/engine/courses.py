@@ -10,7 +10,7 @@ import torch
 
 from pipelines.engine.guidance import Guidance
 from pipelines.sampling.base import Sampler
-from pipelines.sampling.tables import KEPT_SLOTS, Table
+from pipelines.sampling.table import KEPT_SLOTS, Table
 from pipelines.transfers import pinned, send
 
 

@@ -19,7 +19,8 @@ from pipelines.families import Family
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.sampling.samplers import make_sampler
-from pipelines.sampling.tables import SamplerTables, Table
+from pipelines.sampling.table import Table
+from pipelines.sampling.tables import SamplerTables
 from pipelines.text.conditioning import Conditioning
 from pipelines.transfers import pinned
 

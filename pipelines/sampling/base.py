@@ -65,7 +65,7 @@ class Sampler(Protocol):
 
 
 MakeSampler = Callable[[Mapping[str, Any], "ScheduleSlice", int], Sampler]
-"""`(scheduler_config, part, seed) -> Sampler`: a new one for a job, or for `pipelines.sampling.tables` to read.
+"""`(scheduler_config, part, seed) -> Sampler`: a new one for a job, or for `pipelines.sampling.probing` to read.
 
 `scheduler_config` is the model's `scheduler_config.json` (betas, prediction type, timestep spacing). `part` says how
 many steps the whole schedule has and which of them to run (see `part_of_schedule`). Its own tensors stay on the CPU;
