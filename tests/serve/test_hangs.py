@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.serve.conftest import Eventful, send_all
-from tests.support.live import replicas, wait_until_whole
+from tests.support.live import replicas, wait_for, wait_until_whole
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +33,9 @@ def test_a_replica_that_hangs_is_replaced_and_costs_no_picture(
     try:
         pictures = send_all(url, eventful.bodies, after=3, then=hang)
         recovered(f"{deployment} stopped under load, all pictures there", since)
+        # Ray kills a process that does not stop by itself some seconds after it gave it up.
+        wait_for(lambda: not any(victim.is_running() for victim in victims))
         wait_until_whole(url)
-        assert not {p.pid for p in replicas(deployment)} & {p.pid for p in victims}
     finally:
         for victim in victims:
             if victim.is_running():
