@@ -58,7 +58,7 @@ class DenoiserDeployment(Replica):
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
             strict: equal bytes whatever the neighbours.
             compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
-            row_price: what a row more may cost, see `assembly.load_engine`; compiled UNets come in fixed sizes.
+            row_price: what a row more may cost on a GPU, see `assembly.load_engine`; a CPU is busy with one row.
             acceleration: what is done on a GPU; its defaults if None.
         """
         super().__init__(runtime)
@@ -77,7 +77,7 @@ class DenoiserDeployment(Replica):
                 device=self._device,
                 max_rows=max_rows,
                 strict=strict,
-                row_price=row_price,
+                row_price=row_price if self._device == "cuda" else None,
                 capturer=self._capturer,
                 acceleration=acceleration,
             )
