@@ -72,8 +72,8 @@ class AppArgs(BaseModel):
     max_rows: int = Field(default=16, ge=2)
     """Most rows of a tick of every denoiser; fewer where memory does not hold them."""
     row_price: float | None = Field(default=None, gt=0, le=10)
-    """On GPUs, denoisers measure at start how a tick's time grows with its rows, for the sizes of their models, and take more of
-    them as long as one costs less than this share of what each of the first two does. None: up to `max_rows`."""
+    """On GPUs, denoisers measure at start how a tick's time grows with its rows, for the sizes of their models, and
+    take more as long as one costs less than this share of what each of the first two does. None: up to `max_rows`."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
     """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
     tvm: bool = False
