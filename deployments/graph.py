@@ -64,6 +64,10 @@ class Progress:
     """Jobs that go first, while the job waits for rows; None while it runs."""
     latents: Sealed[Latents] | None = None
     """Where the picture stands, if the watcher asked for previews."""
+    visit: int = 1
+    """Which stage of the plan this is, from 1."""
+    visits: int = 1
+    """Stages of the plan."""
 
 
 class Graph:
@@ -107,9 +111,16 @@ class Graph:
         """Latents of the picture an img2img request starts from, and what `mask` leaves of them."""
         return Call(self._handles[plan.vae].encode.remote(plan=plan, image=image, mask=mask))
 
-    def prepare(self, *, plan: GenerationPlan, component: str, photo: bytes) -> Call[Timed[ControlHint]]:
-        """The control map of a request, made where ControlNet `component` lives."""
-        return Call(self._handles[component].prepare.remote(plan=plan, photo=photo))
+    def enlarge(
+        self, *, component: str, stage: StagePlan, latents: Call[Timed[Latents]] | Sealed[Timed[Latents]]
+    ) -> Call[Timed[Latents]]:
+        """Latents of the picture that `latents` are to VAE `component`, resized to a second pass's `stage`."""
+        vae = self._handles[component]
+        return Call(vae.enlarge.remote(component=component, stage=stage, latents=_handed_on(latents)))
+
+    def prepare(self, *, stage: StagePlan, component: str, photo: bytes) -> Call[Timed[ControlHint]]:
+        """The control map of a stage, made where ControlNet `component` lives."""
+        return Call(self._handles[component].prepare.remote(stage=stage, photo=photo))
 
     def denoise(
         self,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
+from pipelines.enlargement import Enlargement, HiresParams
+
 BackendName = Literal["torch", "tvm"]
 OutputFormat = Literal["jpeg", "png", "webp"]
 OUTPUT_QUALITY = 95
@@ -41,6 +43,8 @@ MAX_MASK_BLUR = 64
 MAX_INPAINT_PADDING = 256
 """In pixels of the sent picture."""
 MIN_CLIP_SKIP, MAX_CLIP_SKIP = 1, 12
+REFINER_SHARE = 0.8
+"""The base runs this share of the schedule, the refiner the rest: the ensemble of experts of SDXL, arXiv:2307.01952."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class GenerationParams:
     inpaint_padding: int = 32
     inpaint_fill: str = "original"
     enable_refiner: bool = False
+    hires: HiresParams | None = None
     controlnet_name: str | None = None
     controlnet_image: bytes | None = None
     controlnet_preprocess: bool = True
@@ -155,6 +160,11 @@ class ScheduleSlice(_Plan):
     start: float | None = None
     end: float | None = None
     eta: float = 0.0
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that `strength` leaves, as in diffusers."""
+        return self.steps if self.strength is None else int(self.steps * self.strength)
 
 
 class PartWeights(_Plan):
@@ -245,6 +255,8 @@ class StagePlan(_Plan):
     loras: tuple[LoraUse, ...] = ()
     control: ControlUse | None = None
     inpaint: InpaintPlan | None = None
+    enlargement: Enlargement | None = None
+    """At the head of a second pass: how the latents of the stage before become as large as this one."""
 
     @property
     def guided(self) -> bool:
@@ -268,6 +280,7 @@ class GenerationPlan(_Plan):
     seed: int
     width: int
     height: int
+    """Width and height are the first pass's; `size` is that of the last stage."""
     text_encoder: str
     vae: str
     stages: tuple[StagePlan, ...]
@@ -277,6 +290,22 @@ class GenerationPlan(_Plan):
     """Set by the server, which has the file, for requests that start from one."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of what the last stage draws, in pixels."""
+        return self.stages[-1].width, self.stages[-1].height
+
+    @property
+    def second_pass(self) -> StagePlan | None:
+        """The stage that begins a second pass."""
+        return next((stage for stage in self.stages if stage.enlargement is not None), None)
+
+    @property
+    def refined(self) -> bool:
+        """Whether a refiner draws the end."""
+        return self.stages[-1].schedule.start is not None
+
+    @property
     def pixel_steps(self) -> int:
-        """What the picture costs, by the request: steps x width x height."""
-        return self.stages[0].schedule.steps * self.width * self.height
+        """What the picture costs, by the request: steps x width x height, of both passes."""
+        cost, second = self.stages[0].schedule.steps * self.width * self.height, self.second_pass
+        return cost if second is None else cost + second.schedule.steps_run * second.width * second.height

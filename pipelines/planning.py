@@ -11,6 +11,7 @@ from typing import get_args
 from config.catalog import Catalog, ModelSpec
 from config.choices import Choices, UnknownChoiceError
 from pipelines.backend_choice import BACKENDS, BackendChoice
+from pipelines.enlargement import Enlargement
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.mixtures import mixture_of
 from pipelines.plan import (
@@ -31,6 +32,7 @@ from pipelines.plan import (
     MIN_STEPS,
     MIN_STRENGTH,
     OUTPUT_QUALITY,
+    REFINER_SHARE,
     SEED_LIMIT,
     CompiledSize,
     ControlUse,
@@ -47,11 +49,9 @@ from pipelines.plan import (
     TextReading,
 )
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
+from pipelines.second_pass import SecondPass
 from pipelines.text.embedding_names import with_embeddings
 from pipelines.text.prompts import Prompts
-
-REFINER_SHARE = 0.8
-"""The base runs this share of the schedule, the refiner the rest: the ensemble of experts of SDXL, arXiv:2307.01952."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ def make_plan(
     _check_range("eta", params.eta, MIN_ETA, MAX_ETA)
     check_sampler(sampler, steps, model.edm, params.eta)
     _check_guidance(params, model)
-    _check_budget(width, height, steps, limits or PlanLimits())
     _check_family(params, model)
     control = _control(params, model, catalog)
     strength = _strength(params, model, steps)
@@ -94,11 +93,15 @@ def make_plan(
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(_choose(BACKENDS, params.backend), model, width, height, compiled)
+    second = SecondPass.create(params, steps, sampler, backend)
+    _check_budget(width, height, steps, second, limits or PlanLimits())
     style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
     prompts = with_embeddings(Prompts.create(params, style, _reading(params, model)), model, catalog)
     loras = mixture_of(params, prompts.lora_tags, model, catalog)
 
-    def stage(component_id: str, schedule: ScheduleSlice) -> StagePlan:
+    def stage(
+        component_id: str, schedule: ScheduleSlice, backend: BackendChoice, enlargement: Enlargement | None = None
+    ) -> StagePlan:
         own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
         return StagePlan(
             component=component_id,
@@ -110,21 +113,29 @@ def make_plan(
             guidance_start=params.guidance_start,
             guidance_end=params.guidance_end,
             text=prompts.plan(catalog.component(component_id)),
-            width=width,
-            height=height,
+            width=backend.width,
+            height=backend.height,
             seed=seed,
             loras=loras if own else (),
             control=control if own else None,
             inpaint=inpaint,
+            enlargement=enlargement,
         )
 
-    if params.enable_refiner and model.refiner is not None:
-        stages: tuple[StagePlan, ...] = (
-            stage(model.unet, ScheduleSlice(steps=steps, strength=strength, end=REFINER_SHARE, eta=params.eta)),
-            stage(model.refiner, ScheduleSlice(steps=steps, start=REFINER_SHARE, eta=params.eta)),
-        )
+    def last_pass(
+        part: ScheduleSlice, backend: BackendChoice, enlargement: Enlargement | None = None
+    ) -> tuple[StagePlan, ...]:
+        if not params.enable_refiner or model.refiner is None:
+            return (stage(model.unet, part, backend, enlargement),)
+        rest = ScheduleSlice(steps=part.steps, start=REFINER_SHARE, eta=part.eta)
+        part = part.model_copy(update={"end": REFINER_SHARE})
+        return stage(model.unet, part, backend, enlargement), stage(model.refiner, rest, backend)
+
+    first = ScheduleSlice(steps=steps, strength=strength, eta=params.eta)
+    if second is None:
+        stages = last_pass(first, backend)
     else:
-        stages = (stage(model.unet, ScheduleSlice(steps=steps, strength=strength, eta=params.eta)),)
+        stages = (stage(model.unet, first, backend), *last_pass(second.schedule, second.backend, second.enlargement))
     return GenerationPlan(
         model=model.name,
         seed=seed,
@@ -193,9 +204,17 @@ def _check_size(width: int, height: int, model: ModelSpec) -> None:
             )
 
 
-def _check_budget(width: int, height: int, steps: int, limits: PlanLimits) -> None:
-    if width * height * steps > limits.max_pixel_steps:
-        most = limits.max_pixel_steps // (width * height)
+def _check_budget(width: int, height: int, steps: int, second: SecondPass | None, limits: PlanLimits) -> None:
+    left = limits.max_pixel_steps - (second.pixel_steps if second else 0)
+    if second is not None and width * height * steps > left:
+        raise InvalidValueError(
+            f"hires: {second.schedule.steps_run} steps at {second.backend.width}x{second.backend.height} after {steps} "
+            f"at {width}x{height} are over this server's budget of {limits.max_pixel_steps} pixels x steps. Use a "
+            "smaller hires.scale or fewer hires.steps",
+            "hires",
+        )
+    if width * height * steps > left:
+        most = left // (width * height)
         raise InvalidValueError(
             f"steps {steps} at {width}x{height} is over this server's budget; at this size it allows {most} steps",
             "steps",

@@ -15,6 +15,7 @@ from pipelines.assembly import CompiledUNet, load_controlnets, load_engine, load
 from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
+from pipelines.pictures.enlarging import enlarged
 from pipelines.pictures.images import read_image
 from pipelines.pictures.masks import Canvas
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
@@ -40,7 +41,6 @@ class _Work:
     params: GenerationParams
     latents: Latents | None
     """Of the last stage; before the first, of the picture it starts from, None for a picture from text."""
-    hint: ControlHint | None
 
 
 class Text2Image:
@@ -97,8 +97,7 @@ class Text2Image:
         """Pictures of several requests, whose jobs share ticks wherever they can; in the order they came."""
         plans = [self._plan(params) for params in requests]
         works = [
-            _Work(plan, params, self._encode_image(plan, params), self._prepare_hint(plan, params))
-            for plan, params in zip(plans, requests, strict=True)
+            _Work(plan, params, self._encode_image(plan, params)) for plan, params in zip(plans, requests, strict=True)
         ]
         for position in range(max(len(plan.stages) for plan in plans)):
             self._denoise(works, position)
@@ -146,12 +145,18 @@ class Text2Image:
             return None
         return Canvas.create(params.image, params.mask_image, inpaint, plan.width, plan.height)
 
-    def _prepare_hint(self, plan: GenerationPlan, params: GenerationParams) -> ControlHint | None:
-        first = plan.stages[0]
-        if first.control is None or params.controlnet_image is None:
+    def _prepare_hint(self, stage: StagePlan, params: GenerationParams) -> ControlHint | None:
+        if stage.control is None or params.controlnet_image is None:
             return None
-        nets = self.controlnets(self._catalog.controlnets_of(first.component))
-        return nets.prepare(params.controlnet_image, first.control, plan.width, plan.height)
+        nets = self.controlnets(self._catalog.controlnets_of(stage.component))
+        return nets.prepare(params.controlnet_image, stage.control, stage.width, stage.height)
+
+    def _enlarge(self, work: _Work, stage: StagePlan) -> None:
+        """At the head of a second pass: the picture, larger; latents are interpolated where the job is made."""
+        if stage.enlargement is not None and not stage.enlargement.of_latents:
+            assert work.latents is not None, "a second pass comes after a first one"
+            vae = self.vae(work.plan.vae)
+            work.latents = vae.encode(enlarged(vae.decode(work.latents), stage), stage.seed)
 
     def _denoise(self, works: list[_Work], position: int) -> None:
         """Run the stage at `position` of every request that has one; jobs on the same engine share its ticks."""
@@ -178,7 +183,8 @@ class Text2Image:
         """A job for one stage, in its engine."""
         engine = self.engine(stage)
         conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
-        hint = work.hint if stage.control else None
+        hint = self._prepare_hint(stage, work.params)
+        self._enlarge(work, stage)
         job = engine.prepare(str(next(self._ids)), stage, conditioning, work.latents, hint)
         return engine, engine.add(job).id
 

@@ -63,7 +63,7 @@ def tell(item: Watched) -> bytes:
             return event("progress", {"state": "queued", "stage": item.stage, "position": item.position or 0})
         case Progress():
             data = {"state": "denoising", "stage": item.stage, "step": item.step, "steps": item.steps}
-            return event("progress", data)
+            return event("progress", data | {"stage_number": item.visit, "stages": item.visits})
         case Restarted():
             return event("progress", {"state": "restarted", "stage": item.stage})
         case Preview():

@@ -154,8 +154,10 @@ def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
     fields |= _how_texts_are_read(first.text.reading) | _how_it_is_guided(first)
     if first.schedule.strength is not None:
         fields["strength"] = first.schedule.strength
-    if len(plan.stages) > 1:
+    if plan.refined:
         fields["enable_refiner"] = True
+    if second := plan.second_pass:
+        fields["hires"] = _how_it_is_enlarged(second)
     if first.control is not None:
         fields |= {"controlnet_name": first.control.name, "controlnet_preprocess": first.control.preprocess}
     if first.loras:
@@ -172,6 +174,13 @@ def _how_texts_are_read(reading: TextReading) -> dict[str, Any]:
     """The fields that differ from what they are without being sent."""
     changed = reading.model_dump(exclude_defaults=True, exclude={"max_chunks"})
     return {"prompt_syntax" if name == "syntax" else name: value for name, value in changed.items()}
+
+
+def _how_it_is_enlarged(stage: StagePlan) -> dict[str, Any]:
+    """`hires` of a request whose second pass begins with this stage."""
+    assert stage.enlargement is not None
+    asked = stage.enlargement.model_dump(include={"scale", "upscaler"})
+    return asked | {"steps": stage.schedule.steps_run, "strength": stage.schedule.strength}
 
 
 def _how_it_is_guided(stage: StagePlan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
+from pipelines.enlargement import HiresParams
 from pipelines.errors import InvalidValueError
 from pipelines.plan import (
     MAX_CFG_SCALE,
@@ -166,6 +167,11 @@ class PictureRequest(BaseModel):
     )
     style_preset: str | None = Field(None, max_length=200, description="See /v1/styles.")
     enable_refiner: bool | None = Field(None, description="The SDXL refiner runs the last fifth of the schedule.")
+    hires: HiresParams | None = Field(
+        None,
+        description="A second pass over the picture, larger (A1111's hires fix). Noise begins anew from `seed`; the "
+        "refiner draws in the second pass alone.",
+    )
     controlnet_name: str | None = Field(None, max_length=200)
     controlnet_image: str | None = None
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
@@ -209,6 +215,7 @@ class PictureRequest(BaseModel):
             inpaint_padding=32 if self.inpaint_padding is None else self.inpaint_padding,
             inpaint_fill=self.inpaint_fill or "original",
             enable_refiner=bool(self.enable_refiner),
+            hires=self.hires,
             controlnet_name=self.controlnet_name,
             controlnet_image=decode_base64(self.controlnet_image, "controlnet_image"),
             controlnet_preprocess=self.controlnet_preprocess is not False,

@@ -86,6 +86,8 @@ class Composition:
             texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
             hints = [self._prepare(stage, pending) for stage in plan.stages]
             for position, (stage, conditioning, hint) in enumerate(zip(plan.stages, texts, hints, strict=True)):
+                if latents is not None and stage.enlargement is not None and not stage.enlargement.of_latents:
+                    latents = pending.add(graph.enlarge(component=plan.vae, stage=stage, latents=latents))
                 if self._watcher is None:
                     assert not isinstance(latents, Sealed)
                     latents = pending.add(
@@ -107,11 +109,11 @@ class Composition:
                         if isinstance(item, Sealed):
                             latents = item
                             continue
-                        yield replace(item, latents=None)
+                        yield replace(item, latents=None, visit=position + 1, visits=len(plan.stages))
                         if item.latents is not None and self._watcher.wants_preview(position, item.step, item.steps):
                             shown = self._watcher.format
                             call = graph.preview(plan=plan, latents=item.latents, file_format=shown)
-                            yield Preview(await pending.wait(call), shown, plan.width, plan.height)
+                            yield Preview(await pending.wait(call), shown, *plan.size)
             assert latents is not None, "a plan has at least one stage, and a stage ends with latents"
             source = photo if mask is not None else None  # it travels only where what was drawn is laid into it
             yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents, image=source, mask=mask)))
@@ -121,4 +123,4 @@ class Composition:
         photo = self._params.controlnet_image
         if stage.control is None or photo is None:
             return None
-        return pending.add(self._graph.prepare(plan=self._plan, component=stage.control.component, photo=photo))
+        return pending.add(self._graph.prepare(stage=stage, component=stage.control.component, photo=photo))

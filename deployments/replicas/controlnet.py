@@ -13,7 +13,7 @@ from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.acceleration import Acceleration
 from pipelines.cache import LruCache
-from pipelines.plan import GenerationPlan
+from pipelines.plan import StagePlan
 
 if TYPE_CHECKING:
     from pipelines.control.residuals import PackedResiduals, PendingArray
@@ -50,13 +50,13 @@ class ControlNetDeployment(Replica):
         await super().check_health()
         metrics().accelerated(self._component, captured=self._nets.captured, failed=self._nets.failed_captures)
 
-    async def prepare(self, *, plan: GenerationPlan, photo: bytes) -> Timed[ControlHint]:
-        """The control map of a request; remembered here under its id, so that ticks only name it."""
-        control = plan.stages[0].control
+    async def prepare(self, *, stage: StagePlan, photo: bytes) -> Timed[ControlHint]:
+        """The control map of a stage; remembered here under its id, so that ticks only name it."""
+        control = stage.control
         assert control is not None
         with stopwatch("controlnet_prepare", control.component) as watch:
             hint = await self._annotating.run(
-                self._nets.prepare, photo, control, plan.width, plan.height, started=watch.start_work
+                self._nets.prepare, photo, control, stage.width, stage.height, started=watch.start_work
             )
         self._hints.put(hint.id, hint)
         return watch.timed(hint)

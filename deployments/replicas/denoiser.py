@@ -22,7 +22,7 @@ from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.acceleration import Acceleration
 from pipelines.errors import SdgraphError
-from pipelines.plan import CompiledSize, GenerationPlan, StagePlan
+from pipelines.plan import CompiledSize, StagePlan
 
 if TYPE_CHECKING:
     from pipelines.control.nets import ControlNets
@@ -158,14 +158,13 @@ class DenoiserDeployment(Replica):
         """What this replica's programs can draw, with what was measured when it started."""
         return self._compiled
 
-    async def prepare(self, *, plan: GenerationPlan, photo: bytes) -> Timed[ControlHint]:
-        """The control map of a request, where ControlNets live in this process."""
-        stage = plan.stages[0]
+    async def prepare(self, *, stage: StagePlan, photo: bytes) -> Timed[ControlHint]:
+        """The control map of a stage, where ControlNets live in this process."""
         assert stage.control is not None
         nets = self._colocated[stage.component]
         with stopwatch("controlnet_prepare", stage.control.component) as watch:
             hint = await self._annotating.run(
-                nets.prepare, photo, stage.control, plan.width, plan.height, started=watch.start_work
+                nets.prepare, photo, stage.control, stage.width, stage.height, started=watch.start_work
             )
         return watch.timed(hint)
 

@@ -10,9 +10,10 @@ from deployments.graph import Sealed
 from deployments.replicas.base import Replica, Runtime
 from deployments.replicas.sealing import unseal
 from deployments.telemetry.stages import Timed, stopwatch
+from pipelines.pictures.enlarging import enlarged
 from pipelines.pictures.images import EncodedImage, read_image, write_image
 from pipelines.pictures.masks import Canvas
-from pipelines.plan import GenerationPlan, OutputFormat
+from pipelines.plan import GenerationPlan, OutputFormat, StagePlan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +46,18 @@ class VAEDeployment(Replica):
             fetching = await self._worker.run(begin, opened, plan.seed, canvas, started=watch.start_work)
             latents = await self._files.run(fetching.result)
         return watch.timed(latents)
+
+    async def enlarge(
+        self, *, component: str, stage: StagePlan, latents: Timed[Latents] | Sealed[Timed[Latents]]
+    ) -> Timed[Latents]:
+        """Latents of the picture that `latents` are, resized to a second pass's `stage`."""
+        opened, vae = unseal(latents), self._vaes[component]
+        with stopwatch("vae_enlarge", component) as watch:
+            decoding = await self._worker.run(vae.begin_decoding, opened.value, started=watch.start_work)
+            image = await self._files.run(lambda: enlarged(decoding.result(), stage))
+            encoding = await self._worker.run(vae.begin_encoding, image, stage.seed)
+            values = await self._files.run(encoding.result)
+        return watch.timed(values, opened)
 
     async def decode(
         self,

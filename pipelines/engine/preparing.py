@@ -68,6 +68,8 @@ class JobMaker:
         conditioning = conditioning.to(conditioning.prompt_embeds.device, dtype)
         added = self._family.added_conditions(plan, conditioning, self._denoiser.config)
         shape = self._space.shape(plan.width, plan.height)
+        if latents is not None and plan.enlargement is not None and plan.enlargement.of_latents:
+            latents = latents.enlarged(plan.enlargement.upscaler, shape)
         begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
         mask = latents.mask.to(dtype) if latents is not None and latents.mask is not None else None
         check_job(plan, begin, conditioning, added, mask, hint, shape, self._denoiser.config)

@@ -10,8 +10,11 @@ import json
 import re
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from config.choices import UnknownChoiceError
-from pipelines.plan import Emphasis, GenerationPlan, LoraUse, TextReading
+from pipelines.enlargement import A1111_NAMES, METHOD_ALIASES, HiresParams
+from pipelines.plan import Emphasis, GenerationPlan, LoraUse, StagePlan, TextReading
 from pipelines.sampling.samplers import SAMPLER_CHOICES
 
 _A1111_SAMPLERS = {"PNDM": "PLMS", "UniPC 2M": "UniPC", "DPM SDE": "DPM++ SDE", "DEIS 2M": "DEIS"}
@@ -43,8 +46,11 @@ def infotext(plan: GenerationPlan) -> str:
     }
     if first.schedule.strength is not None:
         pairs["Denoising strength"] = first.schedule.strength
-    if len(plan.stages) > 1:
-        pairs |= {"Refiner": plan.stages[1].component, "Refiner switch at": first.schedule.end}
+    if second := plan.second_pass:
+        pairs |= _hires_pairs(second)
+    if plan.refined:
+        refiner = plan.stages[-1]
+        pairs |= {"Refiner": refiner.component, "Refiner switch at": refiner.schedule.start}
     if first.control is not None:
         pairs["ControlNet 0"] = f"Module: {first.control.name}, Model: {first.control.component}"
     reading = first.text.reading
@@ -59,6 +65,32 @@ def infotext(plan: GenerationPlan) -> str:
         lines.append(_NEGATIVE + _weighted(first.text.negative_prompts[0], reading))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
     return _CONTROL.sub(" ", "\n".join(lines))
+
+
+def _hires_pairs(stage: StagePlan) -> dict[str, object]:
+    """A second pass as A1111 names it; there `Denoising strength` is its own, for it has none after img2img."""
+    assert stage.enlargement is not None
+    upscaler = stage.enlargement.upscaler
+    return {
+        "Denoising strength": stage.schedule.strength,
+        "Hires upscale": stage.enlargement.scale,
+        "Hires steps": stage.schedule.steps_run,
+        "Hires upscaler": A1111_NAMES.get(upscaler, upscaler),
+    }
+
+
+def _hires_fields(pairs: dict[str, str]) -> dict[str, Any] | None:
+    """`hires` of a request, None where an infotext has no second pass or one that is none here."""
+    names = {"scale": "Hires upscale", "steps": "Hires steps", "strength": "Denoising strength"}
+    if names["scale"] not in pairs:
+        return None
+    told = {field: pairs[name] for field, name in names.items() if name in pairs}
+    upscaler = pairs.get("Hires upscaler", "latent")
+    ours = {alias.casefold(): name for alias, name in METHOD_ALIASES.items()}.get(upscaler.casefold(), upscaler)
+    try:
+        return HiresParams.model_validate(told | {"upscaler": ours}).model_dump(exclude_none=True)
+    except ValidationError:
+        return None
 
 
 def _lora_weights(use: LoraUse) -> str:
@@ -124,6 +156,10 @@ def request_fields(prompt: str, negative: str | None, pairs: dict[str, str]) -> 
     if size is not None:
         fields |= {"width": int(size[1]), "height": int(size[2])}
     numbers = {"Steps": "steps", "Seed": "seed", "CFG scale": "cfg_scale", "Denoising strength": "strength"}
+    if "Hires upscale" in pairs:
+        del numbers["Denoising strength"]
+    if hires := _hires_fields(pairs):
+        fields["hires"] = hires
     for name, field in numbers.items():
         value = pairs.get(name, "")
         if re.fullmatch(r"\d{1,10}" if field in ("steps", "seed") else r"\d{1,4}(\.\d{1,10})?", value):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipelines.diffusers_compat import with_defaults
+from pipelines.enlargement import LATENT_METHODS
 from pipelines.tensors import TensorBundle
 
 
@@ -80,6 +81,13 @@ class Latents(TensorBundle):
     """`[bytes]` uint8, None before anything was drawn."""
     mask: torch.Tensor | None = None
     """`[1, 1, height, width]`: 1 where a picture is repainted, 0 where it stays; None where there is no such thing."""
+
+    def enlarged(self, method: str, shape: Sequence[int]) -> Latents:
+        """These, interpolated to `shape` by one of `LATENT_METHODS`, with no noise drawn yet: as A1111's hires fix."""
+        mode, antialias = LATENT_METHODS[method]
+        size = tuple(shape[-2:])
+        values = torch.nn.functional.interpolate(self.values.float(), size, mode=mode, antialias=antialias)
+        return Latents(values.to(self.values.dtype))
 
 
 def make_generator(seed: int, state: torch.Tensor | None = None) -> torch.Generator:

@@ -71,6 +71,9 @@ class FakeGraph(Graph):
     def encode(self, **arguments: Any) -> Call[Any]:
         return self.call("encode", **arguments)
 
+    def enlarge(self, **arguments: Any) -> Call[Any]:
+        return self.call("enlarge", **arguments)
+
     def prepare(self, **arguments: Any) -> Call[Any]:
         return self.call("prepare", **arguments)
 

@@ -119,6 +119,7 @@ def test_everything_is_bound_by_keyword() -> None:
 EDGES: dict[str, tuple[type, ...]] = {
     "encode_text": (TextEncoderDeployment,),
     "encode": (VAEDeployment,),
+    "enlarge": (VAEDeployment,),
     "prepare": (ControlNetDeployment, DenoiserDeployment),
     "denoise": (DenoiserDeployment,),
     "denoise_watched": (DenoiserDeployment,),

@@ -75,7 +75,7 @@ def colocated_controlnet(catalog: Catalog) -> Kind:
     steered = replace(PARAMS, model_name="SD1.5-ControlNet", controlnet_name="canny", controlnet_image=photo())
     plan = make_plan(steered, catalog)
     owner = replica._colocated["unet-sd15"]
-    return Kind(replica, owner, "prepare", lambda: replica.prepare(plan=plan, photo=photo()))
+    return Kind(replica, owner, "prepare", lambda: replica.prepare(stage=plan.stages[0], photo=photo()))
 
 
 KINDS = [text_encoder, vae, controlnet, denoiser, colocated_controlnet]

@@ -64,7 +64,7 @@ def whole(asked: ImageRequest, pictures: list[Generated]) -> OpenAIImageResponse
         data=[_image(asked, picture) for picture in pictures],
         output_format=first.output_format,
         quality=asked.quality or "auto",
-        size=f"{first.width}x{first.height}",
+        size="{}x{}".format(*first.size),
     )
 
 
@@ -90,7 +90,7 @@ def teller(kind: Kind, asked: ImageRequest) -> Callable[[tuple[int, Watched]], b
         if isinstance(what, Generated):
             plan = what.plan
             name = f"{kind}.completed"
-            shown = common(what.image.data, f"{plan.width}x{plan.height}", plan.output_format)
+            shown = common(what.image.data, "{}x{}".format(*plan.size), plan.output_format)
             return event(name, {"type": name, **shown, "usage": Usage().model_dump(), "seed": plan.seed})
         if isinstance(what, Preview) and told[index] < wanted:
             name, number = f"{kind}.partial_image", told[index]

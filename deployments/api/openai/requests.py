@@ -62,6 +62,8 @@ class ImageRequest(PictureRequest):
                 kept.setdefault(ours, value)
         if "loras" in kept:
             kept["loras"] = _mixture(kept["loras"])
+        if "hires" in kept:
+            kept["hires"] = _from_json(kept["hires"])
         return kept
 
     @property
@@ -133,13 +135,19 @@ def _is_unset(name: str, value: Any) -> bool:
     return value is None or (value == "" and isinstance(value, str) and name not in ("prompt", "negative_prompt"))
 
 
+def _from_json(value: Any) -> Any:
+    """What a field of a form says in JSON; itself, where it does not."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def _mixture(loras: Any) -> Any:
     """LoRAs as name -> weight, whether they come so, as JSON in a form, or as the lists of Together and vLLM-Omni."""
-    if isinstance(loras, str):
-        try:
-            loras = json.loads(loras)
-        except (ValueError, RecursionError):
-            return loras
+    loras = _from_json(loras)
     if isinstance(loras, dict) and isinstance(loras.get("name", loras.get("path")), str):
         loras = [loras]
     if not isinstance(loras, list) or not all(isinstance(one, dict) for one in loras):
