@@ -108,6 +108,11 @@ class StylePreset(Spec):
             raise ValueError(f"style {self.name!r}: the template needs {{prompt}} exactly once")
         return self
 
+    def applied(self, prompt: str, negative_prompt: str | None) -> tuple[str, str | None]:
+        """Both texts in this style: the template around the prompt, the negative text behind the caller's."""
+        negative = ", ".join(t for t in (negative_prompt, self.negative_prompt) if t) or negative_prompt
+        return self.prompt.replace("{prompt}", prompt), negative
+
 
 def _aliases(entries: Iterable[ModelSpec | LoraSpec | StylePreset]) -> dict[str, str]:
     """Alias -> name, of every entry."""

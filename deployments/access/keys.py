@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import ipaddress
 import logging
@@ -91,11 +93,8 @@ class KeyRing:
             UnauthorizedError: no key or a wrong one.
         """
         self._reread()
-        authorization = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
-        name = self._names.get(digest)
-        if scheme.lower() != "bearer" or name is None:
+        name = self._names.get(hashlib.sha256(_presented(Headers(scope=scope).get("authorization", ""))).hexdigest())
+        if name is None:
             raise UnauthorizedError("missing or wrong API key")
         return name
 
@@ -114,6 +113,24 @@ class KeyRing:
     def _stamp_now(self) -> tuple[int, int, int, int]:
         status = self._path.stat()
         return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
+
+
+def _presented(authorization: str) -> bytes:
+    """The key in an `authorization` header: a bearer token, or the password of Basic, whoever its user is.
+
+    A Basic user without a password is taken for the key, as `curl -u KEY:` sends it.
+    """
+    scheme, _, credentials = authorization.partition(" ")
+    presented = credentials.strip().encode("latin-1")
+    if scheme.lower() == "bearer":
+        return presented
+    if scheme.lower() != "basic":
+        return b""
+    try:
+        user, _, password = base64.b64decode(presented, validate=True).partition(b":")
+    except binascii.Error:
+        return b""
+    return password or user
 
 
 def _names_by_hash(path: Path) -> dict[str, str]:

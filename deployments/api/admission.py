@@ -16,6 +16,8 @@ from deployments.api.errors import answer
 from deployments.api.scope import CONTENT_TYPE, KEY_NAME, request_id_of
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Answer = Callable[[BaseException, str], Response]
+"""An exception and the request's id -> the reply."""
 
 
 class Admission:
@@ -37,8 +39,11 @@ class Admission:
         if key is not None and request.method == "POST":
             await self._limiter.request(key)
 
-    def route_class(self) -> type[APIRoute]:
-        """A route that asks this admission first; FastAPI's own dependencies come after the body is parsed."""
+    def route_class(self, answer: Answer = answer) -> type[APIRoute]:
+        """A route that asks this admission first; FastAPI's own dependencies come after the body is parsed.
+
+        `answer` makes a dialect's reply of what went wrong.
+        """
         admission = self
 
         class AdmittingRoute(APIRoute):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPBasic, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments import __version__
 from deployments.api import generation, info, offers
+from deployments.api.a1111 import routes as a1111
+from deployments.api.a1111.failures import WebuiError
 from deployments.api.access_log import AccessLog
 from deployments.api.admission import Admission
 from deployments.api.body_limit import BodyLimit
@@ -21,8 +23,20 @@ from deployments.api.scope import request_id_of
 from deployments.ingress.ingress import Ingress
 
 ERROR_STATUSES = (400, 401, 413, 422, 429, 500, 503, 504)
+
+
+class _Password(HTTPBasic):
+    """Says in the document that Basic works; FastAPI's own refuses what clients without a password send."""
+
+    async def __call__(self, request: Request) -> None:  # type: ignore[override]
+        return None
+
+
 # For the documentation alone: the admission reads the header.
-_DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))
+_DOCUMENTED_KEY = [
+    Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one.")),
+    Depends(_Password(auto_error=False, description="The same, as the password of any user.")),
+]
 
 
 class HttpIngress(Ingress):
@@ -54,12 +68,15 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     for handled in (HTTPException, Exception):
         app.add_exception_handler(handled, fail)
 
-    route_class = Admission(ingress.keys, ingress.usage).route_class()
+    admission = Admission(ingress.keys, ingress.usage)
+    route_class = admission.route_class()
     documented: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
-    app.include_router(generation.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
+    app.include_router(generation.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     drawing = generation.inference_routes(ingress, route_class)
-    app.include_router(drawing, responses=documented, dependencies=[_DOCUMENTED_KEY])
-    app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=[_DOCUMENTED_KEY])
-    app.include_router(offers.routes(ingress, route_class), dependencies=[_DOCUMENTED_KEY])
+    app.include_router(drawing, responses=documented, dependencies=_DOCUMENTED_KEY)
+    app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
+    app.include_router(offers.routes(ingress, route_class), dependencies=_DOCUMENTED_KEY)
+    theirs: dict[int | str, dict[str, Any]] = {status: {"model": WebuiError} for status in ERROR_STATUSES}
+    app.include_router(a1111.routes(ingress, admission), responses=theirs, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.health_routes(ingress))
     return app

@@ -90,10 +90,13 @@ class Failure:
 
     def response(self) -> JSONResponse:
         """The error body of the contract; the metrics count it."""
-        metrics().errors.inc(1, {"status": str(self.status), "code": str(int(self.code))})
         said = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
         body = ErrorResponse(**said.model_dump(), error=said, detail=self.detail)
-        content = body.model_dump(exclude={"detail"} if self.detail is None else None)
+        return self.with_body(body.model_dump(exclude={"detail"} if self.detail is None else None))
+
+    def with_body(self, content: dict[str, Any]) -> JSONResponse:
+        """The same with a body that another dialect's clients read."""
+        metrics().errors.inc(1, {"status": str(self.status), "code": str(int(self.code))})
         return _ErrorBody(content, self.status, headers=self.headers)
 
 
@@ -106,11 +109,16 @@ class _ErrorBody(JSONResponse):
 
 def answer(error: BaseException, request_id: str) -> JSONResponse:
     """The contract's answer to whatever went wrong; what is the server's fault is logged."""
+    return told(error, request_id).response()
+
+
+def told(error: BaseException, request_id: str) -> Failure:
+    """What a client is told of whatever went wrong; what is the server's fault is logged."""
     cause = cause_of(error)
     failure = failure_of(cause, request_id)
     if failure.code == ErrorCode.INTERNAL or isinstance(cause, RayActorError | WeightsError):
         logger.error("request %s failed", request_id, exc_info=cause, extra={"request_id": request_id})
-    return failure.response()
+    return failure
 
 
 def failure_of(error: BaseException, request_id: str) -> Failure:

@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError
 
 from config.catalog import Catalog
 from deployments.access.caller import ANONYMOUS, Caller
+from deployments.access.desk import Desk
 from deployments.access.keys import KeyRing, Loopback
 from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.graph import Graph, Progress
@@ -120,6 +121,7 @@ class Ingress:
         self.limits = limits
         self.keys = KeyRing(keys_file) if keys_file else Loopback()
         self.usage = UsageLimiter(key_limits)
+        self.desk = Desk(key_limits.store)
         self.readiness = readiness
         self.compiled = CompiledSizes(graph)
         self._graph = graph

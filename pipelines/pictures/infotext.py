@@ -12,16 +12,10 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from config.choices import UnknownChoiceError
 from pipelines.enlargement import A1111_NAMES, METHOD_ALIASES, HiresParams
 from pipelines.plan import Emphasis, GenerationPlan, LoraUse, StagePlan, TextReading
-from pipelines.sampling.samplers import SAMPLER_CHOICES
+from pipelines.sampling.a1111 import our_sampler, their_sampler
 
-_A1111_SAMPLERS = {"PNDM": "PLMS", "UniPC 2M": "UniPC", "DPM SDE": "DPM++ SDE", "DEIS 2M": "DEIS"}
-"""Ours -> A1111's or Forge's, where the same solver has another name there."""
-_OUR_SAMPLERS = {theirs.casefold(): ours for ours, theirs in _A1111_SAMPLERS.items()}
-_ALWAYS_KARRAS = frozenset({"dpm++ 2m", "dpm++ sde", "dpm++ 2s a", "dpm2", "dpm2 a"})
-"""Samplers for which A1111's schedule type "Automatic" means Karras'."""
 _NEGATIVE = "Negative prompt: "
 _PAIR = re.compile(r'(\w[\w \-/]{0,60}?): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |,?$)')
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -33,12 +27,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 def infotext(plan: GenerationPlan) -> str:
     """A plan's settings for A1111's tools, which read brackets as weights: those of a plain prompt are escaped."""
     first = plan.stages[0]
-    karras = first.sampler.endswith(" Karras")
-    name = first.sampler.removesuffix(" Karras")
+    sampler, schedule = their_sampler(first.sampler)
     pairs: dict[str, object] = {
         "Steps": first.schedule.steps,
-        "Sampler": _A1111_SAMPLERS.get(name, name),
-        "Schedule type": "Karras" if karras else "Uniform",
+        "Sampler": sampler,
+        "Schedule type": schedule,
         "CFG scale": first.guidance_scale,
         "Seed": plan.seed,
         "Size": f"{plan.width}x{plan.height}",
@@ -126,18 +119,6 @@ def _unquoted(value: str) -> str:
         return str(json.loads(value)).encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
     except ValueError:
         return value
-
-
-def our_sampler(sampler: str, schedule: str = "Automatic") -> str | None:
-    """Our name of A1111's sampler and schedule type, None where there is no equal."""
-    name = sampler.strip().casefold()
-    wants_karras = schedule.strip().casefold()
-    karras = wants_karras == "karras" or (wants_karras == "automatic" and name in _ALWAYS_KARRAS)
-    ours = _OUR_SAMPLERS.get(name, name)
-    try:
-        return SAMPLER_CHOICES.resolve(f"{ours} Karras" if karras and not name.endswith(" karras") else ours)
-    except UnknownChoiceError:
-        return None
 
 
 def request_fields(prompt: str, negative: str | None, pairs: dict[str, str]) -> dict[str, Any]:

@@ -91,6 +91,32 @@ def mask_of_holes(data: bytes, param: str) -> bytes:
     return buffer.getvalue()
 
 
+def mask_of_strokes(data: bytes, param: str, inverted: bool = False) -> bytes:
+    """A mask as A1111's clients send it, as a PNG where white is repainted.
+
+    One with transparent parts is repainted where it is more than half opaque, whatever its colours; any other is read
+    by them.
+
+    Args:
+        data: the file.
+        param: what it is called in errors.
+        inverted: black is repainted, and white stays.
+
+    Raises:
+        InvalidValueError: it cannot be decoded.
+    """
+    alpha = read_alpha(data, param)
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        grey = alpha.point([255 if value > REPAINTED else 0 for value in range(256)])
+    elif inverted:
+        grey = read_whole_image(data, param).convert("L")
+    else:
+        return data
+    buffer = io.BytesIO()
+    (ImageOps.invert(grey) if inverted else grey).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def check_mask(image: bytes, mask: bytes) -> Image.Image:
     """The mask in grey, white where it is transparent.
 

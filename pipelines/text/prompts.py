@@ -35,8 +35,7 @@ class Prompts:
         """
         prompt, negative = params.prompt, params.negative_prompt
         if style is not None:
-            prompt = style.prompt.replace("{prompt}", prompt)
-            negative = ", ".join(t for t in (negative, style.negative_prompt) if t) or negative
+            prompt, negative = style.applied(prompt, negative)
         if reading.syntax == "plain":
             return cls(prompt, params.prompt_2, negative, params.negative_prompt_2, reading)
         prompt, tags = take_lora_tags(prompt, "prompt")

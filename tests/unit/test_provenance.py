@@ -18,10 +18,11 @@ from PIL import ExifTags, Image, PngImagePlugin
 from config.catalog import Catalog
 from pipelines.errors import RequestError
 from pipelines.pictures.images import check_image, read_plan, write_image
-from pipelines.pictures.infotext import infotext, our_sampler, parse_infotext, request_fields
+from pipelines.pictures.infotext import infotext, parse_infotext, request_fields
 from pipelines.pictures.provenance import COMPOSITE, MACHINE_MADE, VOCABULARY, read_xmp
 from pipelines.plan import GenerationParams, GenerationPlan, OutputFormat, SourcePicture
 from pipelines.planning import make_plan
+from pipelines.sampling.a1111 import our_sampler
 from pipelines.sampling.samplers import SAMPLERS
 from pipelines.text.syntax import read_sections
 
@@ -206,6 +207,8 @@ def test_our_infotext_repeats_our_plan(catalog: Catalog, sampler: str) -> None:
         ("DPM++ 2M", "Automatic", "DPM++ 2M Karras"),
         ("DPM++ 2M", "Uniform", "DPM++ 2M"),
         ("DPM++ 2M Karras", "Automatic", "DPM++ 2M Karras"),
+        ("DPM++ SDE Karras", "Automatic", "DPM SDE Karras"),
+        ("Euler", "Karras", None),
         ("DPM++ 2M SDE", "Automatic", "DPM++ 2M SDE"),
         ("Euler a", "Automatic", "Euler a"),
         ("PLMS", "Automatic", "PNDM"),

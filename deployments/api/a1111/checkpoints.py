@@ -1,0 +1,57 @@
+"""Models as A1111's clients name checkpoints: `name [hash]`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+from config.catalog import Catalog, ModelSpec
+from config.choices import UnknownChoiceError
+from pipelines.errors import UnavailableModelError
+
+_HASH = re.compile(r"\s*\[([0-9a-fA-F]{6,64})\]$")
+_SUFFIX = re.compile(r"\.(safetensors|ckpt)$", re.IGNORECASE)
+PARAM = "sd_model_checkpoint"
+
+
+def short_hash(model: ModelSpec, catalog: Catalog) -> str:
+    """Ten hexadecimal digits that change with where the model's weights come from.
+
+    Not A1111's, which hashes one file: a model here is several, and nobody reads gigabytes to list it.
+    """
+    parts = [catalog.component(c).model_dump(mode="json") for c in (model.text_encoder, model.unet, model.vae)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def title(model: ModelSpec, catalog: Catalog) -> str:
+    """What clients show, and send back."""
+    return f"{model.name} [{short_hash(model, catalog)}]"
+
+
+def checkpoint(name: str, catalog: Catalog, param: str = PARAM) -> ModelSpec:
+    """The model of a title, a name, an alias, a file's name or a hash.
+
+    Raises:
+        UnavailableModelError: there is none, or it is not served.
+    """
+    served = catalog.available_models()
+    bare = _SUFFIX.sub("", _HASH.sub("", name.strip()))
+    try:
+        model = catalog.model(catalog.model_choices().resolve(bare))
+    except UnknownChoiceError as error:
+        wanted = name.strip().strip("[]").casefold()
+        by_hash = [model for model in served if short_hash(model, catalog) == wanted]
+        if by_hash:
+            return by_hash[0]
+        message = str(UnknownChoiceError(param, name, [m.name for m in served], error.suggestion))
+        if (reason := catalog.why_unserved(bare)) is not None:
+            message = f"{param} '{bare[:100]}' is not available: {reason}. Only {[m.name for m in served]} allowed now"
+        raise UnavailableModelError(message, param) from None
+    if model.unavailable is not None:
+        raise UnavailableModelError(
+            f"{param} '{model.name}' is not available: {model.unavailable}. "
+            f"Only {[m.name for m in served]} allowed now",
+            param,
+        )
+    return model

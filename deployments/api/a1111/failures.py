@@ -1,0 +1,67 @@
+"""Errors as A1111's clients read them, with what the contract says of them beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from deployments.api.errors import Failure, told
+
+THEIR_NAMES = {
+    "model_name": "sd_model_checkpoint",
+    "sampler": "sampler_name",
+    "style_preset": "styles",
+    "strength": "denoising_strength",
+    "image": "init_images",
+    "mask_image": "mask",
+    "inpaint_padding": "inpaint_full_res_padding",
+    "enable_refiner": "refiner_checkpoint",
+}
+"""Fields of this project -> those of A1111 that say the same."""
+
+
+class WebuiError(BaseModel):
+    """A1111's body (`error`, `detail`, `body`, `errors`), and the contract's fields."""
+
+    error: str
+    """The type."""
+    detail: str | list[dict[str, Any]]
+    """What is wrong; of a body that does not fit, FastAPI's list."""
+    body: Literal[""] = ""
+    errors: str
+    """What is wrong, in words."""
+    object: Literal["error"] = "error"
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+def answer(error: BaseException, request_id: str) -> JSONResponse:
+    """The reply to whatever went wrong."""
+    return _reply(told(error, request_id), {})
+
+
+def answer_drawing(error: BaseException, request_id: str) -> JSONResponse:
+    """The same where pictures are drawn: fields are called as the client called them."""
+    return _reply(told(error, request_id), THEIR_NAMES)
+
+
+def _reply(failure: Failure, names: Mapping[str, str]) -> JSONResponse:
+    param = names.get(failure.param or "", failure.param)
+    message = failure.message
+    if param is not None and failure.param is not None and message.startswith(failure.param):
+        message = param + message.removeprefix(failure.param)
+    body = WebuiError(
+        error=failure.type,
+        detail=failure.detail if failure.detail is not None else message,
+        errors=message,
+        message=message,
+        type=failure.type,
+        param=param,
+        code=failure.code,
+    )
+    return failure.with_body(body.model_dump())

@@ -1,0 +1,131 @@
+"""A1111's requests for pictures: fields that mean something here, and those whose defaults alone are possible."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from pipelines.plan import (
+    MAX_CFG_SCALE,
+    MAX_CLIP_SKIP,
+    MAX_ETA,
+    MAX_INPAINT_PADDING,
+    MAX_MASK_BLUR,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_STRENGTH,
+    MIN_CFG_SCALE,
+    MIN_CLIP_SKIP,
+    MIN_ETA,
+    MIN_SIDE,
+    MIN_STEPS,
+    MIN_STRENGTH,
+    SEED_LIMIT,
+)
+
+MOST_PICTURES = 32
+"""Of one request: `batch_size` x `n_iter`."""
+WORDS_FOR_NOTHING = frozenset({"", "n/a", "none"})
+"""What clients send for a name that they have not got."""
+_TEXTS = frozenset({"prompt", "negative_prompt"})
+
+
+class WebuiRequest(BaseModel):
+    """What both routes take. Unknown fields are ignored, `null` is absent."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if not _is_unset(name, value)}
+
+    prompt: str = Field("", max_length=20_000, description="Read with weights, BREAK and <lora:name:weight>.")
+    negative_prompt: str = Field("", max_length=20_000)
+    styles: list[str] = Field([], max_length=20, description="See /sdapi/v1/prompt-styles.")
+    seed: int = Field(-1, ge=-1, lt=SEED_LIMIT, description="-1 is random; picture i has seed + i.")
+    subseed: int = Field(-1, description="Not used: see subseed_strength.")
+    subseed_strength: FiniteFloat = Field(0, description="0: there are no variation seeds here.")
+    seed_resize_from_h: int = Field(0, description="0 or less: not possible here.")
+    seed_resize_from_w: int = Field(0, description="0 or less: not possible here.")
+    sampler_name: str | None = Field(None, max_length=200, description="See /sdapi/v1/samplers.")
+    sampler_index: str | int | None = Field(None, description="The same, where sampler_name is absent.")
+    scheduler: str | None = Field(None, max_length=200, description="See /sdapi/v1/schedulers.")
+    batch_size: int = Field(1, ge=1, le=MOST_PICTURES)
+    n_iter: int = Field(1, ge=1, le=MOST_PICTURES, description=f"batch_size x n_iter is {MOST_PICTURES} at most.")
+    steps: int | None = Field(None, ge=MIN_STEPS, le=MAX_STEPS, description="Default: the model's.")
+    cfg_scale: FiniteFloat | None = Field(None, ge=MIN_CFG_SCALE, le=MAX_CFG_SCALE, description="Default: the model's.")
+    width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Default: the model's.")
+    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Default: the model's.")
+    clip_skip: int | None = Field(None, ge=MIN_CLIP_SKIP, le=MAX_CLIP_SKIP, description="As sd.cpp's clients say it.")
+    model: str | None = Field(None, max_length=200, description="As sd.cpp's clients say it; override_settings win.")
+    denoising_strength: FiniteFloat | None = Field(None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="Default 0.75.")
+    eta: FiniteFloat | None = Field(
+        None, ge=MIN_ETA, le=MAX_ETA, description="Of sampler DDIM; of others 0 and 1 are passed over."
+    )
+    restore_faces: bool = Field(False, description="Not possible here.")
+    tiling: bool = Field(False, description="Not possible here.")
+    s_churn: FiniteFloat = Field(0, description="0: not possible here.")
+    s_noise: FiniteFloat = Field(1, description="1: not possible here.")
+    refiner_checkpoint: str | None = Field(None, max_length=200, description="The model's own refiner.")
+    refiner_switch_at: FiniteFloat | None = Field(None, description="0.8, or 1 for no refiner.")
+    override_settings: dict[str, Any] = Field({}, description="Options of this request alone.")
+    send_images: bool = True
+    script_name: str | None = Field(None, max_length=200, description="There are no scripts here.")
+    alwayson_scripts: dict[str, Any] = Field({}, description="ControlNet alone.")
+
+    @property
+    def count(self) -> int:
+        """Pictures that are asked for."""
+        return self.batch_size * self.n_iter
+
+    @property
+    def sampler(self) -> str | None:
+        """The sampler that is asked for, by A1111's name."""
+        if self.sampler_name is not None:
+            return self.sampler_name
+        return self.sampler_index if isinstance(self.sampler_index, str) else None
+
+
+class Txt2ImgRequest(WebuiRequest):
+    """`POST /sdapi/v1/txt2img`."""
+
+    enable_hr: bool = Field(False, description="A second pass at a larger size.")
+
+
+class Img2ImgRequest(WebuiRequest):
+    """`POST /sdapi/v1/img2img`."""
+
+    init_images: list[str] = Field([], description="One picture, in base64 or as a data URI.")
+    resize_mode: int = Field(0, ge=0, le=3, description="0: stretched; others where shapes agree.")
+    mask: str | None = Field(
+        None, description="White, or opaque among transparent, is repainted; of the picture's size."
+    )
+    mask_blur: int = Field(4, ge=0, le=MAX_MASK_BLUR)
+    inpainting_fill: Literal[0, 1, 2, 3] = Field(0, description="0 fill, 1 original, 2 latent noise, 3 latent nothing.")
+    inpaint_full_res: bool = Field(True, description="Only what is masked is drawn, at width x height.")
+    inpaint_full_res_padding: int = Field(0, ge=0, le=MAX_INPAINT_PADDING)
+    inpainting_mask_invert: Literal[0, 1] = Field(0, description="1: black is repainted.")
+    initial_noise_multiplier: FiniteFloat = Field(1, description="1: not possible here.")
+    include_init_images: bool = False
+
+
+class WebuiReply(BaseModel):
+    """Pictures."""
+
+    images: list[str]
+    """Base64, no data-URI prefix, in the format of option `samples_format`."""
+    parameters: dict[str, Any]
+    """The request."""
+    info: str
+    """JSON: seeds, prompts and infotexts of the pictures."""
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """Null, or a word for nothing in a field of names."""
+    if value is None:
+        return True
+    return isinstance(value, str) and name not in _TEXTS and value.strip().casefold() in WORDS_FOR_NOTHING
