@@ -60,6 +60,10 @@ async def test_the_same_request_on_the_main_route_draws_the_same_pixels(client: 
         ({"override_settings": {"CLIP_stop_at_last_layers": 2, "emphasis": "No norm"}, "prompt": "a (cat:1.4)"},
          {"clip_skip": 2, "emphasis": "No norm", "prompt": "a (cat:1.4)"}),
         ({"override_settings": {"sd_model_checkpoint": "sd2.safetensors"}}, {"model_name": "SD2"}),
+        ({"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 2, "denoising_strength": 0.6},
+         {"hires": {"scale": 1.5, "steps": 2, "strength": 0.6, "upscaler": "latent"}}),
+        ({"enable_hr": True, "hr_resize_x": 192, "hr_upscaler": "None", "hr_sampler_name": "Use same sampler"},
+         {"hires": {"scale": 1.5, "strength": 0.75, "upscaler": "lanczos"}}),
     ]  # fmt: skip
     for theirs, ours in cases:
         body = await drawn(client, **theirs)
@@ -153,6 +157,7 @@ async def test_clip_skip_changes_nothing_with_sdxl(client: httpx.AsyncClient) ->
     assert plan_of(image).stages[0].text.reading.clip_skip == 1
 
 
+HIRES: dict[str, Any] = {"enable_hr": True}
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"sampler_name": "Restart"}, "sampler_name", "'Euler a'"),
     ({"sampler_name": "Eulr a"}, "sampler_name", "Did you mean 'Euler a'?"),
@@ -177,6 +182,16 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"sampler_name": "Euler a", "eta": 0.5}, "eta", "DDIM"),
     ({"refiner_checkpoint": "refiner-sdxl"}, "refiner_checkpoint", "SD1.5 has no refiner"),
     ({"prompt": "<lora:Nope:1>"}, "loras", "Nope"),
+    (HIRES | {"hr_upscaler": "LDSR"}, "enable_hr", "Unexpected hr_upscaler 'LDSR'"),
+    (HIRES | {"hr_prompt": "a dog"}, "hr_prompt", "first one"),
+    (HIRES | {"hr_sampler_name": "DDIM"}, "hr_sampler_name", "first one"),
+    (HIRES | {"hr_sampler_name": "Restart"}, "sampler_name", "'DDIM'"),
+    (HIRES | {"hr_checkpoint_name": "SD2"}, "hr_checkpoint_name", "first one"),
+    (HIRES | {"hr_resize_x": 256, "hr_resize_y": 512}, "hr_resize_y", "another shape"),
+    (HIRES | {"hr_resize_y": 64}, "hr_resize_y", "1 to 8"),
+    (HIRES | {"hr_scale": 9}, "hr_scale", "8"),
+    (HIRES | {"hr_scale": 8, "width": 512}, "enable_hr", "hr_scale 8 makes 4096x1024"),
+    (HIRES | {"denoising_strength": 0}, "denoising_strength", "use more"),
     ({"init_images": []}, "init_images", "missing"),
     ({"init_images": [encoded(photo())] * 2}, "init_images", "2 pictures"),
     ({"init_images": ["https://example.org/a.png"]}, "init_images", "send the picture itself"),
@@ -211,8 +226,7 @@ async def test_defaults_that_clients_send_with_everything_are_no_wishes(client: 
     )
 
 
-async def test_a_second_pass_and_control_units_are_refused_until_they_are_here(client: httpx.AsyncClient) -> None:
-    refused(await client.post(TXT2IMG, json=SMALL | {"enable_hr": True}), "enable_hr", "not possible")
+async def test_control_units_are_refused_until_they_are_here(client: httpx.AsyncClient) -> None:
     units = {"ControlNet": {"args": [{"model": "canny", "image": encoded(photo())}]}}
     refused(await client.post(TXT2IMG, json=SMALL | {"alwayson_scripts": units}), "alwayson_scripts", "not possible")
 

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from config.catalog import Catalog, ModelSpec
-from config.choices import Choices, UnknownChoiceError
+from config.choices import UnknownChoiceError
 from deployments.api.a1111.checkpoints import short_hash
+from deployments.api.a1111.names import sampler_of, unknown
 from deployments.api.a1111.options import Options
-from deployments.api.a1111.requests import MOST_PICTURES, Img2ImgRequest, WebuiRequest
+from deployments.api.a1111.requests import MOST_PICTURES, Img2ImgRequest, Txt2ImgRequest, WebuiRequest
+from deployments.api.a1111.second_pass import STRENGTH, with_second_pass
 from deployments.api.schemas import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import picture_size
 from pipelines.pictures.masks import mask_of_strokes
-from pipelines.plan import SEED_LIMIT, GenerationParams
-from pipelines.planning import REFINER_SHARE
-from pipelines.sampling.a1111 import SCHEDULES, our_sampler, their_sampler, their_samplers
+from pipelines.plan import REFINER_SHARE, SEED_LIMIT, GenerationParams
 from pipelines.sampling.samplers import SAMPLERS
 
-STRENGTH = 0.75
-"""A1111's default of `denoising_strength`."""
 FILLS = {1: "original", 2: "noise"}
 """`inpainting_fill` -> ours."""
 LATENT_UPSCALE = 3
 """The `resize_mode` that enlarges latents, not pixels."""
-_SAME_SCHEDULE = {"discrete": "automatic", "default": "automatic", "normal": "uniform"}
-"""Schedules by the names of sd.cpp's and ComfyUI's clients."""
 _IMPOSSIBLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "subseed_strength": ((0,), "there are no variation seeds"),
     "restore_faces": ((False,), "there is no face restorer"),
@@ -37,7 +32,6 @@ _IMPOSSIBLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "s_noise": ((0, 1), "samplers draw noise at its own scale"),
     "initial_noise_multiplier": ((1,), "noise has its own scale"),
     "script_name": ((None,), "there are no scripts"),
-    "enable_hr": ((False,), "there is no second pass"),
 }
 """Fields of which only some values are possible, and why."""
 
@@ -93,6 +87,8 @@ def asked_of(body: WebuiRequest, options: Options, catalog: Catalog) -> Asked:
     )
     if isinstance(body, Img2ImgRequest):
         params = _with_picture(params, body)
+    elif isinstance(body, Txt2ImgRequest) and body.enable_hr:
+        params = with_second_pass(params, body, catalog)
     return Asked(params, body.count, body.batch_size, model, short_hash(model, catalog), options)
 
 
@@ -133,13 +129,9 @@ def _styled(body: WebuiRequest, catalog: Catalog) -> tuple[str, str | None]:
         try:
             style = catalog.style(choices.resolve(name))
         except UnknownChoiceError as error:
-            raise _unknown("styles", name, choices.names, error.suggestion) from None
+            raise unknown("styles", name, choices.names, error.suggestion) from None
         prompt, negative = style.applied(prompt, negative)
     return prompt, negative
-
-
-def _unknown(field: str, value: str, allowed: Iterable[str], suggestion: str | None = None) -> InvalidValueError:
-    return InvalidValueError(str(UnknownChoiceError(field, value, allowed, suggestion)), field)
 
 
 def _clip_skip(body: WebuiRequest, options: Options, model: ModelSpec) -> int | None:
@@ -147,30 +139,6 @@ def _clip_skip(body: WebuiRequest, options: Options, model: ModelSpec) -> int | 
     own = body.override_settings.get("CLIP_stop_at_last_layers")
     wanted = body.clip_skip if own is None and body.clip_skip is not None else options.CLIP_stop_at_last_layers
     return None if model.family == "sdxl" else wanted
-
-
-def sampler_of(sampler: str | None, scheduler: str | None, default: str) -> str:
-    """Ours of A1111's sampler and schedule type; `default` where neither is named.
-
-    Raises:
-        InvalidValueError: one is not known, or the two do not go together here.
-    """
-    schedule = (scheduler or "automatic").strip().casefold()
-    schedule = _SAME_SCHEDULE.get(schedule, schedule)
-    if schedule not in SCHEDULES:
-        raise _unknown("scheduler", str(scheduler), SCHEDULES)
-    if sampler is None and schedule == "automatic":
-        return default
-    name = sampler or their_sampler(default)[0]
-    if (ours := our_sampler(name, schedule)) is not None:
-        return ours
-    if our_sampler(name, "uniform") is None:
-        try:
-            Choices("sampler_name", their_samplers()).resolve(name)
-        except UnknownChoiceError as error:
-            raise InvalidValueError(str(error), "sampler_name") from None
-    takers = [theirs for theirs in their_samplers() if our_sampler(theirs, schedule)]
-    raise InvalidValueError(f"scheduler '{schedule}' is not here for sampler '{name}': only for {takers}", "scheduler")
 
 
 def _eta(body: WebuiRequest, sampler: str) -> float:
@@ -186,7 +154,7 @@ def _wants_refiner(body: WebuiRequest, model: ModelSpec) -> bool:
     if model.refiner is None:
         raise InvalidValueError(f"refiner_checkpoint: {model.name} has no refiner", "refiner_checkpoint")
     if body.refiner_checkpoint.partition(" [")[0].strip().casefold() != model.refiner:
-        raise _unknown("refiner_checkpoint", body.refiner_checkpoint, [model.refiner])
+        raise unknown("refiner_checkpoint", body.refiner_checkpoint, [model.refiner])
     if body.refiner_switch_at not in (None, REFINER_SHARE):
         raise InvalidValueError(
             f"refiner_switch_at {body.refiner_switch_at} is not possible here: only {[REFINER_SHARE]} allowed now",

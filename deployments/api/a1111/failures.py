@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,11 @@ THEIR_NAMES = {
     "mask_image": "mask",
     "inpaint_padding": "inpaint_full_res_padding",
     "enable_refiner": "refiner_checkpoint",
+    "hires": "enable_hr",
+    "hires.scale": "hr_scale",
+    "hires.steps": "hr_second_pass_steps",
+    "hires.strength": "denoising_strength",
+    "hires.upscaler": "hr_upscaler",
 }
 """Fields of this project -> those of A1111 that say the same."""
 
@@ -52,7 +58,7 @@ def answer_drawing(error: BaseException, request_id: str) -> JSONResponse:
 
 def _reply(failure: Failure, names: Mapping[str, str]) -> JSONResponse:
     param = names.get(failure.param or "", failure.param)
-    message = failure.message
+    message = re.sub(r"\bhires\.\w+", lambda found: names.get(found[0], found[0]), failure.message)
     if param is not None and failure.param is not None and message.startswith(failure.param):
         message = param + message.removeprefix(failure.param)
     body = WebuiError(

@@ -8,6 +8,7 @@ from config.catalog import Catalog
 from config.components import ComponentSpec
 from config.sources import CheckpointSource, FolderSource
 from deployments.api.a1111.checkpoints import short_hash, title
+from pipelines.enlargement import A1111_NAMES, LATENT_METHODS, PICTURE_METHODS
 from pipelines.sampling.a1111 import SCHEDULES, their_samplers
 
 Listing = list[dict[str, Any]]
@@ -59,6 +60,17 @@ def schedulers() -> Listing:
         }
         for name, label in SCHEDULES.items()
     ]
+
+
+def upscalers() -> Listing:
+    """What enlarges pictures."""
+    nothing = dict.fromkeys(("model_name", "model_path", "model_url"))
+    return [{"name": name, **nothing, "scale": 4} for name in ("None", *(A1111_NAMES[m] for m in PICTURE_METHODS))]
+
+
+def latent_upscale_modes() -> Listing:
+    """What enlarges latents, between the passes of `enable_hr`."""
+    return [{"name": A1111_NAMES[method]} for method in LATENT_METHODS]
 
 
 def loras(catalog: Catalog) -> Listing:

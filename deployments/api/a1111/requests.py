@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from pipelines.enlargement import MAX_HIRES_STEPS, MAX_SCALE, MIN_SCALE
 from pipelines.plan import (
     MAX_CFG_SCALE,
     MAX_CLIP_SKIP,
@@ -26,9 +27,9 @@ from pipelines.plan import (
 
 MOST_PICTURES = 32
 """Of one request: `batch_size` x `n_iter`."""
-WORDS_FOR_NOTHING = frozenset({"", "n/a", "none"})
+WORDS_FOR_NOTHING = frozenset({"", "n/a", "none", "use same checkpoint", "use same sampler", "use same scheduler"})
 """What clients send for a name that they have not got."""
-_TEXTS = frozenset({"prompt", "negative_prompt"})
+_NONE_SAYS_SOMETHING = frozenset({"prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt", "hr_upscaler"})
 
 
 class WebuiRequest(BaseModel):
@@ -93,7 +94,19 @@ class WebuiRequest(BaseModel):
 class Txt2ImgRequest(WebuiRequest):
     """`POST /sdapi/v1/txt2img`."""
 
-    enable_hr: bool = Field(False, description="A second pass at a larger size.")
+    enable_hr: bool = Field(False, description="A second pass at a larger size; denoising_strength is its own.")
+    hr_scale: FiniteFloat = Field(2.0, ge=MIN_SCALE, le=MAX_SCALE)
+    hr_upscaler: str = Field("Latent", max_length=200, description="See /sdapi/v1/upscalers and latent-upscale-modes.")
+    hr_second_pass_steps: int = Field(0, ge=0, le=MAX_HIRES_STEPS, description="All of them run; 0: as many as steps.")
+    hr_resize_x: int = Field(0, ge=0, le=MAX_SIDE, description="Its width, in place of hr_scale.")
+    hr_resize_y: int = Field(0, ge=0, le=MAX_SIDE, description="Its height, in place of hr_scale.")
+    hr_prompt: str = Field("", max_length=20_000, description="The prompt of both passes, or empty.")
+    hr_negative_prompt: str = Field("", max_length=20_000, description="That of both passes, or empty.")
+    hr_checkpoint_name: str | None = Field(None, max_length=200, description="That of both passes.")
+    hr_sampler_name: str | None = Field(None, max_length=200, description="That of both passes.")
+    hr_scheduler: str | None = Field(None, max_length=200, description="That of both passes.")
+    firstphase_width: int = Field(0, description="0: send width and height of the first pass.")
+    firstphase_height: int = Field(0, description="0: send width and height of the first pass.")
 
 
 class Img2ImgRequest(WebuiRequest):
@@ -128,4 +141,6 @@ def _is_unset(name: str, value: Any) -> bool:
     """Null, or a word for nothing in a field of names."""
     if value is None:
         return True
-    return isinstance(value, str) and name not in _TEXTS and value.strip().casefold() in WORDS_FOR_NOTHING
+    if name in _NONE_SAYS_SOMETHING:
+        return bool(value == "")
+    return isinstance(value, str) and value.strip().casefold() in WORDS_FOR_NOTHING

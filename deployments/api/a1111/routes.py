@@ -130,6 +130,16 @@ def _listings(router: APIRouter, ingress: Ingress) -> None:
         """Schedule types."""
         return listings.schedulers()
 
+    @router.get("/upscalers")
+    async def upscalers() -> listings.Listing:
+        """What enlarges pictures."""
+        return listings.upscalers()
+
+    @router.get("/latent-upscale-modes")
+    async def latent_upscale_modes() -> listings.Listing:
+        """What enlarges latents."""
+        return listings.latent_upscale_modes()
+
     @router.get("/loras")
     async def loras() -> listings.Listing:
         """LoRAs."""
