@@ -218,6 +218,8 @@ class Catalog(Spec):
                 )
             if kind == "unet" and not component.text_encoders:
                 raise ValueError(f"component {component_id}: say which text_encoders feed this UNet")
+            if role == "refiner" and component.inpainting:
+                raise ValueError(f"model {model.name}: refiner '{component_id}' is a UNet for inpainting")
         if model.refiner and model.family != "sdxl":
             raise ValueError(f"model {model.name}: a refiner belongs to the SDXL family")
         for size in (*model.sizes, *model.tvm_sizes, model.default_size):

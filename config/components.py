@@ -61,6 +61,8 @@ class ComponentSpec(Spec):
     """What it is a fine-tune of, for whoever needs its shapes without its files: those on the hub say it."""
     text_encoders: tuple[int, ...] = ()
     """UNets only: which encoders of the stack feed it: SDXL base `[0, 1]`, its refiner `[1]`, SD `[0]`."""
+    inpainting: bool = False
+    """UNets only: beside the latents it reads a mask and what that leaves of the picture (9 channels instead of 4)."""
     force_zeros_for_empty_prompt: bool = False
     """UNets only: an absent negative prompt is a zero embedding (SDXL base), not the empty text's."""
     scheduler: SchedulerSettings = SchedulerSettings()

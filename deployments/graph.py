@@ -107,8 +107,8 @@ class Graph:
         """What the text of a stage says to its UNet."""
         return Call(self._handles[component].encode.remote(component=component, stage=stage))
 
-    def encode(self, *, plan: GenerationPlan, image: bytes, mask: bytes | None) -> Call[Timed[Latents]]:
-        """Latents of the picture an img2img request starts from, and what `mask` leaves of them."""
+    def encode(self, *, plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Call[Timed[Latents]]:
+        """What the first stage begins from: latents of a picture, and which part of them is drawn."""
         return Call(self._handles[plan.vae].encode.remote(plan=plan, image=image, mask=mask))
 
     def enlarge(

@@ -166,11 +166,13 @@ def engine_over(
     """
     spec = catalog.component(component_id)
     space = latent_space(catalog, component_id)
-    inpainting = 2 * space.channels + 1  # it loads, and each job without a mask is refused
-    if denoiser.config["in_channels"] not in (space.channels, inpainting):
+    reads, for_inpainting = denoiser.config["in_channels"], 2 * space.channels + 1  # latents, mask, masked picture
+    if reads not in (space.channels, for_inpainting):
+        raise WeightsError(f"component {component_id} takes {reads} latent channels, its VAE has {space.channels}")
+    if spec.inpainting != (reads == for_inpainting):
         raise WeightsError(
-            f"component {component_id} takes {denoiser.config['in_channels']} latent channels, "
-            f"its VAE has {space.channels}"
+            f"component {component_id} reads {reads} channels: write `inpainting: {str(not spec.inpainting).lower()}` "
+            "in its entry of the catalog"
         )
     return StepEngine(
         denoiser,
@@ -195,8 +197,6 @@ def latent_space(catalog: Catalog, component_id: str) -> LatentSpace:
 def record_common_passes(denoiser: TorchDenoiser, catalog: Catalog, component_id: str) -> None:
     """Record what one picture and two pictures of the default size of each of a UNet's models need."""
     space = latent_space(catalog, component_id)
-    if denoiser.config["in_channels"] != space.channels:
-        return  # it refuses every job
     context, pooled = _text_shapes(catalog, component_id, denoiser)
     for model in catalog.available_models():
         if component_id in (model.unet, model.refiner):

@@ -18,6 +18,7 @@ from pipelines.engine.batching import BatchKey
 from pipelines.engine.memory import USABLE, row_bytes
 from pipelines.torch_compat import PeakBytes
 from pipelines.weights.files import ComponentFiles, read_config
+from pipelines.weights.kinds.models import INPAINTING_CHANNELS
 
 TOKENS = 77
 """Rows of a context: what CLIP reads at once."""
@@ -101,7 +102,8 @@ def configurations(spec: ComponentSpec) -> list[Mapping[str, Any]]:
         names = [f"text_encoder{suffix}" for suffix in ComponentFiles(spec).suffixes]
     if spec.architecture is not None:
         folder = ARCHITECTURES / spec.architecture
-        return [json.loads((folder / name / "config.json").read_text()) for name in names]
+        published = [json.loads((folder / name / "config.json").read_text()) for name in names]
+        return [config | {"in_channels": INPAINTING_CHANNELS} for config in published] if spec.inpainting else published
     if ComponentFiles(spec).on_hub:
         raise ValueError(f"component {spec.id} is on the hub: say its architecture in the catalog, to know its size")
     return [read_config(spec, name if spec.kind == "text_encoder" else None) for name in names]

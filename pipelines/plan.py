@@ -257,6 +257,8 @@ class StagePlan(_Plan):
     inpaint: InpaintPlan | None = None
     enlargement: Enlargement | None = None
     """At the head of a second pass: how the latents of the stage before become as large as this one."""
+    reads_mask: bool = False
+    """The UNet is one for inpainting. Where no mask was sent, all of the picture is masked."""
 
     @property
     def guided(self) -> bool:

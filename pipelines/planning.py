@@ -94,6 +94,11 @@ def make_plan(
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(_choose(BACKENDS, params.backend), model, width, height, compiled)
     second = SecondPass.create(params, steps, sampler, backend)
+    if second is not None and catalog.component(model.unet).inpainting:
+        raise InvalidValueError(
+            f"hires is not possible with {model.name}, a model for inpainting: leave it out, or use another model",
+            "hires",
+        )
     _check_budget(width, height, steps, second, limits or PlanLimits())
     style = catalog.style(_choose(catalog.style_choices(), params.style_preset)) if params.style_preset else None
     prompts = with_embeddings(Prompts.create(params, style, _reading(params, model)), model, catalog)
@@ -120,6 +125,7 @@ def make_plan(
             control=control if own else None,
             inpaint=inpaint,
             enlargement=enlargement,
+            reads_mask=catalog.component(component_id).inpainting,
         )
 
     def last_pass(
@@ -290,10 +296,6 @@ def _inpaint(params: GenerationParams) -> InpaintPlan | None:
         return None
     if params.image is None:
         raise InvalidValueError("mask_image needs image: the picture in which its white part is repainted", "image")
-    if params.enable_refiner:
-        raise InvalidValueError(
-            "enable_refiner cannot be used with mask_image: leave one of them out", "enable_refiner"
-        )
     fields = {"blur": params.mask_blur, "area": area, "padding": params.inpaint_padding, "fill": fill}
     return InpaintPlan.model_validate(fields)
 

@@ -16,8 +16,7 @@ from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
 from pipelines.pictures.enlarging import enlarged
-from pipelines.pictures.images import read_image
-from pipelines.pictures.masks import Canvas
+from pipelines.pictures.masks import canvas_of, read_start
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
 from pipelines.planning import PlanLimits, make_plan
 from pipelines.recordings import Capturer, capturer_for
@@ -131,19 +130,10 @@ class Text2Image:
         return LazyControl(functools.partial(self.controlnets, own)) if own else None
 
     def _encode_image(self, plan: GenerationPlan, params: GenerationParams) -> Latents | None:
-        if params.image is None:
+        if params.image is None and not plan.stages[0].reads_mask:
             return None
-        if canvas := self._canvas(plan, params):
-            return self.vae(plan.vae).encode(canvas.part, plan.seed, canvas)
-        image = read_image(params.image, "image", plan.width, plan.height)
-        return self.vae(plan.vae).encode(image, plan.seed)
-
-    @staticmethod
-    def _canvas(plan: GenerationPlan, params: GenerationParams) -> Canvas | None:
-        inpaint = plan.stages[0].inpaint
-        if inpaint is None or params.image is None or params.mask_image is None:
-            return None
-        return Canvas.create(params.image, params.mask_image, inpaint, plan.width, plan.height)
+        image, canvas = read_start(plan, params.image, params.mask_image)
+        return self.vae(plan.vae).begin_start(plan, image, canvas).result()
 
     def _prepare_hint(self, stage: StagePlan, params: GenerationParams) -> ControlHint | None:
         if stage.control is None or params.controlnet_image is None:
@@ -190,5 +180,6 @@ class Text2Image:
 
     def _decode(self, work: _Work) -> Picture:
         assert work.latents is not None, "every plan has a stage, and every stage ends with latents"
-        image, canvas = self.vae(work.plan.vae).decode(work.latents), self._canvas(work.plan, work.params)
+        image = self.vae(work.plan.vae).decode(work.latents)
+        canvas = canvas_of(work.plan, work.params.image, work.params.mask_image)
         return Picture(canvas.lay_in(image) if canvas else image, work.plan)

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from config.catalog import ROOT, Catalog
 from models.make_tiny import make_tiny
+from tests.support.inpainting import with_inpainting, write_models
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,20 @@ def tiny_models() -> Path:
 @pytest.fixture(scope="session")
 def catalog(tiny_models: Path) -> Catalog:
     return Catalog.load("tiny")
+
+
+@pytest.fixture(scope="session")
+def inpainting_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny models for inpainting, by name."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    write_models(tiny_models, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inpainting_catalog(catalog: Catalog, inpainting_models: Path) -> Catalog:
+    """The tiny catalog and the models for inpainting."""
+    return with_inpainting(catalog, inpainting_models)
 
 
 @pytest.fixture

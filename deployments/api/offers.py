@@ -44,6 +44,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
             ],
             "on_a_gpu": ingress.acceleration.model_dump(),
             "refiner": model.refiner is not None,
+            "inpainting": catalog.component(model.unet).inpainting,
             "controlnets": list(catalog.controls_of(model.name)),
             "loras": [e.name for e in catalog.loras if e.unavailable is None and model.unet in e.bases],
             "embeddings": [e.name for e in catalog.embeddings if e.unavailable is None and model.unet in e.bases],

@@ -81,7 +81,7 @@ class Composition:
         visits = graph.visits(plan)
         async with Pending(lambda: self._health.check(visits)) as pending:
             latents: Call[Timed[Latents]] | Sealed[Timed[Latents]] | None = None
-            if photo is not None:
+            if photo is not None or plan.stages[0].reads_mask:
                 latents = pending.add(graph.encode(plan=plan, image=photo, mask=mask))
             texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
             hints = [self._prepare(stage, pending) for stage in plan.stages]

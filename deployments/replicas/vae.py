@@ -11,8 +11,8 @@ from deployments.replicas.base import Replica, Runtime
 from deployments.replicas.sealing import unseal
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.pictures.enlarging import enlarged
-from pipelines.pictures.images import EncodedImage, read_image, write_image
-from pipelines.pictures.masks import Canvas
+from pipelines.pictures.images import EncodedImage, write_image
+from pipelines.pictures.masks import canvas_of, read_start
 from pipelines.plan import GenerationPlan, OutputFormat, StagePlan
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class VAEDeployment(Replica):
         self._vaes = {c: load_vae(catalog, c, self._device) for c in components}
         self._files = self._worker.beside("files", FILE_THREADS)
 
-    async def encode(self, *, plan: GenerationPlan, image: bytes, mask: bytes | None) -> Timed[Latents]:
-        """Latents of the picture an img2img request starts from, and what `mask` leaves of them."""
+    async def encode(self, *, plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Timed[Latents]:
+        """What the first stage begins from: latents of a picture, and which part of them is drawn."""
         with stopwatch("vae_encode", plan.vae) as watch:
-            opened, canvas = await self._files.run(_read, plan, image, mask)
-            begin = self._vaes[plan.vae].begin_encoding
-            fetching = await self._worker.run(begin, opened, plan.seed, canvas, started=watch.start_work)
+            opened, canvas = await self._files.run(read_start, plan, image, mask)
+            begin = self._vaes[plan.vae].begin_start
+            fetching = await self._worker.run(begin, plan, opened, canvas, started=watch.start_work)
             latents = await self._files.run(fetching.result)
         return watch.timed(latents)
 
@@ -81,20 +81,8 @@ class VAEDeployment(Replica):
         return await self._files.run(_write_preview, fetching, file_format)
 
 
-def _canvas(plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Canvas | None:
-    inpaint = plan.stages[0].inpaint
-    if inpaint is None or image is None or mask is None:
-        return None
-    return Canvas.create(image, mask, inpaint, plan.width, plan.height)
-
-
-def _read(plan: GenerationPlan, image: bytes, mask: bytes | None) -> tuple[Image, Canvas | None]:
-    canvas = _canvas(plan, image, mask)
-    return (canvas.part if canvas else read_image(image, "image", plan.width, plan.height)), canvas
-
-
 def _write(fetching: Fetching[Image], plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> EncodedImage:
-    drawn, canvas = fetching.result(), _canvas(plan, image, mask)
+    drawn, canvas = fetching.result(), canvas_of(plan, image, mask)
     return write_image(canvas.lay_in(drawn) if canvas else drawn, plan.output_format, plan, plan.output_quality)
 
 

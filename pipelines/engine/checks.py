@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DenoiseError, InvalidValueError, NonFiniteError
+from pipelines.errors import DenoiseError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ def check_job(
     conditioning: Conditioning,
     added_conditions: Mapping[str, torch.Tensor],
     mask: torch.Tensor | None,
+    masked: torch.Tensor | None,
     hint: ControlHint | None,
     latent_shape: tuple[int, ...],
     unet_config: Mapping[str, Any],
@@ -33,21 +34,21 @@ def check_job(
         conditioning: one row, or uncond and cond where the stage is guided.
         added_conditions: what else the UNet is told, one entry a row.
         mask: which latents are repainted, if a part is.
+        masked: latents of the picture without that part, for a UNet for inpainting.
         hint: its control map, if any.
         latent_shape: `[1, channels, height, width]` of the latents of a picture of its size.
         unet_config: the UNet's `config.json`.
 
     Raises:
-        InvalidValueError: the UNet takes more than latents, such as the mask that an inpainting UNet wants.
         DenoiseError: a shape that cannot be stacked with others or read by the UNet.
         NonFiniteError: values that are not finite numbers.
     """
-    if unet_config["in_channels"] != latent_shape[1]:
-        raise InvalidValueError(
-            f"component {plan.component} is a UNet for inpainting: it takes {unet_config['in_channels']} channels, the "
-            f"{latent_shape[1]} of latents with a mask and a masked picture, and this request has neither. Use a model "
-            "that draws from text alone",
-            "model_name",
+    brought = latent_shape[1]
+    if plan.reads_mask:
+        brought += sum(tensor.shape[1] for tensor in (mask, masked) if tensor is not None)
+    if unet_config["in_channels"] != brought:
+        raise DenoiseError(
+            f"component {plan.component} reads {unet_config['in_channels']} channels, and the job brings {brought}"
         )
     rows = 2 if plan.guided else 1
     embeds = conditioning.prompt_embeds
@@ -57,6 +58,9 @@ def check_job(
         _check_shape(name, tensor, (rows, None))
     if mask is not None:
         _check_shape("mask", mask, (1, 1, *latent_shape[2:]))
+    if masked is not None:
+        _check_shape("masked picture", masked, latent_shape)
+        check_finite(masked, plan, "the latents of the masked picture have")
     if hint is not None:
         _check_shape("control map", hint.image, (1, 3, plan.height, plan.width))
         check_finite(hint.image, plan, "the control map has")

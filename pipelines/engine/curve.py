@@ -79,12 +79,12 @@ def trial_batch(denoiser: Denoiser, key: BatchKey, pooled: int, rows: int) -> St
 
     Args:
         denoiser: the UNet.
-        key: shapes of latents and context.
+        key: shapes of latents and context; channels are the UNet's.
         pooled: width of SDXL's pooled embeddings; 0 for SD.
         rows: how many.
     """
     config, generator = denoiser.config, torch.Generator().manual_seed(0)
-    shapes = {"sample": key.latent_shape, "prompt_embeds": key.context_shape}
+    shapes = {"sample": (config["in_channels"], *key.latent_shape[1:]), "prompt_embeds": key.context_shape}
     if pooled:
         ids = (config["projection_class_embeddings_input_dim"] - pooled) // config["addition_time_embed_dim"]
         shapes |= {"text_embeds": (pooled,), "time_ids": (ids,)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,10 @@ class DenoiseJob:
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loras: Mixture = ()
     hint: ControlHint | None = None
+    beside: torch.Tensor | None = None
+    """`[elements]` float32: channels that a UNet for inpainting reads behind the latents' own at every tick."""
+    mask: torch.Tensor | None = None
+    """`[1, 1, height, width]` on the host: of a part that stays, for the next stage."""
     previews: bool = False
     """Whether its latents are wanted after every tick."""
     _told: tuple[Told, Told] | None = field(default=None, init=False, repr=False)
@@ -70,6 +74,12 @@ class DenoiseJob:
     def batch_key(self) -> BatchKey:
         """What another job must share to ride in the same tick."""
         return BatchKey(self.course.shape[1:], tuple(self.conditioning.prompt_embeds.shape[1:]))
+
+    @property
+    def row(self) -> Sequence[torch.Tensor]:
+        """What the UNet sees of each row next, float32: flat tensors, one behind the other."""
+        own = self.course.model_input().view(-1)
+        return [own] if self.beside is None else [own, self.beside]
 
     @property
     def latents(self) -> torch.Tensor:
@@ -111,7 +121,7 @@ class DenoiseJob:
     def send(self, device: torch.device) -> None:
         """Move everything the ticks need to `device`, before the first."""
         self.course.send(device)
-
+        self.beside = send(self.beside, device) if self.beside is not None else None
         embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
         self.conditioning = Conditioning(send(embeds, device), send(pooled, device) if pooled is not None else None)
         self.added_conditions = {name: send(tensor, device) for name, tensor in self.added_conditions.items()}
@@ -140,7 +150,7 @@ class Fetched:
         """
         latents = self.preview()
         check_finite(latents.values, self.job.plan, "the latents have")
-        return latents
+        return replace(latents, mask=self.job.mask)
 
     def preview(self) -> Latents:
         """The same before the last tick, whatever the values."""

@@ -28,7 +28,8 @@ def row_bytes(config: Mapping[str, Any], dtype: torch.dtype, key: BatchKey) -> i
     Args:
         config: the UNet's `config.json`.
         dtype: of the computation.
-        key: the row's latent shape `(channels, height, width)` and context shape `(tokens, features)`.
+        key: the row's latent shape `(channels, height, width)` and context shape `(tokens, features)`. A UNet for
+            inpainting reads more channels than its latents have; the configuration says how many.
     """
     from diffusers import UNet2DConditionModel  # brings transformers and scipy, which an engine does not need
 
@@ -36,7 +37,7 @@ def row_bytes(config: Mapping[str, Any], dtype: torch.dtype, key: BatchKey) -> i
         unet = UNet2DConditionModel.from_config(dict(config))
         for parameter in unet.parameters():  # `.to(dtype)` would warn about modules kept in float32, of which none are
             parameter.data = parameter.data.to(dtype)
-        sample = torch.empty(1, *key.latent_shape, dtype=dtype)
+        sample = torch.empty(1, config["in_channels"], *key.latent_shape[1:], dtype=dtype)
         context = torch.empty(1, *key.context_shape, dtype=dtype)
         added = None
         if config.get("addition_embed_type") == "text_time":

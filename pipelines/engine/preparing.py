@@ -72,21 +72,27 @@ class JobMaker:
             latents = latents.enlarged(plan.enlargement.upscaler, shape)
         begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
         mask = latents.mask.to(dtype) if latents is not None and latents.mask is not None else None
-        check_job(plan, begin, conditioning, added, mask, hint, shape, self._denoiser.config)
+        masked = latents.masked.to(dtype) if latents is not None and latents.masked is not None else None
+        check_job(plan, begin, conditioning, added, mask, masked, hint, shape, self._denoiser.config)
         mixture = self._loras.mixture(plan)
         _stop_unless(wanted)
-        table = self._tables.get(plan.sampler, plan.schedule, mask is not None)
+        table = self._tables.get(plan.sampler, plan.schedule, mask is not None and not plan.reads_mask)
         _stop_unless(wanted)
         generator = make_generator(plan.seed, latents.generator_state if latents else None)
+        from_text = latents is None or (plan.reads_mask and plan.schedule.strength is None)
         course: Course
         if table is None:
-            course = self._by_sampler(plan, latents is None, begin, mask, generator)
+            course = self._by_sampler(plan, from_text, begin, mask, generator)
         else:
-            course = self._by_table(table, plan, latents is None, begin, mask, generator, wanted)
+            course = self._by_table(table, plan, from_text, begin, mask, generator, wanted)
         embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
         conditioning = Conditioning(pinned(embeds, device), pinned(pooled, device) if pooled is not None else None)
         added = {name: pinned(tensor, device) for name, tensor in added.items()}
-        return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, hint)
+        beside = None
+        if plan.reads_mask and mask is not None and masked is not None:
+            beside = pinned(torch.cat([mask.flatten(), masked.flatten()]).float(), device)
+        stays = None if plan.reads_mask else mask
+        return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, hint, beside, stays)
 
     def _by_table(
         self,
@@ -147,20 +153,25 @@ def _begin(
     """The latents of the first tick, and what stays of a picture that has a mask.
 
     Draws come in the order of diffusers' text, image and inpainting pipelines. The last one encodes the masked picture
-    too, whatever the UNet reads, so one draw of it is passed over; and at strength 1 it begins from noise alone.
+    too, whatever the UNet reads, so one draw of it is passed over; and at strength 1 it begins from noise alone. What
+    another stage began goes on from its latents, which are the picture too: what stays of it has no noise any more.
+    A UNet for inpainting draws all of its latents: it reads itself what stays.
     """
 
     def draw() -> torch.Tensor:
         return draw_noise(picture.shape, generator, picture.dtype)
 
     if from_text:
-        return draw() * init_noise_sigma, None
+        begin = draw() * init_noise_sigma
+        if plan.reads_mask:
+            draw()
+        return begin, None
     if plan.schedule.strength is None:
-        return picture, None
+        return picture, None if mask is None else Kept(picture, draw(), mask)
     noise = draw()
     if mask is None:
         return noised(picture, noise), None
     draw()
     filled = torch.where(mask > 0.5, draw(), picture) if plan.inpaint and plan.inpaint.fill == "noise" else picture
     begin = noise * init_noise_sigma if plan.schedule.strength == 1 else noised(filled, noise)
-    return begin, Kept(picture, noise, mask)
+    return begin, None if plan.reads_mask else Kept(picture, noise, mask)

@@ -31,17 +31,18 @@ class RowStack:
             timesteps: of every row, `[rows]`.
             control: where residuals come from.
         """
-        sample = torch.cat([job.course.model_input() for job in jobs for _ in range(job.rows)])
+        sample = torch.cat([part for job in jobs for _ in range(job.rows) for part in job.row])
         self._stack_conditions(jobs)
+        channels, height, width = jobs[0].course.shape[1:]
         batch = StepBatch(
-            sample=sample.view(-1, *jobs[0].course.shape[1:]).to(self._dtype),
+            sample=sample.view(len(timesteps), -1, height, width).to(self._dtype),
             timesteps=timesteps,
             prompt_embeds=self._embeds,
             added_conditions=self._added,
             loras=[job.loras for job in jobs for _ in range(job.rows)],
         )
         hints = [job.hint for job in jobs for _ in range(job.rows)]
-        return replace(batch, controlled=_start(control, batch, hints)) if any(hints) else batch
+        return replace(batch, controlled=_start(control, batch, channels, hints)) if any(hints) else batch
 
     def _stack_conditions(self, jobs: Sequence[DenoiseJob]) -> None:
         told = [job.told for job in jobs]
@@ -59,15 +60,20 @@ def _repeated(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
     return embeds if times == 1 else embeds.repeat(1, times, 1)
 
 
-def _start(control: ControlSource | None, batch: StepBatch, hints: Sequence[ControlHint | None]) -> ControlledRows:
-    """Ask for the residuals of every row that has a hint, in one call, without waiting for them."""
+def _start(
+    control: ControlSource | None, batch: StepBatch, channels: int, hints: Sequence[ControlHint | None]
+) -> ControlledRows:
+    """Ask for the residuals of every row that has a hint, in one call, without waiting for them.
+
+    A ControlNet sees the first `channels`, of the latents alone, also beside a UNet for inpainting.
+    """
     if control is None:
         raise ValueError("a job brought a control hint, but this engine has no ControlNet")
     rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
     own = [hint for hint in hints if hint is not None]
     request = ControlBatch(
         uses=tuple((HintUse(hint.ref),) for hint in own),
-        sample=take_rows(batch.sample, rows),
+        sample=take_rows(batch.sample, rows)[:, :channels],
         timesteps=take_rows(batch.timesteps, rows),
         prompt_embeds=take_rows(batch.prompt_embeds, rows),
         **{name: take_rows(tensor, rows) for name, tensor in batch.added_conditions.items()},

@@ -18,9 +18,9 @@ from pipelines.library.names import Names
 from pipelines.library.names import slug as slug_of
 from pipelines.library.shapes import CONTEXTS, UNetFacts, weights_of
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
+from pipelines.weights.kinds.models import LATENT_CHANNELS
 
 MODELS = ("checkpoint", "unet")
-LATENTS = 4
 
 
 def _sizes(text: str) -> tuple[Size, ...]:
@@ -117,12 +117,32 @@ class _Extension:
         facts = _facts_of(file)
         for model in self._catalog.available_models():
             if not model.requires_controlnet and self._facts[model.unet].same(facts):
-                return _Kin(model, self._catalog.component(model.unet))
-        if report.channels != LATENTS:
-            raise _Unserved(_channels(report.channels))
+                kin = _Kin(model, self._catalog.component(model.unet))
+                self._check_channels(facts, kin)
+                return kin
+        self._check_channels(facts, None)
         if report.base is None or report.context != CONTEXTS.get(report.base):
             raise _Unserved(f"{report.reason}; it is built like no published model, and like none of the catalog's")
         return None
+
+    def _latents(self, kin: _Kin | None) -> int:
+        """Channels of the latents of the catalog's model."""
+        if kin is None:
+            return LATENT_CHANNELS
+        channels = self._facts[kin.unet.id].channels
+        known = self._facts[kin.unet.id].first is not None
+        return (channels - 1) // 2 if kin.unet.inpainting and known else channels
+
+    def _check_channels(self, facts: UNetFacts, kin: _Kin | None) -> None:
+        """A UNet takes latents, or with them a mask and the masked picture."""
+        latents, channels = self._latents(kin), facts.channels
+        if channels in (latents, 2 * latents + 1):
+            return
+        if channels == 2 * latents:
+            raise _Unserved(
+                f"a model that edits pictures by instructions, whose UNet takes {channels} channels; it is not served"
+            )
+        raise _Unserved(f"its UNet takes {channels} channels, and latents have {latents}")
 
     def _add(self, file: LibraryFile, kin: _Kin | None, known: dict[str, str]) -> None:
         """The components and the model of a file."""
@@ -140,11 +160,12 @@ class _Extension:
             dtype=kin.unet.dtype if kin else "float16",
             architecture=base,
             text_encoders=kin.unet.text_encoders if kin else ((0, 1) if family == "sdxl" else (0,)),
+            inpainting=_facts_of(file).channels != self._latents(kin),
             force_zeros_for_empty_prompt=_zeros(file, zeros),
             scheduler=file.override.scheduler,
         )
         text_encoder = self._shared(file, "text_encoder", unet, kin, slug)
-        vae = self._shared(self._vae_file(file) or file, "vae", unet, kin, slug)
+        vae = self._shared(self._vae_file(file, self._latents(kin)) or file, "vae", unet, kin, slug)
         model = self._model(file, kin, unet, text_encoder, vae)
         self._components += [unet, *(c for c in (text_encoder, vae) if c not in self._components)]
         self._models.append(model)
@@ -213,7 +234,7 @@ class _Extension:
         alike = (other for other in self._components if (other.kind, other.family) == (own.kind, own.family))
         return next((o for o in alike if digest and self._digests.of(weights_of(o), part) == digest), None)
 
-    def _vae_file(self, file: LibraryFile) -> LibraryFile | None:
+    def _vae_file(self, file: LibraryFile, latents: int) -> LibraryFile | None:
         """The VAE that a file's `.yaml` asks for."""
         wanted = file.override.vae
         if wanted is None:
@@ -225,10 +246,8 @@ class _Extension:
             raise _Unserved(
                 f"{Path(file.path).stem}.yaml: vae '{wanted}' is not in the library, whose VAEs are {names}"
             )
-        if found.report.channels != file.report.channels:
-            raise _Unserved(
-                f"its latents have {file.report.channels} channels, those of vae '{wanted}' {found.report.channels}"
-            )
+        if found.report.channels != latents:
+            raise _Unserved(f"its latents have {latents} channels, those of vae '{wanted}' {found.report.channels}")
         return found
 
 
@@ -288,14 +307,6 @@ def _defaults(kin: ModelDefaults | None, size: Size, edm: bool, file: LibraryFil
         begin["sampler"] = "EDM_Euler"
     defaults = ModelDefaults(**begin | said)
     return defaults.model_copy(update={"sampler": SAMPLER_CHOICES.resolve(defaults.sampler)})
-
-
-def _channels(channels: int | None) -> str:
-    if channels == 9:
-        return "an inpainting model, whose UNet takes 9 channels: it needs a mask, which requests here cannot bring"
-    if channels == 8:
-        return "a model that edits pictures by instructions, whose UNet takes 8 channels; it is not served"
-    return f"its UNet takes {channels} channels, and latents have {LATENTS}"
 
 
 def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[LibraryFile]:

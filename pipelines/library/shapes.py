@@ -15,7 +15,7 @@ from config.catalog import ROOT, Architecture, Catalog, ComponentSpec
 from config.sources import CheckpointSource, FolderSource
 from pipelines.library.files import LibraryFile
 from pipelines.weights.headers import Tensor, read_header
-from pipelines.weights.kinds.models import UNET_PREFIXES
+from pipelines.weights.kinds.models import LATENT_CHANNELS, UNET_PREFIXES
 from pipelines.weights.kinds.unets import read_unet
 
 Shape = tuple[int, ...]
@@ -38,11 +38,18 @@ class UNetFacts:
         architecture: the published one it is built like, None for any other.
         context: width of the text states it reads.
         shapes: of all its tensors, None where they are not on this machine.
+        first: of its first layer's weights among them, which tells how many channels it takes.
     """
 
     architecture: Architecture | None
     context: int | None
     shapes: Counter[Shape] | None
+    first: Shape | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels it takes; of one whose weights are not here, as many as published latents have."""
+        return LATENT_CHANNELS if self.first is None else self.first[1]
 
     @property
     def text_width(self) -> int | None:
@@ -56,7 +63,7 @@ class UNetFacts:
         if unet is None:
             return None
         own = (tensor.shape for name, tensor in tensors.items() if name.startswith(unet.prefix))
-        return cls(unet.base, unet.context, Counter(own))
+        return cls(unet.base, unet.context, Counter(own), unet.first)
 
     @classmethod
     def of_component(cls, spec: ComponentSpec) -> UNetFacts:
@@ -67,10 +74,16 @@ class UNetFacts:
         return cls.of_tensors(tensors) or cls(spec.architecture, None, None)
 
     def same(self, other: UNetFacts) -> bool:
-        """Whether one configuration fits both."""
+        """Whether one configuration fits both, but for the channels that they take."""
         if self.architecture is not None or other.architecture is not None:
             return self.architecture == other.architecture
-        return self.shapes is not None and self.shapes == other.shapes
+        return self.shapes is not None and other.shapes is not None and self._behind_first == other._behind_first
+
+    @property
+    def _behind_first(self) -> Counter[Shape]:
+        assert self.shapes is not None
+        assert self.first is not None
+        return self.shapes - Counter([self.first]) + Counter([(self.first[0], 0, *self.first[2:])])
 
 
 def weights_of(spec: ComponentSpec) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import read_alpha, read_image, read_whole_image
-from pipelines.plan import InpaintPlan
+from pipelines.plan import GenerationPlan, InpaintPlan
 
 if TYPE_CHECKING:
     from pipelines.sampling.latents import LatentSpace
@@ -60,6 +60,12 @@ class Canvas:
         )
         return cls(picture, grey, box, part, part_mask.convert("L"))
 
+    @classmethod
+    def blank(cls, picture: Image.Image) -> Canvas:
+        """A picture that is repainted all over, without a mask of its own."""
+        white = Image.new("L", picture.size, 255)
+        return cls(picture, white, None, picture, white)
+
     def lay_in(self, drawn: Image.Image) -> Image.Image:
         """The picture with the drawn part in it: as it was, to the bit, wherever the mask is black."""
         from diffusers.image_processor import VaeImageProcessor
@@ -73,6 +79,26 @@ class Canvas:
         grey = self.part_mask.tobytes()
         rows = (grey[begin : begin + width : step] for begin in range(0, len(grey), width * step))
         return [[value >= REPAINTED for value in row] for row in rows]
+
+
+def canvas_of(plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Canvas | None:
+    """The canvas of a request with a mask, None for any other; raises as `Canvas.create`."""
+    inpaint = plan.stages[0].inpaint
+    if inpaint is None or image is None or mask is None:
+        return None
+    return Canvas.create(image, mask, inpaint, plan.width, plan.height)
+
+
+def read_start(plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> tuple[Image.Image, Canvas | None]:
+    """What the VAE encodes before the first stage: a picture, RGB of the plan's size, and which part of it is drawn.
+
+    Without a mask a UNet for inpainting repaints all of it; without a picture either, of a grey one.
+    """
+    if canvas := canvas_of(plan, image, mask):
+        return canvas.part, canvas
+    size = (plan.width, plan.height)
+    picture = Image.new("RGB", size) if image is None else read_image(image, "image", *size)
+    return picture, Canvas.blank(picture) if plan.stages[0].reads_mask else None
 
 
 def mask_of_holes(data: bytes, param: str) -> bytes:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.errors import NonFiniteError
 from pipelines.pictures.masks import Canvas
+from pipelines.plan import GenerationPlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
 from pipelines.torch_compat import ran_out_of_memory
 from pipelines.transfers import Fetching, fetch, pinned, send
@@ -53,6 +54,9 @@ class VAE:
         self._tile_above_pixels = tile_above_pixels
         self.space = space
         self._processor = VaeImageProcessor(vae_scale_factor=self.space.downscale)
+        self._mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.space.downscale, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
 
     def encode(self, image: Image.Image, seed: int, canvas: Canvas | None = None) -> Latents:
         """Latents of an RGB picture, sampled with the job's generator, whose state goes on with them.
@@ -73,18 +77,52 @@ class VAE:
         """A rough picture of unfinished latents, at most 32 latents and 256 pixels a side, for progress."""
         return self.begin_preview(latents).result()
 
+    def begin_start(self, plan: GenerationPlan, image: Image.Image, canvas: Canvas | None) -> Fetching[Latents]:
+        """What the first stage of a plan begins from, queued on the device; see `read_start` for picture and canvas."""
+        first = plan.stages[0]
+        if not first.reads_mask:
+            return self.begin_encoding(image, plan.seed, canvas)
+        assert canvas is not None, "a UNet for inpainting always has a mask"
+        return self.begin_encoding_masked(canvas, plan.seed, from_noise=first.schedule.strength in (None, 1))
+
     @torch.inference_mode()
     def begin_encoding(self, image: Image.Image, seed: int, canvas: Canvas | None = None) -> Fetching[Latents]:
         """`encode`, queued on the device."""
-        device = self._model.device
-        pixels = send(pinned(self._processor.preprocess(image).to(self._model.dtype), device), device)
         generator = make_generator(seed)
-        encoded = self._in_tiles_if_it_must(image.width * image.height, lambda: self._model.encode(pixels))
-        spread = encoded.latent_dist
+        values = self._sampled(self._processor.preprocess(image), generator)
+        mask = self._latent_mask(canvas, values.dtype) if canvas else None
+        return Fetching(self._model.device, lambda: Latents(values, generator.get_state(), mask))
+
+    @torch.inference_mode()
+    def begin_encoding_masked(self, canvas: Canvas, seed: int, from_noise: bool) -> Fetching[Latents]:
+        """What a UNet for inpainting reads of a canvas, queued on the device.
+
+        Draws come in the order of diffusers' inpainting pipelines: the picture, unless all begins `from_noise` and
+        nobody reads its latents; the noise, which the engine draws; the masked picture, for which the engine passes
+        over one draw.
+        """
+        pixels, generator = self._processor.preprocess(canvas.part), make_generator(seed)
+        stays = 1 - self._mask_processor.preprocess(canvas.part_mask)
+        values = None if from_noise else self._sampled(pixels, generator)
+        state = generator.get_state()
+        draw_noise(self.space.shape(*canvas.part.size), generator, self._model.dtype)
+        masked = self._sampled(pixels * stays, generator)
+        mask = self._latent_mask(canvas, masked.dtype)
+        begin = masked if values is None else values
+        return Fetching(self._model.device, lambda: Latents(begin, state, mask, masked))
+
+    def _sampled(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Latents of pixels `[1, 3, height, width]` in -1..1, on their way to the host."""
+        device = self._model.device
+        sent = send(pinned(pixels.to(self._model.dtype), device), device)
+        size = pixels.shape[-1] * pixels.shape[-2]
+        spread = self._in_tiles_if_it_must(size, lambda: self._model.encode(sent)).latent_dist
         noise = send(pinned(draw_noise(spread.mean.shape, generator, spread.mean.dtype), device), device)
-        values = fetch(self.space.normalise(spread.mean + spread.std * noise))
-        mask = torch.tensor(canvas.latent_mask(self.space))[None, None].to(values.dtype) if canvas else None
-        return Fetching(device, lambda: Latents(values, generator.get_state(), mask))
+        return fetch(self.space.normalise(spread.mean + spread.std * noise))
+
+    def _latent_mask(self, canvas: Canvas, dtype: torch.dtype) -> torch.Tensor:
+        """`[1, 1, height, width]`, 1 where latents are drawn."""
+        return torch.tensor(canvas.latent_mask(self.space))[None, None].to(dtype)
 
     @torch.inference_mode()
     def begin_decoding(self, latents: Latents) -> Fetching[Image.Image]:

@@ -81,6 +81,8 @@ class Latents(TensorBundle):
     """`[bytes]` uint8, None before anything was drawn."""
     mask: torch.Tensor | None = None
     """`[1, 1, height, width]`: 1 where a picture is repainted, 0 where it stays; None where there is no such thing."""
+    masked: torch.Tensor | None = None
+    """`[1, channels, height, width]`: of the picture, grey where it is repainted, which UNets for inpainting read."""
 
     def enlarged(self, method: str, shape: Sequence[int]) -> Latents:
         """These, interpolated to `shape` by one of `LATENT_METHODS`, with no noise drawn yet: as A1111's hires fix."""

@@ -98,6 +98,12 @@ def _text_names(header: Header) -> Rename:
     return rename
 
 
+def channels_taken(path: Path) -> dict[str, Any]:
+    """How many channels the UNet of a checkpoint takes, as its settings: a UNet for inpainting has more."""
+    net = read_unet(read_header(path).tensors, UNET_PREFIXES)
+    return {} if net is None else {"in_channels": net.channels}
+
+
 def schedule_marks(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its schedule by tensors whose names alone mean something, as scheduler settings.
 

@@ -15,7 +15,7 @@ from pipelines.errors import WeightsError
 from pipelines.plan import EmbeddingUse, LoraUse
 from pipelines.weights import checks
 from pipelines.weights.architectures import settings
-from pipelines.weights.checkpoints import schedule_marks
+from pipelines.weights.checkpoints import channels_taken, schedule_marks
 from pipelines.weights.sources import fetch
 from pipelines.weights.versions import version_of
 
@@ -161,6 +161,9 @@ def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any
         path = files.root / part / (f"{kind}_config.json" if kind else "config.json")
         checks.check_file(files.what, files.root, path)
         config = json.loads(path.read_text())
+        if files.checkpoint is not None and spec.kind == "unet" and part == files.folders[0]:
+            files.check_checkpoint(files.checkpoint)
+            config |= channels_taken(files.checkpoint)
     if part != "scheduler":
         return config
     if files.checkpoint is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
-from PIL import Image, ImageDraw, ImageFilter
+from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
+from PIL import Image, ImageDraw
 
 from config.catalog import Catalog
 from pipelines.errors import InvalidValueError
@@ -18,11 +18,10 @@ from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
 from pipelines.sampling.samplers import SAMPLERS
 from pipelines.text2image import Text2Image
-from tests.parity import oracle
+from tests.parity import oracle, repainting
+from tests.parity.repainting import picture, png
 
-PIPELINES = {"SD1.5": StableDiffusionInpaintPipeline, "SDXL1.0-base": StableDiffusionXLInpaintPipeline}
 SIZE = {"SD1.5": 128, "SDXL1.0-base": 256}
-FIELDS: dict[str, Any] = {"prompt": "a fox", "seed": 5, "steps": 6, "cfg_scale": 5.0, "strength": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -30,65 +29,12 @@ def text2image(catalog: Catalog) -> Text2Image:
     return Text2Image(catalog)
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def picture(photo: bytes, side: int) -> Image.Image:
-    return Image.open(io.BytesIO(photo)).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-
-
-def disc(side: int) -> Image.Image:
-    """A mask: white in the middle, black around it."""
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).ellipse((side // 4, side // 3, side * 3 // 4, side * 5 // 6), fill=255)
-    return mask
-
-
 def fields(model: str, photo: bytes, **changes: Any) -> dict[str, Any]:
-    side = SIZE[model]
-    base = {"sampler": "Euler a", "image": png(picture(photo, side)), "mask_image": png(disc(side))}
-    return {"model_name": model, "width": side, "height": side} | FIELDS | base | changes
-
-
-def repainted(request: dict[str, Any]) -> np.ndarray:
-    """diffusers' picture, laid into the one that was sent as its own `padding_mask_crop` does."""
-    pipe = oracle._scheduled(
-        oracle.pipeline(oracle.PIPELINES[request["model_name"]][0], PIPELINES[request["model_name"]]),
-        request["sampler"],
-        request["seed"],
-    )
-    image, mask = (Image.open(io.BytesIO(request[name])) for name in ("image", "mask_image"))
-    if blur := request.get("mask_blur"):
-        mask = mask.filter(ImageFilter.GaussianBlur(blur))
-    crop = 32 if request.get("inpaint_area") == "masked" else None
-    result = pipe(
-        prompt=request["prompt"],
-        image=image,
-        mask_image=mask,
-        width=request["width"],
-        height=request["height"],
-        strength=request["strength"],
-        num_inference_steps=request["steps"],
-        guidance_scale=request["cfg_scale"],
-        generator=torch.Generator().manual_seed(request["seed"]),
-        padding_mask_crop=crop,
-    ).images[0]
-    return np.asarray(result if crop else pipe.image_processor.apply_overlay(mask, image, result))
+    return repainting.fields(model, photo, SIZE[model], **changes)
 
 
 def check(ours: Image.Image, request: dict[str, Any]) -> None:
-    """As diffusers', changed where the mask is white, and untouched where it is black."""
-    pixels, expected = np.asarray(ours).astype(int), repainted(request).astype(int)
-    assert pixels.shape == expected.shape
-    assert np.abs(pixels - expected).max() <= 1
-    sent = np.asarray(Image.open(io.BytesIO(request["image"]))).astype(int)
-    mask = Image.open(io.BytesIO(request["mask_image"]))
-    black = np.asarray(mask.filter(ImageFilter.GaussianBlur(request.get("mask_blur", 0)))) == 0
-    assert np.array_equal(pixels[black], sent[black])
-    assert np.abs(pixels - sent)[np.asarray(mask) == 255].mean() > 5
+    repainting.check(ours, oracle.PIPELINES[request["model_name"]][0], request)
 
 
 @pytest.mark.parametrize("sampler", sorted(oracle.SCHEDULERS))
@@ -98,7 +44,7 @@ def test_every_sampler_keeps_what_is_black(text2image: Text2Image, photo: bytes,
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-@pytest.mark.parametrize("model", sorted(PIPELINES))
+@pytest.mark.parametrize("model", sorted(SIZE))
 def test_strength(text2image: Text2Image, photo: bytes, model: str, strength: float) -> None:
     request = fields(model, photo, strength=strength, sampler="DPM++ 2M Karras")
     check(text2image.generate(GenerationParams(**request)).image, request)
@@ -109,7 +55,7 @@ def test_a_blurred_mask(text2image: Text2Image, photo: bytes) -> None:
     check(text2image.generate(GenerationParams(**request)).image, request)
 
 
-@pytest.mark.parametrize("model", sorted(PIPELINES))
+@pytest.mark.parametrize("model", sorted(SIZE))
 def test_the_masked_area_alone_is_drawn_and_laid_into_a_picture_of_any_size(
     text2image: Text2Image, photo: bytes, model: str
 ) -> None:
@@ -120,11 +66,6 @@ def test_the_masked_area_alone_is_drawn_and_laid_into_a_picture_of_any_size(
     ours = text2image.generate(GenerationParams(**request)).image
     assert ours.size == (400, 301)
     check(ours, request)
-
-
-def test_a_sampler_without_a_table(text2image: Text2Image, photo: bytes) -> None:
-    request = fields("SD1.5", photo, sampler="DDIM", steps=400)
-    check(text2image.generate(GenerationParams(**request)).image, request)
 
 
 @pytest.mark.parametrize("fill", ["original", "noise"])
@@ -165,6 +106,31 @@ def test_eight_jobs_with_and_without_masks_share_ticks(text2image: Text2Image, p
             strength = {} if given else {"strength": None}
             expected = oracle.draw(**usual | given | strength)
             assert np.abs(np.asarray(drawn.image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SD1.5-inpainting"])
+def test_a_controlnet_steers_what_is_repainted(
+    inpainting_catalog: Catalog, inpainting_models: Path, photo: bytes, name: str
+) -> None:
+    """A ControlNet sees the latents alone, also where the UNet reads nine channels."""
+    data = inpainting_catalog.model_dump()
+    steered = next(model for model in data["models"] if model["name"] == "SD1.5-ControlNet")
+    steered["unet"] = inpainting_catalog.model(name).unet
+    for component in data["components"]:
+        if component["base"] == "unet-sd15":
+            component["base"] = steered["unet"]
+    request = fields("SD1.5", photo) | {"model_name": "SD1.5-ControlNet"}
+    control = {"controlnet_name": "canny", "controlnet_image": request["image"], "controlnet_preprocess": False}
+    ours = Text2Image(Catalog.model_validate(data)).generate(GenerationParams(**request, **control)).image
+    folder: str | Path = "sd15" if name == "SD1.5" else inpainting_models / name
+    usual = repainting.inpainting_pipeline(folder, request)
+    net = ControlNetModel.from_pretrained(oracle.TINY / "controlnet-sd15-canny")
+    parts = usual.components | {"controlnet": net}
+    pipe = StableDiffusionControlNetInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    more = {"control_image": picture(photo, 128), "controlnet_conditioning_scale": 1.0}
+    repainting.check(ours, folder, request, repainting.repainted(folder, request, pipe=pipe, **more))
+    assert np.abs(np.asarray(ours).astype(int) - repainting.repainted(folder, request)).max() > 1
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import read_config
 from pipelines.weights.loading import load_model
+from tests.parity import repainting
 
 SIZE = {"unet-sd15": 128, "unet-sd2": 128, "unet-sdxl-base": 256, "unet-ssd": 256, "unet-sdxl-turbo": 256}
 SIZE |= {"refiner-sdxl": 256}
@@ -215,6 +216,23 @@ def test_whole_pictures_equal_torchs(sized: Catalog, text2image: Text2Image, pho
     ours, theirs = (np.asarray(picture.image).astype(int) for picture in (compiled, plain))
     assert theirs.std() > 10
     assert np.abs(ours - theirs).max() <= 2
+
+
+@pytest.mark.slow
+def test_a_unet_for_inpainting(inpainting_catalog: Catalog, photo: bytes, tmp_path: Path) -> None:
+    """Its mask and its masked picture are channels of the sample like any other."""
+    name, size = "SD1.5-inpainting", Size(width=128, height=128)
+    model = inpainting_catalog.model(name).model_copy(update={"tvm_sizes": (size,)})
+    others = tuple(other for other in inpainting_catalog.models if other.name != name)
+    small = inpainting_catalog.model_copy(update={"models": (model, *others)})
+    cache, key = ArtifactCache(tmp_path), artifact_key(small, model.unet, 128, 128, 2, False, best_level())
+    assert all(made for _, _, made in compile_all(cache, {key: read_config(small.component(model.unet))}, 1))
+    compiled = load_compiled(small, model.unet, cache)
+    assert compiled is not None
+    text2image, request = Text2Image(small, compiled=[compiled]), repainting.fields(name, photo, 128)
+    ours, theirs = (text2image.generate(GenerationParams(**request, backend=b)) for b in ("tvm", "torch"))
+    assert (ours.plan.stages[0].backend, theirs.plan.stages[0].backend) == ("tvm", "torch")
+    assert np.abs(np.asarray(ours.image).astype(int) - np.asarray(theirs.image)).max() <= 2
 
 
 def test_two_jobs_share_a_padded_batch(text2image: Text2Image) -> None:

@@ -33,6 +33,11 @@ def test_shipped_configurations_have_the_published_number_of_parameters(componen
     assert parameters(Catalog.load("hub").component(component)) == PUBLISHED[component]
 
 
+def test_a_unet_for_inpainting_has_a_wider_first_layer() -> None:
+    spec = Catalog.load("hub").component("unet-sd15").model_copy(update={"inpainting": True})
+    assert parameters(spec) == [PUBLISHED["unet-sd15"][0] + 5 * 320 * 9], "859.54 million, as published"
+
+
 def test_a_folder_is_counted_from_its_own_configuration(catalog: Catalog, tiny_models: Path) -> None:
     spec = catalog.component("vae-sd15")
     vae = AutoencoderKL.from_pretrained(tiny_models / "sd15", subfolder="vae").eval()

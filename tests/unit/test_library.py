@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,9 @@ from config.catalog import Catalog, CatalogError
 from config.library import MAX_NAME
 from pipelines.library.files import LibraryFolders
 from pipelines.library.library import Library, extend
+from pipelines.plan import GenerationParams
+from pipelines.text2image import Text2Image
+from pipelines.weights.files import read_config
 from tests.support import original_layout
 from tests.support.library import LORA, UNET, extended, put, read, reasons, settled, write
 
@@ -170,17 +174,39 @@ def test_files_that_cannot_be_served_say_why(catalog: Catalog, tiny_models: Path
     state = {f"lora_unet_x.{part}.weight": torch.zeros(4, 4) for part in ("lora_down", "lora_up")}
     save_file(state, library / "flux.safetensors")
     settled(library / "flux.safetensors")
-    inpainting = load_file(tiny_models / "sd15" / UNET)
-    inpainting["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
-    save_file(inpainting, library / "nine.safetensors")
-    settled(library / "nine.safetensors")
+    for name, channels in (("edits", 8), ("odd", 7)):
+        unet = load_file(tiny_models / "sd15" / UNET)
+        unet["conv_in.weight"] = torch.zeros(32, channels, 3, 3)
+        save_file(unet, library / f"{name}.safetensors")
+        settled(library / f"{name}.safetensors")
     told = reasons(read(catalog, library, memory))
     assert "bytes of its tensors are missing; copy it again" in told["half.safetensors"]
     assert told["zero.safetensors"] == "it is empty"
     assert "pickle" in told["pickle.ckpt"]
     assert "a link that leads out of its folder" in told["link.safetensors"]
     assert "another family" in told["flux.safetensors"]
-    assert "9 channels" in told["nine.safetensors"]
+    assert "edits pictures by instructions, whose UNet takes 8 channels" in told["edits.safetensors"]
+    assert "takes 7 channels, and latents have 4" in told["odd.safetensors"]
+
+
+def test_models_for_inpainting(catalog: Catalog, inpainting_models: Path, library: Path, memory: Path) -> None:
+    """A whole folder, and a UNet alone that takes the rest, its configuration too, of the model it is built like."""
+    folder, small = inpainting_models / "SD1.5-inpainting", inpainting_models / "SDXL-inpainting" / UNET
+    shutil.copytree(folder, library / "paints")
+    put(small, library / "paints-large.safetensors")
+    found = read(catalog, library, memory)
+    assert not found.unserved
+    for name, like in (("paints", "SD1.5"), ("paints-large", "SDXL1.0-base")):
+        model, kin = found.model(name), found.model(like)
+        assert found.component(model.unet).inpainting
+        assert (model.text_encoder, model.vae, model.defaults) == (kin.text_encoder, kin.vae, kin.defaults)
+        assert read_config(found.component(model.unet))["in_channels"] == 9
+        assert {lora.name for lora in found.loras if model.unet in lora.bases} == {
+            lora.name for lora in found.loras if kin.unet in lora.bases
+        }
+    side = {"width": 256, "height": 256, "steps": 2, "seed": 1}
+    drawn = Text2Image(found).generate(GenerationParams(model_name="paints-large", prompt="a fox", **side))
+    assert np.asarray(drawn.image).std() > 10
 
 
 def test_a_link_out_of_a_models_folder_is_refused(

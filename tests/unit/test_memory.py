@@ -47,6 +47,12 @@ def test_the_peak_is_of_what_lives_together() -> None:
     assert counted.peak == 2 * 4000
 
 
+def test_a_unet_for_inpainting_reads_more_channels_than_its_latents_have() -> None:
+    config, key = dict(unet("sd15").config), SHAPES["sd15"]
+    more = row_bytes(config | {"in_channels": 9}, torch.float32, key) - row_bytes(config, torch.float32, key)
+    assert 0 <= more <= 5 * 32 * 32 * 4
+
+
 def test_larger_pictures_take_more_and_half_precision_half() -> None:
     config = unet("sd15").config
     small, large = BatchKey((4, 16, 16), (77, 32)), BatchKey((4, 64, 64), (77, 32))

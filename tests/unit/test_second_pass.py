@@ -139,3 +139,10 @@ def test_a_refiner_after_a_second_pass_is_told() -> None:
     plan = plan_of(enable_refiner=True)
     assert repeating(plan)[0]["enable_refiner"] is True
     assert "Refiner: refiner-sdxl, Refiner switch at: 0.8" in infotext(plan)
+
+
+def test_a_model_for_inpainting_has_none(inpainting_catalog: Catalog) -> None:
+    params = GenerationParams(model_name="SD1.5-inpainting", prompt="a fox", hires=HiresParams())
+    with pytest.raises(InvalidValueError, match="hires is not possible with SD1") as caught:
+        make_plan(params, inpainting_catalog)
+    assert caught.value.param == "hires"

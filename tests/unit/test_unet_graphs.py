@@ -168,10 +168,12 @@ def test_rows_that_only_fill_a_pass_are_reported(recorded: Text2Image) -> None:
     assert paddings[-1] == (3, 1), "recorded"
 
 
-@pytest.mark.parametrize("component", ["unet-sd15", "refiner-sdxl", "unet-sdxl-turbo"])
-def test_the_default_sizes_are_recorded_ahead(catalog: Catalog, capturer: FakeCapturer, component: str) -> None:
-    small = {"unet-sd15": (128, 128), "refiner-sdxl": (256, 256), "unet-sdxl-turbo": (256, 256)}[component]
-    data = catalog.model_dump()
+@pytest.mark.parametrize("component", ["unet-sd15", "unet-sd1.5-inpainting", "refiner-sdxl", "unet-sdxl-turbo"])
+def test_the_default_sizes_are_recorded_ahead(
+    inpainting_catalog: Catalog, capturer: FakeCapturer, component: str
+) -> None:
+    small = (256, 256) if "sdxl" in component else (128, 128)
+    data = inpainting_catalog.model_dump()
     for model in data["models"]:
         model["defaults"] |= {"width": small[0], "height": small[1]}
     part = Catalog.model_validate(data)
@@ -183,6 +185,7 @@ def test_the_default_sizes_are_recorded_ahead(catalog: Catalog, capturer: FakeCa
     assert captures == (3 if component == "refiner-sdxl" else 2), "one picture and two, guided or not"
     name, fields = {
         "unet-sd15": ("SD1.5", {"steps": 2}),
+        "unet-sd1.5-inpainting": ("SD1.5-inpainting", {"steps": 2}),
         "refiner-sdxl": ("SDXL1.0-base", {"steps": 4, "enable_refiner": True}),
         "unet-sdxl-turbo": ("SDXL-turbo", {"steps": 2, "cfg_scale": 0.0}),
     }[component]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from config.catalog import Catalog
 from pipelines.assembly import load_engine, load_text_encoders, load_vae
-from pipelines.errors import InvalidValueError, WeightsError
+from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import locate
@@ -112,16 +112,15 @@ def test_a_unet_whose_latents_are_not_its_vaes(catalog: Catalog, tiny_models: Pa
         load_engine(wrong, "unet-sd15", "cpu")
 
 
-def test_a_unet_for_inpainting_loads_and_refuses_plain_text(
-    catalog: Catalog, tiny_models: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_models / "sd15", tmp_path / "paints")
-    config = dict(UNet2DConditionModel.load_config(tmp_path / "paints" / "unet"))
-    UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(tmp_path / "paints" / "unet")
-    paints = Text2Image(with_source(catalog, "unet-sd15", folder=tmp_path / "paints"))
-    with pytest.raises(InvalidValueError, match="is a UNet for inpainting: it takes 9 channels") as caught:
-        paints.generate(GenerationParams(model_name="SD1.5", **SMALL))
-    assert caught.value.param == "model_name"
+def test_a_catalog_says_which_unets_are_for_inpainting(catalog: Catalog, inpainting_catalog: Catalog) -> None:
+    nine = inpainting_catalog.component("unet-sd1.5-inpainting").source
+    for component, source, channels, advice in (
+        ("unet-sd15", nine, 9, "`inpainting: true`"),
+        ("unet-sd1.5-inpainting", catalog.component("unet-sd15").source, 4, "`inpainting: false`"),
+    ):
+        wrong = with_source(inpainting_catalog, component, folder=source.folder)
+        with pytest.raises(WeightsError, match=f"component {component} reads {channels} channels: write {advice}"):
+            load_engine(wrong, component, "cpu")
 
 
 def test_a_distilled_unet_is_refused(catalog: Catalog, tiny_models: Path, tmp_path: Path) -> None:

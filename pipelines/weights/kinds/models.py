@@ -95,7 +95,7 @@ def _prediction(header: Header, unet: UNetShape) -> Prediction | None:
 
 def _unet_notes(unet: UNetShape, header: Header) -> Iterable[str]:
     if unet.channels == INPAINTING_CHANNELS:
-        yield "an inpainting UNet of 9 channels: it needs a mask"
+        yield "an inpainting UNet of 9 channels: it reads a mask; without one, all of the picture is masked"
     elif unet.channels == 2 * LATENT_CHANNELS:
         yield "a UNet of 8 channels, as InstructPix2Pix has: it needs a picture to edit"
     elif unet.channels != LATENT_CHANNELS:

@@ -28,8 +28,7 @@ class UNetShape:
     Attributes:
         prefix: stands before each of its tensors' names.
         layout: `original` or `diffusers`.
-        channels: of the latents it takes.
-        width: channels of its first layer.
+        first: shape of the weights of its first layer.
         context: width of the text states its attention reads, None without attention to text.
         added: whether it takes more than timestep and text: SDXL's pooled text and sizes.
         down: transformer blocks in each attention of the way down, in order.
@@ -38,12 +37,21 @@ class UNetShape:
 
     prefix: str
     layout: str
-    channels: int
-    width: int
+    first: tuple[int, ...]
     context: int | None
     added: bool
     down: tuple[int, ...]
     mid: int
+
+    @property
+    def channels(self) -> int:
+        """What it takes: the latents', and of a UNet for inpainting the mask's and the masked picture's."""
+        return self.first[1]
+
+    @property
+    def width(self) -> int:
+        """Channels that its first layer makes."""
+        return self.first[0]
 
     @property
     def base(self) -> Base | None:
@@ -123,8 +131,7 @@ def _shape(tensors: Tensors, prefix: str, names: _Names, first: Tensor) -> UNetS
     return UNetShape(
         prefix=prefix,
         layout=names.layout,
-        channels=first.shape[1],
-        width=first.shape[0],
+        first=first.shape,
         context=read[-1] if len(read) == 2 else None,
         added=prefix + names.added in tensors,
         down=tuple(_depths(own, names.down).values()),
