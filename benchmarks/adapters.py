@@ -83,7 +83,7 @@ class Bench:
                 height=self._side,
             )
             stage = make_plan(params, self._catalog).stages[0]
-            job = engine.prepare(str(index), stage, self._encoders.encode(stage), None, None)
+            job = engine.prepare(str(index), stage, self._encoders.encode(stage), None)
             if kind is not None:
                 made = adapter(kind, index, denoiser, shapes)
                 loras: Mixture = ((Adapter(made.name, made.layers) if hooks else made, 0.7),)

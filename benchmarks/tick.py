@@ -39,6 +39,7 @@ from pipelines.assembly import load_controlnets, load_engine, load_text_encoders
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.nets import ColocatedControl
 from pipelines.control.types import ControlHint
+from pipelines.control_plan import ControlUse
 from pipelines.engine.engine import StepEngine
 from pipelines.plan import GenerationParams, StagePlan
 from pipelines.planning import make_plan
@@ -79,9 +80,11 @@ class Bench:
         for index in range(jobs):
             stage = self.stage(index)
             hint = ControlHint(str(index), "controlnet-sdxl-union", 3, torch.rand(1, 3, 1024, 1024))
+            use = ControlUse(name="canny", component=hint.component, mode=hint.mode, preprocess=False)
+            hints = (hint,) if index < controlled else ()
+            stage = stage.model_copy(update={"controls": (use,) if hints else ()})
             self.jobs += 1
-            conditioning = self.encoders.encode(stage)
-            job = engine.prepare(str(self.jobs), stage, conditioning, None, hint if index < controlled else None)
+            job = engine.prepare(str(self.jobs), stage, self.encoders.encode(stage), None, hints)
             job.loras = loras
             engine.add(job)
 

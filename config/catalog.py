@@ -70,6 +70,7 @@ class ModelSpec(Spec):
     max_prompt_chunks: int = Field(default=16, ge=1)
     """A text longer than a text encoder's context is read in chunks of it; more than these are refused."""
     requires_controlnet: bool = False
+    """A name of the wire that is made for one control map; other models take any number of them, or none."""
     unavailable: str | None = None
     """Why this server does not serve the name, when it does not."""
 
@@ -85,7 +86,7 @@ class ModelSpec(Spec):
 
 
 class ControlNetSpec(Spec):
-    """A ControlNet of one model family: what `controlnet_name` selects."""
+    """A ControlNet of one UNet: what `controlnet_name` and `controlnets` select, and the models that draw with it."""
 
     name: str
     models: tuple[str, ...]
@@ -225,8 +226,8 @@ class Catalog(Spec):
         for size in (*model.sizes, *model.tvm_sizes, model.default_size):
             if size.width % model.size_multiple or size.height % model.size_multiple:
                 raise ValueError(f"model {model.name}: size {size} is not a multiple of {model.size_multiple}")
-        if model.requires_controlnet != bool(self.controls_of(model.name)) and model.unavailable is None:
-            raise ValueError(f"model {model.name}: requires_controlnet and the ControlNets listed for it disagree")
+        if model.requires_controlnet and not self.controls_of(model.name) and model.unavailable is None:
+            raise ValueError(f"model {model.name}: requires_controlnet, and no ControlNet is listed for it")
 
     def model_choices(self) -> Choices:
         """Every model name, available or not."""
@@ -276,7 +277,7 @@ class Catalog(Spec):
         return _named("component", {c.id: c for c in self.components}, component_id)
 
     def controls_of(self, model: str) -> dict[str, ControlNetSpec]:
-        """What `controlnet_name` may be with a model, in catalog order."""
+        """The controls that a model takes by name, in catalog order."""
         return {control.name: control for control in self.controlnets if model in control.models}
 
     def annotator_names(self) -> tuple[str, ...]:
@@ -331,10 +332,15 @@ class Catalog(Spec):
         return tuple(c for c in self.components if c.id in needed)
 
     def only(self, names: tuple[str, ...]) -> Catalog:
-        """The same catalog serving just these models; the others answer that they are not served here."""
+        """The same catalog serving just these models; the others answer that they are not served here.
+
+        ControlNets take much memory, so those that a model requires are left out with it, for all models.
+        """
         keep = {self.model_choices().resolve(n) for n in names}
         models = tuple(
             m if m.name in keep or m.unavailable else m.model_copy(update={"unavailable": "not served by this graph"})
             for m in self.models
         )
-        return self.model_copy(update={"models": models})
+        requiring = {m.name for m in self.models if m.requires_controlnet}
+        controlnets = tuple(c for c in self.controlnets if not (own := requiring.intersection(c.models)) or own & keep)
+        return self.model_copy(update={"models": models, "controlnets": controlnets})

@@ -7,7 +7,7 @@ without passing through this process. `tests/support/graph.py` has a graph whose
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -118,9 +118,20 @@ class Graph:
         vae = self._handles[component]
         return Call(vae.enlarge.remote(component=component, stage=stage, latents=_handed_on(latents)))
 
-    def prepare(self, *, stage: StagePlan, component: str, photo: bytes) -> Call[Timed[ControlHint]]:
-        """The control map of a stage, made where ControlNet `component` lives."""
-        return Call(self._handles[component].prepare.remote(stage=stage, photo=photo))
+    def prepare(
+        self, *, component: str, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
+    ) -> Call[Timed[tuple[ControlHint, ...]]]:
+        """The control maps of a stage, made where its ControlNets live: in one deployment for each UNet.
+
+        Args:
+            component: a ControlNet among them.
+            stage: has at least one control.
+            photos: one for each of them.
+            image: with `mask` for a stage that draws a part alone, so that the maps are cut out where it is.
+            mask: of the same size.
+        """
+        nets = self._handles[component]
+        return Call(nets.prepare.remote(stage=stage, photos=photos, image=image, mask=mask))
 
     def denoise(
         self,
@@ -128,7 +139,7 @@ class Graph:
         stage: StagePlan,
         conditioning: Call[Timed[Conditioning]],
         latents: Call[Timed[Latents]] | None,
-        hint: Call[Timed[ControlHint]] | None,
+        hints: Call[Timed[tuple[ControlHint, ...]]] | None,
         expires: float,
     ) -> Call[Timed[Latents]]:
         """Run a stage; `expires` is when nobody waits for the picture any more, in seconds of Unix time."""
@@ -137,7 +148,7 @@ class Graph:
                 stage=stage,
                 conditioning=_handed_on(conditioning),
                 latents=_handed_on(latents),
-                hint=_handed_on(hint),
+                hints=_handed_on(hints),
                 expires=expires,
             )
         )
@@ -148,7 +159,7 @@ class Graph:
         stage: StagePlan,
         conditioning: Call[Timed[Conditioning]],
         latents: Call[Timed[Latents]] | Sealed[Timed[Latents]] | None,
-        hint: Call[Timed[ControlHint]] | None,
+        hints: Call[Timed[tuple[ControlHint, ...]]] | None,
         expires: float,
         previews: bool,
     ) -> AsyncGenerator[Progress | Sealed[Timed[Latents]], None]:
@@ -160,7 +171,7 @@ class Graph:
                 stage=stage,
                 conditioning=_handed_on(conditioning),
                 latents=_handed_on(latents),
-                hint=_handed_on(hint),
+                hints=_handed_on(hints),
                 expires=expires,
                 previews=previews,
             )
@@ -202,8 +213,7 @@ class Graph:
         yield self._handles[plan.text_encoder]
         for stage in plan.stages:
             yield self._denoiser(stage)
-            if stage.control:
-                yield self._handles[stage.control.component]
+            yield from (self._handles[control.component] for control in stage.controls)
         yield self._handles[plan.vae]
 
 

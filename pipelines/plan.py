@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
+from pipelines.control_plan import ControlParams, ControlUse
 from pipelines.enlargement import Enlargement, HiresParams
 
 BackendName = Literal["torch", "tvm"]
@@ -84,9 +85,27 @@ class GenerationParams:
     controlnet_name: str | None = None
     controlnet_image: bytes | None = None
     controlnet_preprocess: bool = True
+    controlnets: tuple[ControlParams, ...] = ()
     loras: Mapping[str, float | PartWeights] = field(default_factory=dict)
     output_format: OutputFormat = "jpeg"
     output_quality: int | None = None
+
+    @property
+    def controls(self) -> tuple[ControlParams, ...]:
+        """What steers the picture: `controlnets`, or the one control of the two fields of the wire."""
+        if self.controlnet_name is None or self.controlnet_image is None:
+            return self.controlnets
+        one = ControlParams(
+            name=self.controlnet_name, image=self.controlnet_image, preprocess=self.controlnet_preprocess
+        )
+        return (one, *self.controlnets)
+
+    @property
+    def pictures(self) -> tuple[tuple[str, bytes], ...]:
+        """Every picture that came with the request, and the field it came in."""
+        single = {"image": self.image, "mask_image": self.mask_image, "controlnet_image": self.controlnet_image}
+        listed = (("controlnets", control.image) for control in self.controlnets)
+        return (*((param, data) for param, data in single.items() if data is not None), *listed)
 
 
 @dataclass(frozen=True)
@@ -213,18 +232,6 @@ class LoraUse(_Plan):
         return {part: weight for part, weight in weights.items() if weight is not None}
 
 
-class ControlUse(_Plan):
-    """The ControlNet that steers a stage.
-
-    `preprocess` False: the picture sent already is the control map.
-    """
-
-    name: str
-    component: str
-    mode: int | None
-    preprocess: bool
-
-
 class InpaintPlan(_Plan):
     """How a part of a picture is repainted; picture and mask come beside the plan.
 
@@ -253,7 +260,7 @@ class StagePlan(_Plan):
     height: int
     seed: int
     loras: tuple[LoraUse, ...] = ()
-    control: ControlUse | None = None
+    controls: tuple[ControlUse, ...] = ()
     inpaint: InpaintPlan | None = None
     enlargement: Enlargement | None = None
     """At the head of a second pass: how the latents of the stage before become as large as this one."""

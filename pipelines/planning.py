@@ -11,6 +11,7 @@ from typing import get_args
 from config.catalog import Catalog, ModelSpec
 from config.choices import Choices, UnknownChoiceError
 from pipelines.backend_choice import BACKENDS, BackendChoice
+from pipelines.controls import controls_of
 from pipelines.enlargement import Enlargement
 from pipelines.errors import InvalidValueError, UnavailableModelError
 from pipelines.mixtures import mixture_of
@@ -35,7 +36,6 @@ from pipelines.plan import (
     REFINER_SHARE,
     SEED_LIMIT,
     CompiledSize,
-    ControlUse,
     Emphasis,
     GenerationParams,
     GenerationPlan,
@@ -87,7 +87,7 @@ def make_plan(
     check_sampler(sampler, steps, model.edm, params.eta)
     _check_guidance(params, model)
     _check_family(params, model)
-    control = _control(params, model, catalog)
+    controls = controls_of(params, model, catalog)
     strength = _strength(params, model, steps)
     inpaint = _inpaint(params)
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
@@ -110,7 +110,7 @@ def make_plan(
         own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
         return StagePlan(
             component=component_id,
-            backend=backend.for_stage(component_id, own and control is not None, own and bool(loras)),
+            backend=backend.for_stage(component_id, own and bool(controls), own and bool(loras)),
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,
@@ -122,7 +122,7 @@ def make_plan(
             height=backend.height,
             seed=seed,
             loras=loras if own else (),
-            control=control if own else None,
+            controls=controls if own else (),
             inpaint=inpaint,
             enlargement=enlargement,
             reads_mask=catalog.component(component_id).inpainting,
@@ -251,28 +251,6 @@ def _check_family(params: GenerationParams, model: ModelSpec) -> None:
             raise InvalidValueError(f"{param} needs a model with two text encoders; {model.name} has one", param)
     if params.enable_refiner and model.refiner is None:
         raise InvalidValueError(f"enable_refiner: {model.name} has no refiner", "enable_refiner")
-
-
-def _control(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> ControlUse | None:
-    """The ControlNet of a request; the models made for one require it, the others refuse it."""
-    given = {"controlnet_name": params.controlnet_name, "controlnet_image": params.controlnet_image}
-    for param, value in given.items():
-        if value is None and model.requires_controlnet:
-            raise InvalidValueError(f"{param} is required with {model.name}", param)
-        if value is not None and not model.requires_controlnet:
-            raise InvalidValueError(f"{param} is not allowed with {model.name}: it takes no ControlNet", param)
-    if params.controlnet_name is None:
-        return None
-    controls = catalog.controls_of(model.name)
-    spec = controls[_choose(Choices("controlnet_name", controls), params.controlnet_name)]
-    if params.controlnet_preprocess and spec.name not in catalog.annotator_names():
-        raise InvalidValueError(
-            f"controlnet_name '{spec.name}': no annotator weights are configured for it (annotators.yaml of the "
-            f"catalog). Send a ready control map with controlnet_preprocess false, or use one of "
-            f"{list(catalog.annotator_names())}",
-            "controlnet_name",
-        )
-    return ControlUse(name=spec.name, component=spec.component, mode=spec.mode, preprocess=params.controlnet_preprocess)
 
 
 def _reading(params: GenerationParams, model: ModelSpec) -> TextReading:

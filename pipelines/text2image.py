@@ -135,11 +135,11 @@ class Text2Image:
         image, canvas = read_start(plan, params.image, params.mask_image)
         return self.vae(plan.vae).begin_start(plan, image, canvas).result()
 
-    def _prepare_hint(self, stage: StagePlan, params: GenerationParams) -> ControlHint | None:
-        if stage.control is None or params.controlnet_image is None:
-            return None
+    def _prepare_hints(self, stage: StagePlan, params: GenerationParams) -> tuple[ControlHint, ...]:
+        if not stage.controls:
+            return ()
         nets = self.controlnets(self._catalog.controlnets_of(stage.component))
-        return nets.prepare(params.controlnet_image, stage.control, stage.width, stage.height)
+        return nets.prepare([control.image for control in params.controls], stage, params.image, params.mask_image)
 
     def _enlarge(self, work: _Work, stage: StagePlan) -> None:
         """At the head of a second pass: the picture, larger; latents are interpolated where the job is made."""
@@ -173,9 +173,9 @@ class Text2Image:
         """A job for one stage, in its engine."""
         engine = self.engine(stage)
         conditioning = self.text_encoders(work.plan.text_encoder).encode(stage)
-        hint = self._prepare_hint(stage, work.params)
+        hints = self._prepare_hints(stage, work.params)
         self._enlarge(work, stage)
-        job = engine.prepare(str(next(self._ids)), stage, conditioning, work.latents, hint)
+        job = engine.prepare(str(next(self._ids)), stage, conditioning, work.latents, hints)
         return engine, engine.add(job).id
 
     def _decode(self, work: _Work) -> Picture:

@@ -54,6 +54,11 @@ def add_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], w
     torch._foreach_add_(list(targets), list(sources), alpha=weight)
 
 
+def multiplied(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> Sequence[torch.Tensor]:
+    """`tensor * factor` for each pair, likewise."""
+    return list(torch._foreach_mul(list(tensors), list(factors)))
+
+
 def allow_compilations() -> None:
     """Let torch.compile compile a function for as many shapes as come.
 

@@ -22,6 +22,7 @@ from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ColocatedControl, ControlNets
 from pipelines.control.types import ControlHint
+from pipelines.control_plan import ControlUse
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.curve import trial_batch
 from pipelines.engine.engine import StepEngine
@@ -114,8 +115,10 @@ class Case:
             generator = torch.Generator().manual_seed(number)
             embeds = torch.randn(2, 77, self.config["cross_attention_dim"], generator=generator)
             pooled = torch.randn(2, self.pooled, generator=generator) if self.pooled else None
-            hint = hints[number] if hints else None
-            job = engine.prepare(str(number), stage, Conditioning(embeds, pooled), None, hint)
+            own = hints[number : number + 1]
+            steered = tuple(ControlUse(name="canny", component=h.component, mode=h.mode, preprocess=False) for h in own)
+            stage = stage.model_copy(update={"controls": steered})
+            job = engine.prepare(str(number), stage, Conditioning(embeds, pooled), None, own)
             job.loras = loras
             engine.add(job)
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from config.catalog import Catalog
 from config.choices import UnknownChoiceError
+from deployments.api.encoding import decode_base64
 from deployments.api.forms import documented, fields_of
-from deployments.api.schemas import decode_base64
 from deployments.ingress.ingress import Ingress
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import PictureFile, check_image
@@ -158,16 +158,19 @@ def repeating(plan: GenerationPlan) -> tuple[dict[str, Any], list[str]]:
         fields["enable_refiner"] = True
     if second := plan.second_pass:
         fields["hires"] = _how_it_is_enlarged(second)
-    if first.control is not None:
-        fields |= {"controlnet_name": first.control.name, "controlnet_preprocess": first.control.preprocess}
+    if first.controls:
+        excluded = {"component", "mode"}
+        fields["controlnets"] = [
+            {"name": use.name, **use.model_dump(exclude_defaults=True, exclude=excluded)} for use in first.controls
+        ]
     if first.loras:
         fields["loras"] = {use.name: use.as_requested() for use in first.loras}
     if first.inpaint is not None:
         names = {"blur": "mask_blur", "area": "inpaint_area", "padding": "inpaint_padding", "fill": "inpaint_fill"}
         fields |= {names[name]: value for name, value in first.inpaint.model_dump(exclude_defaults=True).items()}
-    lacking = {"image": first.schedule.strength is not None, "controlnet_image": first.control is not None}
-    lacking["mask_image"] = first.inpaint is not None
-    return fields, [name for name, needed in lacking.items() if needed]
+    lacking = {"image": first.schedule.strength is not None, "mask_image": first.inpaint is not None}
+    maps = [f"controlnets.{i}.image" for i in range(len(first.controls))]
+    return fields, [name for name, needed in lacking.items() if needed] + maps
 
 
 def _how_texts_are_read(reading: TextReading) -> dict[str, Any]:

@@ -100,11 +100,15 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
 
     @router.get("/controlnets")
     async def controlnets() -> dict[str, Any]:
-        """ControlNets of the models that are served."""
-        catalog = ingress.catalog
-        served = {model.name for model in catalog.available_models()}
+        """ControlNets of the models that are served, and whether photos become their maps here (`preprocess`)."""
+        catalog = await current()
+        served, annotated = {model.name for model in catalog.available_models()}, catalog.annotator_names()
         return _listing(
-            [{"name": c.name, "models": m} for c in catalog.controlnets if (m := sorted(served & set(c.models)))]
+            [
+                {"name": c.name, "models": models, "preprocess": c.name in annotated}
+                for c in catalog.controlnets
+                if (models := sorted(served & set(c.models)))
+            ]
         )
 
     return router

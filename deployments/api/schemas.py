@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
+from deployments.api.controls import ControlRequest
+from deployments.api.encoding import decode_base64
+from pipelines.control_plan import MAX_CONTROLS
 from pipelines.enlargement import HiresParams
-from pipelines.errors import InvalidValueError
 from pipelines.plan import (
     MAX_CFG_SCALE,
     MAX_CLIP_SKIP,
@@ -35,8 +34,6 @@ from pipelines.plan import (
     PartWeights,
 )
 
-_URL = re.compile(r"^\s*(https?|ftp|file|s3|gs):", re.IGNORECASE)
-_DATA_URI = re.compile(r"^\s*data:[^,]*,", re.IGNORECASE)
 LoraWeight = Annotated[
     Annotated[FiniteFloat, Tag("weight")] | Annotated[PartWeights, Tag("weights")],
     Discriminator(lambda given: "weights" if isinstance(given, dict | PartWeights) else "weight"),
@@ -175,6 +172,12 @@ class PictureRequest(BaseModel):
     controlnet_name: str | None = Field(None, max_length=200)
     controlnet_image: str | None = None
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
+    controlnets: list[ControlRequest] | None = Field(
+        None,
+        description=f"Up to {MAX_CONTROLS} controls at once, with any model that has ControlNets; in place of "
+        "controlnet_name and controlnet_image.",
+        json_schema_extra={"maxItems": MAX_CONTROLS},
+    )
     loras: dict[str, LoraWeight] | None = Field(
         None,
         validation_alias=AliasChoices("loras", "lora"),
@@ -219,6 +222,7 @@ class PictureRequest(BaseModel):
             controlnet_name=self.controlnet_name,
             controlnet_image=decode_base64(self.controlnet_image, "controlnet_image"),
             controlnet_preprocess=self.controlnet_preprocess is not False,
+            controlnets=tuple(control.to_params(i) for i, control in enumerate(self.controlnets or ())),
             loras=self.loras or {},
             output_format=self.output_format or "jpeg",
         )
@@ -272,25 +276,3 @@ class ErrorResponse(ErrorDetail):
     object: Literal["error"] = "error"
     error: ErrorDetail
     detail: list[dict[str, Any]] | None = None
-
-
-def decode_base64(text: str | None, param: str) -> bytes | None:
-    """Bytes of a base64 string or a data URI of whatever type, with either alphabet of RFC 4648, padded or not."""
-    if text is None:
-        return None
-    if _URL.match(text):
-        raise InvalidValueError(
-            f"{param} is an address, and this server fetches none: send the picture itself, in base64 or as a data URI",
-            param,
-        )
-    digits = "".join(_DATA_URI.sub("", text, count=1).split()).rstrip("=").translate(_URL_SAFE)
-    try:
-        data = base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidValueError(f"{param} is not valid base64", param) from None
-    if not data:
-        raise InvalidValueError(f"{param} is empty", param)
-    return data
-
-
-_URL_SAFE = str.maketrans("-_", "+/")

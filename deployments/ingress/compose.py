@@ -85,14 +85,14 @@ class Composition:
                 latents = pending.add(graph.encode(plan=plan, image=photo, mask=mask))
             texts = [pending.add(graph.encode_text(component=plan.text_encoder, stage=stage)) for stage in plan.stages]
             hints = [self._prepare(stage, pending) for stage in plan.stages]
-            for position, (stage, conditioning, hint) in enumerate(zip(plan.stages, texts, hints, strict=True)):
+            for position, (stage, conditioning, maps) in enumerate(zip(plan.stages, texts, hints, strict=True)):
                 if latents is not None and stage.enlargement is not None and not stage.enlargement.of_latents:
                     latents = pending.add(graph.enlarge(component=plan.vae, stage=stage, latents=latents))
                 if self._watcher is None:
                     assert not isinstance(latents, Sealed)
                     latents = pending.add(
                         graph.denoise(
-                            stage=stage, conditioning=conditioning, latents=latents, hint=hint, expires=self._expires
+                            stage=stage, conditioning=conditioning, latents=latents, hints=maps, expires=self._expires
                         )
                     )
                     continue
@@ -100,7 +100,7 @@ class Composition:
                     stage=stage,
                     conditioning=conditioning,
                     latents=latents,
-                    hint=hint,
+                    hints=maps,
                     expires=self._expires,
                     previews=self._watcher.previews != 0,
                 )
@@ -118,9 +118,18 @@ class Composition:
             source = photo if mask is not None else None  # it travels only where what was drawn is laid into it
             yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents, image=source, mask=mask)))
 
-    def _prepare(self, stage: StagePlan, pending: Pending) -> Call[Timed[ControlHint]] | None:
-        """The control map of a stage, None for one without ControlNet."""
-        photo = self._params.controlnet_image
-        if stage.control is None or photo is None:
+    def _prepare(self, stage: StagePlan, pending: Pending) -> Call[Timed[tuple[ControlHint, ...]]] | None:
+        """The control maps of a stage, None for one without ControlNets."""
+        if not stage.controls:
             return None
-        return pending.add(self._graph.prepare(stage=stage, component=stage.control.component, photo=photo))
+        params = self._params
+        cut = params if stage.inpaint is not None and stage.inpaint.area == "masked" else None
+        return pending.add(
+            self._graph.prepare(
+                component=stage.controls[0].component,
+                stage=stage,
+                photos=[control.image for control in params.controls],
+                image=cut.image if cut else None,
+                mask=cut.mask_image if cut else None,
+            )
+        )

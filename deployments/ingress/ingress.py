@@ -251,14 +251,12 @@ class Ingress:
     async def _admit(self, params: GenerationParams, caller: Caller) -> GenerationPlan:
         """Decide; check the pictures, which must not fail on a GPU replica after they queued there; charge; wake."""
         plan = await self._plan(params)
-        for param in ("image", "mask_image", "controlnet_image"):
-            data: bytes | None = getattr(params, param)
-            if data is not None:
-                file = await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
-                if param == "image":
-                    digest = hashlib.sha256(data).hexdigest()
-                    source = SourcePicture(sha256=digest, digital_source_type=file.digital_source_type)
-                    plan = plan.model_copy(update={"source": source})
+        for param, data in params.pictures:
+            file = await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
+            if param == "image":
+                digest = hashlib.sha256(data).hexdigest()
+                source = SourcePicture(sha256=digest, digital_source_type=file.digital_source_type)
+                plan = plan.model_copy(update={"source": source})
         if params.image is not None and params.mask_image is not None:
             await asyncio.to_thread(check_mask, params.image, params.mask_image)
         if caller.key is not None:

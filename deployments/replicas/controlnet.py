@@ -50,16 +50,16 @@ class ControlNetDeployment(Replica):
         await super().check_health()
         metrics().accelerated(self._component, captured=self._nets.captured, failed=self._nets.failed_captures)
 
-    async def prepare(self, *, stage: StagePlan, photo: bytes) -> Timed[ControlHint]:
-        """The control map of a stage; remembered here under its id, so that ticks only name it."""
-        control = stage.control
-        assert control is not None
-        with stopwatch("controlnet_prepare", control.component) as watch:
-            hint = await self._annotating.run(
-                self._nets.prepare, photo, control, stage.width, stage.height, started=watch.start_work
-            )
-        self._hints.put(hint.id, hint)
-        return watch.timed(hint)
+    async def prepare(
+        self, *, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
+    ) -> Timed[tuple[ControlHint, ...]]:
+        """The control maps of a stage; remembered here under their ids, so that ticks only name them."""
+        with stopwatch("controlnet_prepare", stage.controls[0].component) as watch:
+            make = self._nets.prepare
+            hints = await self._annotating.run(make, photos, stage, image, mask, started=watch.start_work)
+        for hint in hints:
+            self._hints.put(hint.id, hint)
+        return watch.timed(hints)
 
     async def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
         """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got.

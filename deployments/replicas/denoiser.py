@@ -158,15 +158,14 @@ class DenoiserDeployment(Replica):
         """What this replica's programs can draw, with what was measured when it started."""
         return self._compiled
 
-    async def prepare(self, *, stage: StagePlan, photo: bytes) -> Timed[ControlHint]:
-        """The control map of a stage, where ControlNets live in this process."""
-        assert stage.control is not None
-        nets = self._colocated[stage.component]
-        with stopwatch("controlnet_prepare", stage.control.component) as watch:
-            hint = await self._annotating.run(
-                nets.prepare, photo, stage.control, stage.width, stage.height, started=watch.start_work
-            )
-        return watch.timed(hint)
+    async def prepare(
+        self, *, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
+    ) -> Timed[tuple[ControlHint, ...]]:
+        """The control maps of a stage, where ControlNets live in this process."""
+        make = self._colocated[stage.component].prepare
+        with stopwatch("controlnet_prepare", stage.controls[0].component) as watch:
+            hints = await self._annotating.run(make, photos, stage, image, mask, started=watch.start_work)
+        return watch.timed(hints)
 
     async def denoise(
         self,
@@ -174,14 +173,14 @@ class DenoiserDeployment(Replica):
         stage: StagePlan,
         conditioning: Timed[Conditioning],
         latents: Timed[Latents] | None,
-        hint: Timed[ControlHint] | None = None,
+        hints: Timed[tuple[ControlHint, ...]] | None = None,
         expires: float = math.inf,
     ) -> Timed[Latents]:
         """Run one stage; see `EngineLoop.submit`."""
-        work = _work(stage, conditioning, latents, hint, expires)
+        work = _work(stage, conditioning, latents, hints, expires)
         with stopwatch("denoise", stage.component) as watch:
             result = await self._loop.submit(work, watch.start_work)
-        return watch.timed(result, conditioning, latents, hint)
+        return watch.timed(result, conditioning, latents, hints)
 
     async def denoise_watched(
         self,
@@ -189,13 +188,13 @@ class DenoiserDeployment(Replica):
         stage: StagePlan,
         conditioning: Timed[Conditioning],
         latents: Timed[Latents] | Sealed[Timed[Latents]] | None,
-        hint: Timed[ControlHint] | None = None,
+        hints: Timed[tuple[ControlHint, ...]] | None = None,
         expires: float = math.inf,
         previews: bool = False,
     ) -> AsyncGenerator[Progress | Sealed[Timed[Latents]], None]:
         """The same, telling its progress on the way; tensors are sealed, for the items pass through the ingress."""
         begin = unseal(latents) if latents is not None else None
-        work = _work(stage, conditioning, begin, hint, expires)
+        work = _work(stage, conditioning, begin, hints, expires)
         result: Latents | None = None
         with stopwatch("denoise", stage.component) as watch:
             async with aclosing(self._loop.watch(work, watch.start_work, previews)) as items:
@@ -206,7 +205,7 @@ class DenoiserDeployment(Replica):
                     else:
                         result = item
         assert result is not None
-        yield seal(watch.timed(result, conditioning, begin, hint))
+        yield seal(watch.timed(result, conditioning, begin, hints))
 
     def _count(self, component: str, report: TickReport, seconds: float) -> None:
         for _, error in report.failed:
@@ -220,14 +219,14 @@ def _work(
     stage: StagePlan,
     conditioning: Timed[Conditioning],
     latents: Timed[Latents] | None,
-    hint: Timed[ControlHint] | None,
+    hints: Timed[tuple[ControlHint, ...]] | None,
     expires: float,
 ) -> Work:
     return Work(
         stage,
         conditioning.value,
         latents.value if latents is not None else None,
-        hint.value if hint is not None else None,
+        hints.value if hints is not None else (),
         expires,
     )
 

@@ -17,7 +17,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,8 +51,8 @@ class Work:
     conditioning: Conditioning
     latents: Latents | None = None
     """None for a picture from text; else where the stage begins."""
-    hint: ControlHint | None = None
-    """The control map, where the stage has a ControlNet."""
+    hints: Sequence[ControlHint] = ()
+    """The maps of the stage's controls."""
     expires: float = math.inf
     """When nobody waits for the picture any more, in seconds of Unix time."""
 
@@ -206,9 +206,8 @@ class EngineLoop:
             return job_id in self._requests
 
         try:
-            hint = work.hint if work.stage.control else None
             job = await self._preparers.run(
-                engine.prepare, job_id, work.stage, work.conditioning, work.latents, hint, wanted
+                engine.prepare, job_id, work.stage, work.conditioning, work.latents, work.hints, wanted
             )
             job.previews = previews
             request.job = await self._worker.run(engine.add, job)

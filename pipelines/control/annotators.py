@@ -48,7 +48,7 @@ class Annotators:
             InvalidValueError: there is no annotator of this name.
         """
         if name not in self._known:
-            raise InvalidValueError(f"controlnet_name '{name}': no annotator is configured for it", "controlnet_name")
+            raise InvalidValueError(f"control '{name}': no annotator is configured for it", "controlnets")
         return self._known[name](photo.convert("RGB"))
 
     @torch.inference_mode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ from pipelines.control.passes import ControlInputs, ControlNetGraphs, ControlNet
 from pipelines.control.residuals import PendingResiduals, ReadyResiduals, Residuals
 from pipelines.control.rows import runs_of, take_rows
 from pipelines.control.types import ControlBatch, ControlHint, HintUse, MissingHintsError
+from pipelines.control_plan import ControlUse
 from pipelines.diffusers_compat import take_map_embedder
 from pipelines.errors import WeightsError
 from pipelines.pictures.images import read_image
-from pipelines.plan import ControlUse
+from pipelines.pictures.masks import Canvas
+from pipelines.plan import StagePlan
 from pipelines.recordings import Capturer
-from pipelines.torch_compat import add_each
+from pipelines.torch_compat import add_each, multiplied
+from pipelines.transfers import pinned, send
 
 REMEMBERED_EMBEDDINGS = 64
 """Embedded maps a ControlNet keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
@@ -62,13 +66,29 @@ class ControlNets:
         """Kinds of passes that could not be recorded."""
         return 0 if self._graphs is None else self._graphs.recorder.failures.total()
 
-    def prepare(self, photo: bytes, control: ControlUse, width: int, height: int) -> ControlHint:
-        """The control map of a photo, annotated here unless the request says it already is one; 0..1, not normalised.
+    def prepare(
+        self, photos: Sequence[bytes], stage: StagePlan, image: bytes | None = None, mask: bytes | None = None
+    ) -> tuple[ControlHint, ...]:
+        """The control maps of a stage, annotated here unless the request says they already are such; 0..1.
+
+        Args:
+            photos: one for each of the stage's controls, in their order.
+            stage: says which they are, and their size.
+            image: the picture it starts from, of which the maps show a part where a masked part alone is drawn.
+            mask: of that part.
 
         Raises:
-            InvalidValueError: the bytes are not a picture, or there is no annotator for this control.
+            InvalidValueError: the bytes are not a picture, or there is no annotator for a control.
         """
-        image = read_image(photo, "controlnet_image", width, height)
+        canvas, inpaint = None, stage.inpaint
+        if inpaint is not None and inpaint.area == "masked" and image is not None and mask is not None:
+            canvas = Canvas.create(image, mask, inpaint, stage.width, stage.height)
+        return tuple(self._prepare(*given, stage, canvas) for given in zip(photos, stage.controls, strict=True))
+
+    def _prepare(self, photo: bytes, control: ControlUse, stage: StagePlan, canvas: Canvas | None) -> ControlHint:
+        size = canvas.whole.size if canvas is not None else (stage.width, stage.height)
+        image = read_image(photo, "controlnets", *size)
+        image = canvas.cut(image) if canvas is not None else image
         if control.preprocess:
             image = self._annotators.annotate(control.name, image)
         pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)[None]
@@ -76,19 +96,19 @@ class ControlNets:
 
     @torch.inference_mode()
     def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:
-        """Residuals of every row of `batch`: one forward pass for each (ControlNet, mode) among them.
+        """Residuals of every row of `batch`: one forward pass for each ControlNet, or set of its modes, among them.
 
         Raises:
             MissingHintsError: a map is not in `hints`.
         """
         if missing := batch.hint_ids - hints.keys():
             raise MissingHintsError(*sorted(missing))
-        groups: dict[tuple[str, int | None], _Group] = {}
+        groups: dict[_Pass, _Group] = {}
         for row, uses in enumerate(batch.uses):
-            for use in uses:
-                groups.setdefault((use.hint.component, use.hint.mode), _Group()).add(row, use)
-        for group in groups.values():
-            group.residuals = self._forward(group, batch, hints)
+            for together in _in_passes(uses):
+                groups.setdefault(_Pass.of(together), _Group()).add(row, together)
+        for network, group in groups.items():
+            group.residuals = self._forward(network, group, batch, hints)
         return Residuals(tuple(_sum(list(groups.values()), len(batch.uses))))
 
     def _embed(self, hint: ControlHint) -> torch.Tensor:
@@ -100,25 +120,67 @@ class ControlNets:
             embedding = self.cache.put(hint.id, made)
         return embedding
 
-    def _forward(self, group: _Group, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Sequence[torch.Tensor]:
-        """Residuals of a group's rows, which share a ControlNet and a mode."""
-        component, mode = group.uses[0].hint.component, group.uses[0].hint.mode
-        model = self._models[component]
+    def _forward(
+        self, network: _Pass, group: _Group, batch: ControlBatch, hints: Mapping[str, ControlHint]
+    ) -> Sequence[torch.Tensor]:
+        """Residuals of a group's rows."""
+        model = self._models[network.component]
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
             return take_rows(tensor, group.rows).to(model.device, model.dtype)
 
+        columns = list(zip(*group.uses, strict=True))  # of the rows' first map, of their second, ...
+        maps = tuple(torch.cat([self._embed(hints[use.hint.id]) for use in column]) for column in columns)
+        scales: tuple[torch.Tensor, ...] = ()
+        if len(columns) > 1:
+            weights = torch.tensor([[use.weight for use in column] for column in columns], dtype=model.dtype)
+            scales = send(pinned(weights, model.device), model.device).unbind()
         inputs = ControlInputs(
             sample=pick(batch.sample),
             timesteps=take_rows(batch.timesteps, group.rows).to(model.device),
             prompt_embeds=pick(batch.prompt_embeds),
-            maps=torch.cat([self._embed(hints[use.hint.id]) for use in group.uses]),
+            maps=maps,
+            scales=scales,
             added=tuple(pick(tensor) for tensor in (batch.text_embeds, batch.time_ids) if tensor is not None),
         )
-        network = ControlNetPass(model, mode)
+        evaluated = ControlNetPass(model, network.modes)
         if self._graphs is None:
-            return network.evaluate(inputs)
-        return self._graphs.evaluate(component, mode, network, inputs)
+            return evaluated.evaluate(inputs)
+        return self._graphs.evaluate(network.component, network.modes, evaluated, inputs)
+
+
+class _Pass(NamedTuple):
+    """What rows of one forward pass share."""
+
+    component: str
+    modes: tuple[int, ...]
+    """Control types of the maps of each row; none for a plain ControlNet, which has one map."""
+
+    @classmethod
+    def of(cls, uses: Sequence[HintUse]) -> _Pass:
+        return cls(uses[0].hint.component, tuple(use.hint.mode for use in uses if use.hint.mode is not None))
+
+
+def _in_passes(uses: Sequence[HintUse]) -> Iterable[Sequence[HintUse]]:
+    """The maps of a row, by the passes that read them."""
+    passes: dict[Any, list[HintUse]] = {}
+    for position, use in enumerate(uses):
+        passes.setdefault(position if use.joint is None else use.joint, []).append(use)
+    return passes.values()
+
+
+class _Factor(NamedTuple):
+    """What the residuals of a row are multiplied by."""
+
+    weight: float
+    guess: bool
+
+    def applied(self, residuals: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """In guess mode from a tenth of it for the shallowest to all of it for the mid block's."""
+        if not self.guess:
+            return residuals
+        levels = torch.logspace(-1, 0, len(residuals)).tolist()
+        return multiplied(residuals, levels)
 
 
 class _Group:
@@ -126,26 +188,32 @@ class _Group:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
-        self.uses: list[HintUse] = []
+        self.uses: list[Sequence[HintUse]] = []
         self.residuals: Sequence[torch.Tensor] = ()
 
-    def add(self, row: int, use: HintUse) -> None:
-        """A map of a row; a row can have several of one ControlNet."""
+    def add(self, row: int, uses: Sequence[HintUse]) -> None:
+        """A row with the maps of one pass; a row can have several maps of a plain ControlNet, each with a pass."""
         self.rows.append(row)
-        self.uses.append(use)
+        self.uses.append(uses)
+
+    @property
+    def factors(self) -> list[_Factor]:
+        """Of each row. Several maps of a pass were weighed before it."""
+        return [_Factor(uses[0].weight if len(uses) == 1 else 1.0, uses[0].guess) for uses in self.uses]
 
 
 def _sum(groups: Sequence[_Group], count: int) -> Sequence[torch.Tensor]:
     """The weighted sum of all that steers each of `count` rows; a single group of all rows as it is."""
     first = groups[0]
-    if len(groups) == 1 and first.rows == list(range(count)) and all(use.weight == 1 for use in first.uses):
+    if len(groups) == 1 and first.rows == list(range(count)) and set(first.factors) == {_Factor(1.0, False)}:
         return first.residuals
     totals = [part.new_zeros(count, *part.shape[1:]) for part in first.residuals]
     for group in groups:
-        weights = [use.weight for use in group.uses]
-        for run in runs_of(group.rows, weights):
+        factors = group.factors
+        for run in runs_of(group.rows, factors):
+            factor = factors[run.position]
             targets, parts = [t[run.rows] for t in totals], [part[run.picked] for part in group.residuals]
-            add_each(targets, parts, weights[run.position])
+            add_each(targets, factor.applied(parts), factor.weight)
     return totals
 
 

@@ -23,24 +23,52 @@ class ControlInputs:
     """`[rows]`."""
     prompt_embeds: torch.Tensor
     """`[rows, tokens, width]`."""
-    maps: torch.Tensor
-    """Embedded control maps, `[rows, channels, height, width]` in the latents' size."""
+    maps: tuple[torch.Tensor, ...]
+    """Embedded control maps, one for each mode, `[rows, channels, height, width]` in the latents' size."""
+    scales: tuple[torch.Tensor, ...] = ()
+    """What each map is multiplied by where there are several, `[rows]`."""
     added: tuple[torch.Tensor, ...] = ()
     """`text_embeds` and `time_ids` for SDXL, as in a `StepBatch`."""
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
         """All of them, in the order of the constructor's arguments."""
-        return [self.sample, self.timesteps, self.prompt_embeds, self.maps, *self.added]
+        return [self.sample, self.timesteps, self.prompt_embeds, *self.maps, *self.scales, *self.added]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> ControlInputs:
+        """The same with other tensors, in that order."""
+        sample, timesteps, embeds, *rest = tensors
+        first, second = len(self.maps), len(self.maps) + len(self.scales)
+        return ControlInputs(
+            sample, timesteps, embeds, tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:])
+        )
+
+
+class _RowScales:
+    """A number for each row, which multiplies tensors `[rows, ...]` where diffusers expects one number for all rows.
+
+    By torch's protocol for operands that are no tensors: https://docs.pytorch.org/docs/stable/notes/extending.html
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if function not in (torch.Tensor.mul, torch.Tensor.__rmul__) or len(tensors) != 1:
+            return NotImplemented
+        (tensor,), (scales,) = tensors, [arg for arg in args if isinstance(arg, cls)]
+        return tensor * scales._values.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 class ControlNetPass:
-    """One ControlNet in one mode."""
+    """One ControlNet in one mode, or a union ControlNet in several at once."""
 
-    def __init__(self, model: ControlNetModel | ControlNetUnionModel, mode: int | None) -> None:
-        """Of `model`, whose map embedder was taken; `mode` is the control type of a union ControlNet."""
+    def __init__(self, model: ControlNetModel | ControlNetUnionModel, modes: tuple[int, ...]) -> None:
+        """Of `model`, whose map embedder was taken; `modes` are the control types of a union ControlNet's maps."""
         self._model = model
-        self._mode = mode
+        self._modes = modes
 
     def evaluate(self, inputs: ControlInputs) -> Sequence[torch.Tensor]:
         """The down residuals and the mid residual of every row."""
@@ -50,16 +78,19 @@ class ControlNetPass:
             "added_cond_kwargs": dict(zip(names, inputs.added, strict=True)) if inputs.added else None,
             "return_dict": False,
         }
-        if self._mode is None:
-            arguments["controlnet_cond"] = inputs.maps
+        if not self._modes:
+            (arguments["controlnet_cond"],) = inputs.maps
         else:
             control_type = inputs.sample.new_zeros(len(inputs.sample), self._model.config.num_control_type)
-            control_type[:, self._mode] = 1
+            for mode in self._modes:
+                control_type[:, mode] = 1
             arguments |= {
-                "controlnet_cond": [inputs.maps],
+                "controlnet_cond": list(inputs.maps),
                 "control_type": control_type,
-                "control_type_idx": [self._mode],
+                "control_type_idx": list(self._modes),
             }
+        if inputs.scales:
+            arguments["conditioning_scale"] = [_RowScales(scales) for scales in inputs.scales]
         down, mid = self._model(inputs.sample, inputs.timesteps, **arguments)
         return (*down, mid)
 
@@ -68,7 +99,7 @@ class ControlKind(NamedTuple):
     """What selects a recorded pass of a ControlNet."""
 
     component: str
-    mode: int | None
+    modes: tuple[int, ...]
     rows: int
     """Padded."""
     latent_shape: tuple[int, ...]
@@ -83,7 +114,7 @@ class ControlNetGraphs:
         self.recorder: Recorder[_Recorded] = Recorder()
 
     def evaluate(
-        self, component: str, mode: int | None, network: ControlNetPass, inputs: ControlInputs
+        self, component: str, modes: tuple[int, ...], network: ControlNetPass, inputs: ControlInputs
     ) -> Sequence[torch.Tensor]:
         """The residuals of every row, valid until the next call.
 
@@ -94,7 +125,7 @@ class ControlNetGraphs:
         if rows is None:
             return network.evaluate(inputs)
         latent_shape, context_shape = tuple(inputs.sample.shape[1:]), tuple(inputs.prompt_embeds.shape[1:])
-        kind = ControlKind(component, mode, rows, latent_shape, context_shape)
+        kind = ControlKind(component, modes, rows, latent_shape, context_shape)
         recorded = None
         if self.recorder.due(kind):
             recorded = self.recorder.find(kind, None, lambda: _Recorded(self._capturer, network, inputs, rows))
@@ -107,8 +138,7 @@ class _Recorded:
     def __init__(self, capturer: Capturer, network: ControlNetPass, inputs: ControlInputs, rows: int) -> None:
         self._inputs = StaticRows(inputs.tensors, rows)
         self._inputs.fill(inputs.tensors)
-        sample, timesteps, embeds, maps, *added = self._inputs.tensors
-        static = ControlInputs(sample, timesteps, embeds, maps, tuple(added))
+        static = inputs.with_tensors(self._inputs.tensors)
         self._residuals = [torch.empty_like(tensor) for tensor in network.evaluate(static)]
 
         def write() -> None:

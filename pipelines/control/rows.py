@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ class Run:
         return slice(self.position, self.position + self.count)
 
 
-def runs_of(rows: Sequence[int], weights: Sequence[float] | None = None) -> Iterator[Run]:
-    """Split rows of a batch where one does not follow the one before it, or has another weight.
+def runs_of(rows: Sequence[int], weights: Sequence[Any] | None = None) -> Iterator[Run]:
+    """Split rows of a batch where one does not follow the one before it, or has another weight or factor.
 
     A job's rows are always neighbours, so there are few runs.
     """

@@ -48,7 +48,15 @@ class HintUse(NamedTuple):
 
     hint: HintRef
     weight: float = 1.0
-    """What its residuals are multiplied by (diffusers' `controlnet_conditioning_scale`)."""
+    """diffusers' `controlnet_conditioning_scale`: what its residuals are multiplied by, or, where a union ControlNet
+    reads several maps at once, what the map is."""
+    guess: bool = False
+    """Whether shallow residuals count less than deep ones (diffusers' `guess_mode`)."""
+
+    @property
+    def joint(self) -> tuple[str, bool] | None:
+        """What uses of a row share that are read in one pass: a union ControlNet's. None for a plain one's."""
+        return (self.hint.component, self.guess) if self.hint.mode is not None else None
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class ControlBatch(TensorBundle):
     """The rows of one tick that need residuals, whichever ControlNets of the family they need."""
 
     uses: tuple[tuple[HintUse, ...], ...]
-    """The maps of each row, at least one; a row's residuals are the weighted sum over them."""
+    """The maps of each row, at least one. Residuals add up, weighted; a union ControlNet reads all its maps of a row in
+    one pass."""
     sample: torch.Tensor
     """`[rows, channels, height, width]`, as the UNet sees them."""
     timesteps: torch.Tensor

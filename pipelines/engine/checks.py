@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import DenoiseError, NonFiniteError
@@ -22,7 +22,7 @@ def check_job(
     added_conditions: Mapping[str, torch.Tensor],
     mask: torch.Tensor | None,
     masked: torch.Tensor | None,
-    hint: ControlHint | None,
+    hints: Sequence[ControlHint],
     latent_shape: tuple[int, ...],
     unet_config: Mapping[str, Any],
 ) -> None:
@@ -35,7 +35,7 @@ def check_job(
         added_conditions: what else the UNet is told, one entry a row.
         mask: which latents are repainted, if a part is.
         masked: latents of the picture without that part, for a UNet for inpainting.
-        hint: its control map, if any.
+        hints: its control maps, one for each of the plan's controls.
         latent_shape: `[1, channels, height, width]` of the latents of a picture of its size.
         unet_config: the UNet's `config.json`.
 
@@ -61,7 +61,9 @@ def check_job(
     if masked is not None:
         _check_shape("masked picture", masked, latent_shape)
         check_finite(masked, plan, "the latents of the masked picture have")
-    if hint is not None:
+    if len(hints) != len(plan.controls):
+        raise DenoiseError(f"{len(hints)} control maps for {len(plan.controls)} controls")
+    for hint in hints:
         _check_shape("control map", hint.image, (1, 3, plan.height, plan.width))
         check_finite(hint.image, plan, "the control map has")
     check_finite(embeds, plan, "the prompt's embeddings have")

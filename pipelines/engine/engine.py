@@ -129,7 +129,7 @@ class StepEngine:
         plan: StagePlan,
         conditioning: Conditioning,
         latents: Latents | None,
-        hint: ControlHint | None = None,
+        hints: Sequence[ControlHint] = (),
         wanted: Callable[[], bool] = always,
     ) -> DenoiseJob:
         """Do what a job needs before its first tick: load its LoRAs, draw its noise, check it. On any thread.
@@ -140,7 +140,7 @@ class StepEngine:
             conditioning: one row, or uncond and cond.
             latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
-            hint: the control map, where the plan has a ControlNet.
+            hints: the control maps of the plan's controls, in their order.
             wanted: whether anybody still waits for the job, asked on the way.
 
         Raises:
@@ -149,7 +149,7 @@ class StepEngine:
             InvalidValueError: no sampler can be made of the plan, or a LoRA does not fit.
             CancelledError: nobody waits.
         """
-        return self._maker.make(job_id, plan, conditioning, latents, hint, wanted)
+        return self._maker.make(job_id, plan, conditioning, latents, hints, wanted)
 
     @torch.inference_mode()
     def add(self, job: DenoiseJob) -> DenoiseJob:
@@ -237,7 +237,7 @@ class StepEngine:
 
     def _apart(self, together: _Evaluation, error: Exception) -> list[_Evaluation]:
         """What becomes of the jobs of an evaluation that failed: each alone, once."""
-        steered = [job for job in together.jobs if job.hint is not None]
+        steered = [job for job in together.jobs if any(job.uses)]
         if steered and self.control_lost(error):
             return [_Evaluation(steered, error=error)]
         if len(together.jobs) == 1:

@@ -10,10 +10,11 @@ from functools import cached_property
 import torch
 
 from pipelines.adapters.layers import Mixture
-from pipelines.control.types import ControlHint
+from pipelines.control.types import HintUse
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.checks import check_finite
 from pipelines.engine.courses import Course
+from pipelines.engine.steering import Steering
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents
 from pipelines.text.conditioning import Conditioning
@@ -48,7 +49,7 @@ class DenoiseJob:
     conditioning: Conditioning
     added_conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loras: Mixture = ()
-    hint: ControlHint | None = None
+    steering: Steering = field(default_factory=Steering)
     beside: torch.Tensor | None = None
     """`[elements]` float32: channels that a UNet for inpainting reads behind the latents' own at every tick."""
     mask: torch.Tensor | None = None
@@ -69,6 +70,11 @@ class DenoiseJob:
             every = Told(self.conditioning, self.added_conditions)
             self._told = (every, every.last_row())
         return self._told[0] if self.rows == self.conditioning.rows else self._told[1]
+
+    @property
+    def uses(self) -> tuple[tuple[HintUse, ...], ...]:
+        """The control maps of each row of the next tick."""
+        return self.steering.uses(self.course.tick, self.rows)
 
     @cached_property
     def batch_key(self) -> BatchKey:

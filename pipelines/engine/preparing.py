@@ -15,6 +15,7 @@ from pipelines.engine.checks import check_job
 from pipelines.engine.courses import Course, Kept, SamplerCourse, TableCourse
 from pipelines.engine.guidance import Guidance
 from pipelines.engine.job import DenoiseJob
+from pipelines.engine.steering import Steering
 from pipelines.families import Family
 from pipelines.plan import StagePlan
 from pipelines.sampling.latents import Latents, LatentSpace, draw_noise, make_generator
@@ -60,7 +61,7 @@ class JobMaker:
         plan: StagePlan,
         conditioning: Conditioning,
         latents: Latents | None,
-        hint: ControlHint | None = None,
+        hints: Sequence[ControlHint] = (),
         wanted: Callable[[], bool] = always,
     ) -> DenoiseJob:
         """See `StepEngine.prepare`."""
@@ -73,7 +74,7 @@ class JobMaker:
         begin = torch.zeros(shape, dtype=dtype) if latents is None else latents.values.to("cpu", dtype).contiguous()
         mask = latents.mask.to(dtype) if latents is not None and latents.mask is not None else None
         masked = latents.masked.to(dtype) if latents is not None and latents.masked is not None else None
-        check_job(plan, begin, conditioning, added, mask, masked, hint, shape, self._denoiser.config)
+        check_job(plan, begin, conditioning, added, mask, masked, hints, shape, self._denoiser.config)
         mixture = self._loras.mixture(plan)
         _stop_unless(wanted)
         table = self._tables.get(plan.sampler, plan.schedule, mask is not None and not plan.reads_mask)
@@ -92,7 +93,8 @@ class JobMaker:
         if plan.reads_mask and mask is not None and masked is not None:
             beside = pinned(torch.cat([mask.flatten(), masked.flatten()]).float(), device)
         stays = None if plan.reads_mask else mask
-        return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, hint, beside, stays)
+        steering = self._steering(plan, hints, course)
+        return DenoiseJob(job_id, plan, course, dtype, conditioning, added, mixture, steering, beside, stays)
 
     def _by_table(
         self,
@@ -130,6 +132,14 @@ class JobMaker:
         begin, kept = _begin(plan, from_text, picture, mask, generator, sigma, sampler.add_noise)
         guidance = self._guidance(plan, sampler.timesteps.tolist(), sampler.order)
         return SamplerCourse(sampler, begin, generator, guidance, kept)
+
+    def _steering(self, plan: StagePlan, hints: Sequence[ControlHint], course: Course) -> Steering:
+        """Windows are shares of all ticks of the picture, also of those that are left to a refiner, as in diffusers."""
+        ticks = len(course.timesteps)
+        if hints and plan.schedule.end is not None and any((use.start, use.end) != (0, 1) for use in plan.controls):
+            whole = plan.schedule.model_copy(update={"end": None})
+            ticks = len(make_sampler(plan.sampler, self._scheduler_config, whole, plan.seed).timesteps)
+        return Steering(tuple(hints), plan.controls, ticks) if hints else Steering()
 
     def _guidance(self, plan: StagePlan, timesteps: Sequence[float], order: int) -> Guidance:
         trained = self._scheduler_config.get("num_train_timesteps", TRAINED_TIMESTEPS)

@@ -41,8 +41,11 @@ class RowStack:
             added_conditions=self._added,
             loras=[job.loras for job in jobs for _ in range(job.rows)],
         )
-        hints = [job.hint for job in jobs for _ in range(job.rows)]
-        return replace(batch, controlled=_start(control, batch, channels, hints)) if any(hints) else batch
+        uses = [own for job in jobs for own in job.uses]
+        if not any(uses):
+            return batch
+        hints = {hint.id: hint for job in jobs for hint in job.steering.hints}
+        return replace(batch, controlled=_start(control, batch, channels, uses, hints))
 
     def _stack_conditions(self, jobs: Sequence[DenoiseJob]) -> None:
         told = [job.told for job in jobs]
@@ -61,21 +64,25 @@ def _repeated(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def _start(
-    control: ControlSource | None, batch: StepBatch, channels: int, hints: Sequence[ControlHint | None]
+    control: ControlSource | None,
+    batch: StepBatch,
+    channels: int,
+    uses: Sequence[tuple[HintUse, ...]],
+    hints: Mapping[str, ControlHint],
 ) -> ControlledRows:
-    """Ask for the residuals of every row that has a hint, in one call, without waiting for them.
+    """Ask for the residuals of every row that some map steers, in one call, without waiting for them.
 
     A ControlNet sees the first `channels`, of the latents alone, also beside a UNet for inpainting.
     """
     if control is None:
-        raise ValueError("a job brought a control hint, but this engine has no ControlNet")
-    rows = tuple(row for row, hint in enumerate(hints) if hint is not None)
-    own = [hint for hint in hints if hint is not None]
+        raise ValueError("a job brought a control map, but this engine has no ControlNet")
+    rows = tuple(row for row, own in enumerate(uses) if own)
     request = ControlBatch(
-        uses=tuple((HintUse(hint.ref),) for hint in own),
+        uses=tuple(uses[row] for row in rows),
         sample=take_rows(batch.sample, rows)[:, :channels],
         timesteps=take_rows(batch.timesteps, rows),
         prompt_embeds=take_rows(batch.prompt_embeds, rows),
         **{name: take_rows(tensor, rows) for name, tensor in batch.added_conditions.items()},
     )
-    return ControlledRows(rows, control.start(request, {hint.id: hint for hint in own}))
+    asked = request.hint_ids
+    return ControlledRows(rows, control.start(request, {name: hint for name, hint in hints.items() if name in asked}))

@@ -1,4 +1,4 @@
-"""The ControlNets of a library: each a control of the models that take one and whose UNet it steers."""
+"""The ControlNets of a library: each a control of the models whose UNet it steers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_controlnets(catalog: Catalog, files: Sequence[LibraryFile]) -> Catalog:
             architecture=unet.architecture,
         )
         components.append(component)
-        models = tuple(m.name for m in catalog.models if m.requires_controlnet and m.unet == unet.id)
+        models = tuple(m.name for m in catalog.models if m.unet == unet.id)
         controls.append(ControlNetSpec(name=file.name, models=models, component=component.id))
     changed = {"components": tuple(components), "controlnets": tuple(controls), "unserved": tuple(unserved)}
     return catalog.model_copy(update=changed)
@@ -50,7 +50,7 @@ def with_controlnets(catalog: Catalog, files: Sequence[LibraryFile]) -> Catalog:
 
 def _steered(file: LibraryFile, catalog: Catalog) -> tuple[ComponentSpec | None, PlainSource | None]:
     """The UNet that a ControlNet steers, and the configuration that fits it where that is no published one's."""
-    unets = [catalog.component(m.unet) for m in catalog.available_models() if m.requires_controlnet]
+    unets = [catalog.component(m.unet) for m in catalog.available_models() if catalog.controls_of(m.name)]
     if file.report.base is not None:
         alike = (unet for unet in unets if UNetFacts.of_component(unet).architecture == file.report.base)
         if (found := next(alike, None)) is not None:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from pipelines.control_plan import ControlUse
 from pipelines.enlargement import A1111_NAMES, METHOD_ALIASES, HiresParams
 from pipelines.plan import Emphasis, GenerationPlan, LoraUse, StagePlan, TextReading
 from pipelines.sampling.a1111 import our_sampler, their_sampler
@@ -44,8 +45,7 @@ def infotext(plan: GenerationPlan) -> str:
     if plan.refined:
         refiner = plan.stages[-1]
         pairs |= {"Refiner": refiner.component, "Refiner switch at": refiner.schedule.start}
-    if first.control is not None:
-        pairs["ControlNet 0"] = f"Module: {first.control.name}, Model: {first.control.component}"
+    pairs |= {f"ControlNet {i}": _control(use) for i, use in enumerate(first.controls)}
     reading = first.text.reading
     if reading.clip_skip > 1:
         pairs["Clip skip"] = reading.clip_skip
@@ -84,6 +84,14 @@ def _hires_fields(pairs: dict[str, str]) -> dict[str, Any] | None:
         return HiresParams.model_validate(told | {"upscaler": ours}).model_dump(exclude_none=True)
     except ValidationError:
         return None
+
+
+def _control(use: ControlUse) -> str:
+    """A control as the ControlNet extension of A1111 writes it."""
+    module, mode = use.name if use.preprocess else "none", "ControlNet is more important" if use.guess else "Balanced"
+    said = {"Module": module, "Model": use.component, "Weight": f"{use.weight:g}"}
+    said |= {"Guidance Start": f"{use.start:g}", "Guidance End": f"{use.end:g}", "Control Mode": mode}
+    return ", ".join(f"{name}: {value}" for name, value in said.items())
 
 
 def _lora_weights(use: LoraUse) -> str:

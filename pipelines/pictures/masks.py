@@ -66,6 +66,17 @@ class Canvas:
         white = Image.new("L", picture.size, 255)
         return cls(picture, white, None, picture, white)
 
+    def cut(self, other: Image.Image) -> Image.Image:
+        """What lies where the drawn part does in another picture of the size of `whole`, in the drawn part's size."""
+        if self.box is None:
+            return other
+        from diffusers.image_processor import VaeImageProcessor
+
+        cut: Image.Image = VaeImageProcessor().resize(
+            other.crop(self.box), self.part.height, self.part.width, resize_mode="fill"
+        )
+        return cut
+
     def lay_in(self, drawn: Image.Image) -> Image.Image:
         """The picture with the drawn part in it: as it was, to the bit, wherever the mask is black."""
         from diffusers.image_processor import VaeImageProcessor

@@ -105,7 +105,7 @@ def test_every_field_of_the_contract_is_in_the_schema() -> None:
     )
     ours = {"stream", "preview", "prompt_syntax", "emphasis", "long_prompt", "clip_skip"}
     ours |= {"mask_image", "mask_blur", "inpaint_area", "inpaint_padding", "inpaint_fill"}
-    ours |= {"guidance_rescale", "guidance_start", "guidance_end", "eta"}
+    ours |= {"controlnets", "hires", "guidance_rescale", "guidance_start", "guidance_end", "eta"}
     assert set(GenerationRequest.model_fields) == set(contract.split()) | ours
 
 

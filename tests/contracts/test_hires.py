@@ -38,9 +38,9 @@ async def test_a_picture_is_drawn_again_from_its_file(client: httpx.AsyncClient)
     drawn = await post(client, **steered, **fields)
     file = drawn.json()["images"][0]["image"]
     told = (await client.post("/v1/images/info", json={"image": file})).json()
-    assert (told["width"], told["height"], told["needs"]) == (192, 192, ["controlnet_image"])
-    body = told["request"] | {"controlnet_image": encoded(photo())}
-    again = await client.post("/v1/image/generation", json=body)
+    assert (told["width"], told["height"], told["needs"]) == (192, 192, ["controlnets.0.image"])
+    told["request"]["controlnets"][0]["image"] = encoded(photo())
+    again = await client.post("/v1/image/generation", json=told["request"])
     assert np.abs(pixels(picture(again)) - pixels(picture(drawn))).max() <= 1
 
 

@@ -63,8 +63,8 @@ async def test_control_and_refiner_are_repeated(client: httpx.AsyncClient) -> No
     fields |= {"prompt_syntax": "weighted", "emphasis": "No norm", "long_prompt": "cut", "clip_skip": 3}
     fields |= {"sampler": "DDIM", "eta": 0.5, "guidance_rescale": 0.2, "guidance_start": 0.1, "guidance_end": 0.9}
     told = await info(client, (await post(client, **control, **fields)).json()["images"][0]["image"])
-    assert told["needs"] == ["controlnet_image"]
-    expected = fields | {"controlnet_name": "canny", "controlnet_preprocess": True, "model_name": "SDXL-ControlNet"}
+    assert told["needs"] == ["controlnets.0.image"]
+    expected = fields | {"controlnets": [{"name": "canny"}], "model_name": "SDXL-ControlNet"}
     assert told["request"].items() >= expected.items()
 
 

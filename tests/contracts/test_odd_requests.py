@@ -16,9 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import body_limit
 from deployments.api.body_limit import BodyLimit
+from deployments.api.encoding import decode_base64
 from deployments.api.errors import ErrorCode, Failure
 from deployments.api.openai.requests import ImageRequest
-from deployments.api.schemas import GenerationRequest, decode_base64
+from deployments.api.schemas import GenerationRequest
 from deployments.proxy.answers import ProxyAnswers
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import read_plan

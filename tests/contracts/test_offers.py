@@ -58,7 +58,7 @@ async def test_models_that_can_be_asked_for(client: httpx.AsyncClient) -> None:
     assert base["defaults"]["width"] == 1024
     assert "1152x896" in base["sizes"]
     assert "1344x768" in base["tvm_sizes"]
-    assert base["controlnets"] == []
+    assert base["controlnets"] == CONTROLS[:4]
     assert base["loras"] == ["Add_Detail", "Pixel_Art"]
 
 
@@ -84,8 +84,9 @@ async def test_loras_say_why_they_are_not_served(client: httpx.AsyncClient) -> N
 
 async def test_controlnets(client: httpx.AsyncClient) -> None:
     data = (await client.get("/v1/controlnets")).json()["data"]
-    assert [entry["name"] for entry in data if entry["models"] == ["SD1.5-ControlNet"]] == CONTROLS
-    assert [entry["name"] for entry in data if entry["models"] == ["SDXL-ControlNet"]] == CONTROLS[:4]
+    assert [entry["name"] for entry in data if entry["models"] == ["SD1.5", "SD1.5-ControlNet"]] == CONTROLS
+    assert [entry["name"] for entry in data if entry["models"] == ["SDXL-ControlNet", "SDXL1.0-base"]] == CONTROLS[:4]
+    assert {entry["preprocess"] for entry in data} == {True}, "the tiny catalog has all annotators"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from tests.support.http import blank
 
 CONTROL = {"model_name": "SD1.5-ControlNet", "controlnet_name": "canny", "controlnet_image": blank(8, 8)}
+CANNY = {"name": "canny", "image": blank(8, 8)}
 
 VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"sampler": "Euler b"}, "sampler", "Did you mean 'Euler"),
@@ -58,8 +59,29 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"inpaint_area": "half"}, "inpaint_area", "['whole', 'masked']"),
     ({"inpaint_fill": "blue"}, "inpaint_fill", "['original', 'noise']"),
     ({"enable_refiner": True}, "enable_refiner", "no refiner"),
-    ({"controlnet_name": "canny"}, "controlnet_name", "no ControlNet"),
-    ({"controlnet_image": blank(8, 8)}, "controlnet_image", "no ControlNet"),
+    ({"controlnet_name": "canny"}, "controlnet_name", "Send controlnets, with ['canny', "),
+    ({"controlnet_image": blank(8, 8)}, "controlnet_image", "Send controlnets, with ['canny', "),
+    (
+        {"model_name": "SD2", "controlnet_name": "canny"},
+        "controlnet_name",
+        "no ControlNet here. Only ['SDXL1.0",
+    ),
+    ({"model_name": "SD2", "controlnets": [CANNY]}, "controlnets", "no ControlNet here. Only ['SDXL1.0"),
+    ({"controlnets": [CANNY] * 5}, "controlnets", "4 at most: leave 1 out"),
+    (
+        {"controlnets": [CANNY, CANNY | {"name": "cany"}]},
+        "controlnets",
+        "Unexpected controlnets.1.name 'cany'. Did you mean 'canny'? Only ['canny', ",
+    ),
+    ({"controlnets": [CANNY | {"start": 0.5, "end": 0.5}]}, "controlnets", "controlnets.0.end 0.5 leaves no step"),
+    ({"controlnets": [CANNY | {"start": 0.5, "end": 0.2}]}, "controlnets", "controlnets.0.end 0.2 leaves no step"),
+    ({"controlnets": [CANNY | {"start": -0.1}]}, "controlnets", "controlnets.0.start: Input should be greater"),
+    ({"controlnets": [CANNY | {"end": 1.1}]}, "controlnets", "controlnets.0.end: Input should be less"),
+    ({"controlnets": [CANNY, CANNY | {"weight": 1e9}]}, "controlnets", "controlnets.1.weight: Input should be less"),
+    ({"controlnets": [CANNY | {"weight": -1}]}, "controlnets", "controlnets.0.weight: Input should be greater"),
+    ({"controlnets": [CANNY | {"image": "%%%"}]}, "controlnets", "controlnets.0.image is not valid base64"),
+    ({"controlnets": [CANNY | {"image": blank(300, 300)[:80]}]}, "controlnets", "damaged"),
+    (CONTROL | {"controlnets": [CANNY]}, "controlnet_name", "put that control into the list too"),
     ({"loras": {"Nope": 1.0}}, "loras", "Nope"),
     ({"loras": {"Logo": 1.0}}, "loras", "no tiny weights"),
     ({"model_name": "SD1.5-ControlNet"}, "controlnet_name", "required"),

@@ -48,9 +48,10 @@ def test_the_hub_catalog_shares_components_by_weights() -> None:
 def test_the_hub_catalog_offers_the_contracts_controlnets_and_loras() -> None:
     catalog = Catalog.load("hub")
     names = ["canny", "depth", "openpose", "softedge"]
-    assert list(catalog.controls_of("SDXL-ControlNet")) == names
-    assert list(catalog.controls_of("SD1.5-ControlNet")) == [*names, "lineart"]
-    assert catalog.controls_of("SDXL1.0-base") == {}
+    for model, own in (("SDXL-ControlNet", "SDXL1.0-base"), ("SD1.5-ControlNet", "SD1.5")):
+        assert list(catalog.controls_of(model)) == names + ["lineart"] * (own == "SD1.5")
+        assert catalog.controls_of(own) == catalog.controls_of(model), "the same UNet"
+    assert catalog.controls_of("SSD") == {}
     assert len(catalog.loras) == 13
 
 
@@ -75,7 +76,6 @@ def spoil(folder: Path, file: str, index: int, **changes: Any) -> None:
         ("models", {"family": "sd"}, "is not an sd text_encoder component"),
         ("models", {"name": "sd2"}, "would mean two names"),
         ("models", {"sizes": ["1000x1000"]}, "1000x1000 is not a multiple of 32"),
-        ("models", {"requires_controlnet": True}, "disagree"),
         ("controlnets", {"component": "unet-ssd"}, "is not a ControlNet, or mode and union disagree"),
         ("controlnets", {"mode": None}, "is not a ControlNet, or mode and union disagree"),
         ("controlnets", {"models": ["SDXL-ControlNet", "SD1.5-ControlNet"]}, "does not steer"),
@@ -90,6 +90,12 @@ def test_a_catalog_that_contradicts_itself_is_refused_with_the_reason(
 ) -> None:
     spoil(folder, file, 0, **changes)
     with pytest.raises(CatalogError, match=message):
+        Catalog.load(folder)
+
+
+def test_a_model_that_requires_a_controlnet_has_one(folder: Path) -> None:
+    spoil(folder, "models", 3, requires_controlnet=True)
+    with pytest.raises(CatalogError, match="requires_controlnet, and no ControlNet is listed for it"):
         Catalog.load(folder)
 
 
@@ -119,6 +125,15 @@ def test_serving_a_part() -> None:
     part = Catalog.load("tiny").only(("sd1.5",))
     assert [m.name for m in part.available_models()] == ["SD1.5"]
     assert [c.id for c in part.served_components()] == ["text-encoder-sd15", "unet-sd15", "vae-sd15"]
+
+
+def test_controlnets_are_left_out_with_the_model_that_requires_them() -> None:
+    catalog = Catalog.load("tiny")
+    assert catalog.only(("SD1.5",)).controls_of("SD1.5") == {}
+    both = catalog.only(("SD1.5", "SD1.5-ControlNet"))
+    assert "canny" in both.controls_of("SD1.5")
+    nets = ("controlnet-sd15-canny", "controlnet-sd15-soft")
+    assert both.controlnets_of("unet-sd15") == catalog.only(("SD1.5-ControlNet",)).controlnets_of("unet-sd15") == nets
 
 
 def test_choices_resolve_without_case_and_suggest() -> None:

@@ -272,10 +272,8 @@ class Ticker:
 
     def _add(self, name: str, params: GenerationParams) -> None:
         stage = make_plan(params, self._catalog).stages[0]
-        hint = None
-        if stage.control is not None and params.controlnet_image is not None:
-            hint = self._nets.prepare(params.controlnet_image, stage.control, params.width, params.height)
-        self._engine.add(self._engine.prepare(name, stage, self._texts.encode(stage), None, hint))
+        hints = self._nets.prepare([control.image for control in params.controls], stage)
+        self._engine.add(self._engine.prepare(name, stage, self._texts.encode(stage), None, hints))
 
     def _tick(self) -> None:
         report = self._engine.tick()

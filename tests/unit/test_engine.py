@@ -17,10 +17,12 @@ from pipelines.backends.base import StepBatch
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ColocatedControl, ControlNets
 from pipelines.control.types import ControlBatch, ControlHint
+from pipelines.control_plan import ControlUse
 from pipelines.engine.courses import SamplerCourse
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.job import DenoiseJob
 from pipelines.engine.memory import Retreat
+from pipelines.engine.steering import Steering
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.latents import Latents
@@ -316,6 +318,12 @@ def test_strict_gives_equal_bytes_whatever_the_neighbours(encoders: TextEncoderS
         assert torch.equal(finish(engine)["it"], alone)
 
 
+def steered(hint_id: str) -> Steering:
+    """By one map, all the way."""
+    hint = ControlHint(hint_id, "net", None, torch.rand(1, 3, 128, 128))
+    return Steering((hint,), (ControlUse(name="canny", component="net", mode=None, preprocess=False),), ticks=100)
+
+
 class CountingControl:
     """A ControlNet of zeros that counts its calls and rows; what a source answers is not under test here."""
 
@@ -338,7 +346,7 @@ def test_a_tick_of_controlled_and_plain_rows_makes_one_controlnet_call(
     for index in range(5):
         job = add(engine, encoders, catalog, str(index), cfg_scale=1.0, steps=2)
         if index < 3:
-            job.hint = ControlHint(f"hint {index}", "net", None, torch.rand(1, 3, 128, 128))
+            job.steering = steered(f"hint {index}")
     finish(engine)
     assert recorder.rows == [5, 5]
     assert counting.rows == [3, 3]
@@ -363,7 +371,7 @@ def test_a_lost_controlnet_fails_the_jobs_it_steers_at_once_and_no_other(
     for name in "abc":
         job = add(engine, encoders, catalog, name)
         if name != "c":
-            job.hint = ControlHint(name, "net", None, torch.rand(1, 3, 128, 128))
+            job.steering = steered(name)
     report = engine.tick()
     assert [job.id for job, _ in report.failed] == ["a", "b"]
     assert "the ControlNet is gone" in str(report.failed[0][1])

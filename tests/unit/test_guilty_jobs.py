@@ -15,6 +15,7 @@ from pipelines.adapters.layers import Adapter, Mixture
 from pipelines.adapters.linear_changes import LoraLayer
 from pipelines.assembly import load_engine, load_text_encoders, load_vae
 from pipelines.control.types import ControlHint
+from pipelines.control_plan import ControlUse
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.job import DenoiseJob
 from pipelines.errors import DenoiseError, NonFiniteError, SdgraphError
@@ -67,7 +68,10 @@ def add(engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog) -> Add
     ) -> DenoiseJob:
         (stage,) = make_plan(GenerationParams(**fields(**changes)), catalog).stages
         text = conditioning(encoders.encode(stage))
-        job = engine.prepare(name, stage, text, latents, hint)
+        if hint is not None:
+            use = ControlUse(name="canny", component=hint.component, mode=hint.mode, preprocess=False)
+            stage = stage.model_copy(update={"controls": (use,)})
+        job = engine.prepare(name, stage, text, latents, (hint,) if hint is not None else ())
         uses = tuple(LoraUse(name=lora.name, weight=weight) for lora, weight in loras)
         job.loras, job.plan = loras, stage.model_copy(update={"loras": uses})  # past the store, which would check them
         return engine.add(job)

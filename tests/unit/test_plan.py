@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from config.catalog import Catalog
 from deployments.api.schemas import RANDOM_SEED, GenerationRequest
 from pipelines import plan
+from pipelines.control_plan import ControlUse
 from pipelines.errors import InvalidValueError, UnavailableModelError
-from pipelines.plan import ControlUse, GenerationParams, GenerationPlan, LoraUse, PartWeights, ScheduleSlice
+from pipelines.plan import GenerationParams, GenerationPlan, LoraUse, PartWeights, ScheduleSlice
 from pipelines.planning import REFINER_SHARE, PlanLimits, make_plan
 
 HUB = Catalog.load("hub")
@@ -111,8 +112,8 @@ def test_an_edm_model_takes_the_edm_sampler_and_no_other() -> None:
 def test_a_controlnet_steers_the_first_stage_alone() -> None:
     params = replace(BASE, model_name="SDXL-ControlNet", controlnet_name="Canny", controlnet_image=b"x")
     base, refiner = make_plan(replace(params, enable_refiner=True), HUB).stages
-    assert base.control == ControlUse(name="canny", component="controlnet-sdxl-union", mode=3, preprocess=True)
-    assert refiner.control is None
+    assert base.controls == (ControlUse(name="canny", component="controlnet-sdxl-union", mode=3, preprocess=True),)
+    assert refiner.controls == ()
 
 
 def test_models_taken_out_of_service_answer_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -73,9 +74,10 @@ def denoiser(catalog: Catalog) -> Kind:
 def colocated_controlnet(catalog: Catalog) -> Kind:
     replica = DenoiserDeployment(components=["unet-sd15"], catalog=catalog, runtime=RUNTIME, max_rows=4)
     steered = replace(PARAMS, model_name="SD1.5-ControlNet", controlnet_name="canny", controlnet_image=photo())
-    plan = make_plan(steered, catalog)
+    (stage,) = make_plan(steered, catalog).stages
     owner = replica._colocated["unet-sd15"]
-    return Kind(replica, owner, "prepare", lambda: replica.prepare(stage=plan.stages[0], photo=photo()))
+    call = functools.partial(replica.prepare, stage=stage, photos=(photo(),), image=None, mask=None)
+    return Kind(replica, owner, "prepare", call)
 
 
 KINDS = [text_encoder, vae, controlnet, denoiser, colocated_controlnet]

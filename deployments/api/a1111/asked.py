@@ -13,7 +13,7 @@ from deployments.api.a1111.names import sampler_of, unknown
 from deployments.api.a1111.options import Options
 from deployments.api.a1111.requests import MOST_PICTURES, Img2ImgRequest, Txt2ImgRequest, WebuiRequest
 from deployments.api.a1111.second_pass import STRENGTH, with_second_pass
-from deployments.api.schemas import decode_base64
+from deployments.api.encoding import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import picture_size
 from pipelines.pictures.masks import mask_of_strokes

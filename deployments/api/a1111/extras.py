@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.api.schemas import decode_base64
+from deployments.api.encoding import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import check_image
 from pipelines.pictures.infotext import parse_infotext

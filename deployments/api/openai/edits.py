@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from config.catalog import Catalog
+from deployments.api.encoding import decode_base64
 from deployments.api.openai.requests import EditRequest
-from deployments.api.schemas import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import picture_size
 from pipelines.pictures.masks import mask_of_holes
