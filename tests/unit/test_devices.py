@@ -18,6 +18,7 @@ from PIL import Image
 from config.catalog import Catalog, ComponentSpec
 from pipelines.assembly import load_controlnets, load_engine, load_text_encoders, load_vae
 from pipelines.control.nets import ColocatedControl
+from pipelines.control_plan import ControlParams
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
 from pipelines.sampling.samplers import SAMPLERS
@@ -46,6 +47,11 @@ def request(model_name: str, **fields: Any) -> GenerationParams:
 
 
 IMAGE = {"image": photo(), "strength": 0.6}
+MAPS = (
+    ControlParams(name="canny", image=photo(), weight=0.5, end=0.5),
+    ControlParams(name="depth", image=photo(50, 60), preprocess=False),
+    ControlParams(name="depth", image=photo(60, 50), preprocess=False, guess=True),
+)
 STEERED = {"controlnet_image": photo(), "controlnet_preprocess": False}
 LORAS = {"loras": {"Pixel_Art": 0.7}}
 BOTH_LORAS = {"loras": {"Pixel_Art": 0.7, "Add_Detail": -0.4}}
@@ -68,11 +74,13 @@ WALKS: dict[str, Sequence[GenerationParams]] = {
         request("SD1.5", cfg_scale=1.0),
         request("SD1.5-ControlNet", controlnet_name="canny", controlnet_image=photo()),
         request("SD1.5-ControlNet", controlnet_name="softedge", **STEERED, **LORAS),
+        request("SD1.5", controlnets=MAPS),
     ],
     "LoRAs and ControlNets of SDXL in one batch": [
         request("SDXL-ControlNet", controlnet_name="depth", **STEERED),
         request("SDXL1.0-base", **LORAS),
         request("SDXL-ControlNet", controlnet_name="canny", cfg_scale=1.0, **STEERED),
+        request("SDXL1.0-base", controlnets=MAPS),
     ],
 }
 
@@ -223,6 +231,8 @@ class Budget(NamedTuple):
 A_TICK = Budget(4 * 5)
 """Whatever the samplers, however many jobs: inputs and outputs side by side, both formats, one product."""
 DEFAULT = "DPM++ 2M SDE Heun Karras"
+TWO_MAPS = tuple(ControlParams(name=name, image=photo(), weight=0.5, preprocess=False) for name in ("canny", "depth"))
+TWO_MODES = {"model_name": "SDXL1.0-base", "controlnets": TWO_MAPS}
 CANNY = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": photo()}
 # The numbers of what is added to a tick may only go down.
 OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
@@ -232,6 +242,7 @@ OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
     "a LoRA on 66 layers": ([{"sampler": "Euler"} | LORAS], Budget(812)),
     "four rows of two LoRAs": ([{"sampler": "Euler"} | LORAS, {"sampler": "Euler"} | BOTH_LORAS], Budget(812)),
     "a ControlNet": ([{"sampler": "Euler"} | CANNY], Budget(32)),
+    "two modes of a union ControlNet": ([{"sampler": "Euler"} | TWO_MODES], Budget(64)),
 }
 
 

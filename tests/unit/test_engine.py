@@ -352,6 +352,20 @@ def test_a_tick_of_controlled_and_plain_rows_makes_one_controlnet_call(
     assert counting.rows == [3, 3]
 
 
+def test_a_tick_outside_the_windows_of_all_maps_asks_no_controlnet(
+    engine: StepEngine, encoders: TextEncoderStack, catalog: Catalog
+) -> None:
+    """Of four ticks the first map steers two, the second the last one, as a guess: of one row."""
+    engine.control = counting = CountingControl()
+    windows = [{"end": 0.5}, {"start": 0.75, "guess": True}]
+    job = add(engine, encoders, catalog, "a", cfg_scale=5.0, steps=4)
+    hints = tuple(ControlHint(name, "net", None, torch.rand(1, 3, 128, 128)) for name in "ab")
+    uses = tuple(ControlUse(name="canny", component="net", mode=None, **window) for window in windows)
+    job.steering = Steering(hints, uses, ticks=4)
+    finish(engine)
+    assert counting.rows == [2, 2, 1]
+
+
 class Broken:
     """A ControlNet that is gone."""
 

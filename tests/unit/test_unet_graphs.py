@@ -15,6 +15,7 @@ import torch
 from config.catalog import Catalog
 from pipelines.assembly import record_common_passes
 from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.control_plan import ControlParams
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.support.fake_capturer import FakeCapturer
@@ -25,6 +26,15 @@ LORAS = {"loras": {"Pixel_Art": 0.7}}
 OTHER_LORAS = {"loras": {"Pixel_Art": -0.5, "Add_Detail": 1.0}}
 CANNY = {"controlnet_name": "canny", "controlnet_image": photo()}
 STEERED = {"controlnet_name": "depth", "controlnet_image": photo(50, 60), "controlnet_preprocess": False}
+
+
+def listed(*controls: tuple[str, float, float]) -> dict[str, Any]:
+    """Name, weight and end of each."""
+    maps = [
+        ControlParams(name=name, image=photo(50 + i, 60), preprocess=False, weight=weight, end=end)
+        for i, (name, weight, end) in enumerate(controls)
+    ]
+    return {"controlnets": tuple(maps)}
 
 
 def request(model_name: str, **fields: Any) -> GenerationParams:
@@ -57,6 +67,10 @@ BATCHES: dict[str, Sequence[GenerationParams]] = {
         request("SDXL-ControlNet", **CANNY),
         request("SDXL-ControlNet", seed=2, cfg_scale=1.0, **STEERED),
         request("SDXL1.0-base", seed=3, **LORAS),
+    ],
+    "several maps, whose weights change on the way": [
+        request("SDXL1.0-base", **listed(("canny", 0.4, 0.6), ("depth", 1.5, 1.0))),
+        request("SDXL1.0-base", seed=2, steps=12, **listed(("canny", 1.0, 1.0), ("depth", 0.3, 0.3))),
     ],
 }
 

@@ -62,8 +62,8 @@ class ImageRequest(PictureRequest):
                 kept.setdefault(ours, value)
         if "loras" in kept:
             kept["loras"] = _mixture(kept["loras"])
-        if "hires" in kept:
-            kept["hires"] = _from_json(kept["hires"])
+        for name in {"hires", "controlnets"} & kept.keys():
+            kept[name] = _from_json(kept[name])
         return kept
 
     @property
