@@ -14,11 +14,12 @@ RUN apt-get update \
  && useradd --uid 1000 --create-home sdgraph \
  && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/sdgraph.sh
 WORKDIR /opt/sdgraph
-# Exact versions with the hashes of their files: `make lock` writes it. Nothing is compiled.
+# Exact versions with the hashes of their files: `make lock` writes it, with all that is needed and nothing else, so that
+# pip need not look for more (spandrel asks for torchvision, which is not used). Nothing is compiled.
 COPY requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
- && /opt/venv/bin/pip install --require-hashes --requirement requirements.txt
+ && /opt/venv/bin/pip install --require-hashes --no-deps --requirement requirements.txt
 COPY config /opt/sdgraph/config
 COPY pipelines /opt/sdgraph/pipelines
 COPY deployments /opt/sdgraph/deployments

@@ -38,6 +38,7 @@ setup: .venv/installed models  ## everything a fresh machine needs
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps spandrel
 	touch $@
 
 models: .venv/installed  ## the tiny seeded models; does nothing when they are up to date
@@ -79,7 +80,7 @@ build/lock/installed:
 	touch $@
 
 lock: build/lock/installed  ## requirements.txt: what the image installs, exact versions with hashes
-	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --constraint constraints.txt --generate-hashes --no-annotate \
+	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --extra upscalers --constraint constraints.txt --generate-hashes --no-annotate \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" --output-file requirements.txt
 
 # Its dependencies contradict ours.

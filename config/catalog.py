@@ -27,6 +27,9 @@ from config.components import Size as Size
 from config.library import UnservedFile
 from config.model_names import ModelNames
 from config.sources import FolderSource, Spec
+from config.styles import StylePreset as StylePreset
+from config.upscalers import LATENT_METHODS, METHOD_ALIASES, PICTURE_METHODS
+from config.upscalers import UpscalerSpec as UpscalerSpec
 
 T = TypeVar("T")
 
@@ -95,27 +98,7 @@ class ControlNetSpec(Spec):
     """Control type of this control in a union ControlNet."""
 
 
-class StylePreset(Spec):
-    """A prompt template with `{prompt}` in it and a negative prompt to add."""
-
-    name: str
-    prompt: str
-    negative_prompt: str = ""
-    aliases: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _has_one_slot(self) -> StylePreset:
-        if self.prompt.count("{prompt}") != 1:
-            raise ValueError(f"style {self.name!r}: the template needs {{prompt}} exactly once")
-        return self
-
-    def applied(self, prompt: str, negative_prompt: str | None) -> tuple[str, str | None]:
-        """Both texts in this style: the template around the prompt, the negative text behind the caller's."""
-        negative = ", ".join(t for t in (negative_prompt, self.negative_prompt) if t) or negative_prompt
-        return self.prompt.replace("{prompt}", prompt), negative
-
-
-def _aliases(entries: Iterable[ModelSpec | LoraSpec | StylePreset]) -> dict[str, str]:
+def _aliases(entries: Iterable[ModelSpec | LoraSpec | StylePreset | UpscalerSpec]) -> dict[str, str]:
     """Alias -> name, of every entry."""
     return {alias: entry.name for entry in entries for alias in entry.aliases}
 
@@ -144,6 +127,7 @@ class Catalog(Spec):
     annotators: tuple[AnnotatorSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
     embeddings: tuple[EmbeddingSpec, ...] = ()
+    upscalers: tuple[UpscalerSpec, ...] = ()
     styles: tuple[StylePreset, ...] = ()
     model_names: ModelNames = ModelNames()
     library: tuple[Path, ...] = ()
@@ -196,6 +180,11 @@ class Catalog(Spec):
                 )
             if bases := {self.model(m).unet for m in control.models} - {steering.base}:
                 raise ValueError(f"controlnet {control.name}: {control.component} does not steer {sorted(bases)}")
+        self.upscaler_choices()
+        for upscaler in self.upscalers:
+            found = components.get(upscaler.component)
+            if found is None or found.kind != "upscaler":
+                raise ValueError(f"upscaler {upscaler.name}: '{upscaler.component}' is no upscaler component")
         for kind, entries in (("lora", self.loras), ("embedding", self.embeddings)):
             for entry in entries:
                 if unknown := set(entry.bases) - set(components):
@@ -256,6 +245,13 @@ class Catalog(Spec):
         """Every textual inversion, available or not."""
         return Choices("embeddings", [embedding.name for embedding in self.embeddings])
 
+    def upscaler_choices(self, field: str = "upscaler", latents: bool = True) -> Choices:
+        """What a request's `field` may name; `latents` where there are some to interpolate."""
+        methods = [*(LATENT_METHODS if latents else ()), *PICTURE_METHODS]
+        aliases = {alias: name for alias, name in METHOD_ALIASES.items() if name in methods}
+        names = [*methods, *(entry.name for entry in self.upscalers)]
+        return Choices(field, names, aliases | _aliases(self.upscalers))
+
     def style_choices(self) -> Choices:
         """Every style preset with its aliases."""
         return Choices("style_preset", [s.name for s in self.styles], _aliases(self.styles))
@@ -267,6 +263,10 @@ class Catalog(Spec):
     def model(self, name: str) -> ModelSpec:
         """The model of this canonical name; KeyError if there is none."""
         return _named("model", {m.name: m for m in self.models}, name)
+
+    def upscaler_component(self, name: str) -> str | None:
+        """The component of the model of this canonical name; None for what needs no weights."""
+        return next((entry.component for entry in self.upscalers if entry.name == name), None)
 
     def style(self, name: str) -> StylePreset:
         """The style of this canonical name; KeyError if there is none."""
@@ -326,9 +326,10 @@ class Catalog(Spec):
         return _named("UNet of a model", users, unet_id)
 
     def served_components(self) -> tuple[ComponentSpec, ...]:
-        """Components that some available model needs, each once, in catalog order."""
+        """Components that some available model needs, and upscalers, each once, in catalog order."""
         needed = {i for m in self.available_models() for i in m.components}
         needed |= {c.component for m in self.available_models() for c in self.controls_of(m.name).values()}
+        needed |= {entry.component for entry in self.upscalers}
         return tuple(c for c in self.components if c.id in needed)
 
     def only(self, names: tuple[str, ...]) -> Catalog:

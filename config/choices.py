@@ -40,6 +40,11 @@ class Choices:
             if self._canonical.setdefault(spelling.casefold(), name) != name:
                 raise ValueError(f"{field}: '{spelling}' would mean two names")
 
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Every spelling, as it is compared."""
+        return tuple(self._canonical)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from config.sources import Source, Spec
+from config.sources import CheckpointSource, Source, Spec
 
 Family = Literal["sd", "sdxl"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -50,9 +50,12 @@ class ComponentSpec(Spec):
     """One set of weights: what one deployment hosts."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    kind: Literal["text_encoder", "unet", "vae", "controlnet"]
-    family: Family
+    kind: Literal["text_encoder", "unet", "vae", "controlnet", "upscaler"]
+    family: Family | Literal["any"] = "any"
+    """Upscalers alone are for pictures of any."""
     source: Source
+    file: str | None = Field(default=None, pattern=r"^[^/]+\.safetensors$")
+    """Upscalers only: the file in a folder or repository; a checkpoint is one itself."""
     subfolder: str | None = None
     """Folder of the weights inside the source: by default the kind's usual one; "" is the root."""
     dtype: Dtype = "float32"
@@ -71,3 +74,12 @@ class ComponentSpec(Spec):
     """ControlNets only: id of the UNet it steers."""
     union: bool = False
     """ControlNets only: one set of weights for several controls, told apart by a mode (ControlNetUnionModel)."""
+
+    @model_validator(mode="after")
+    def _check_upscaler(self) -> ComponentSpec:
+        upscales = self.kind == "upscaler"
+        if upscales != (self.family == "any"):
+            raise ValueError(f"component {self.id}: upscalers have no family, and everything else has one")
+        if (self.file is not None) != (upscales and not isinstance(self.source, CheckpointSource)):
+            raise ValueError(f"component {self.id}: `file` names an upscaler in a folder or repository, nothing else")
+        return self

@@ -29,6 +29,7 @@ from deployments.replicas.base import Runtime
 from deployments.replicas.controlnet import ControlNetDeployment
 from deployments.replicas.denoiser import DenoiserDeployment
 from deployments.replicas.text_encoder import TextEncoderDeployment
+from deployments.replicas.upscaler import UpscalerDeployment
 from deployments.replicas.vae import VAEDeployment
 from pipelines.acceleration import Acceleration
 from pipelines.library.library import extend
@@ -95,7 +96,7 @@ def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str)
         return f"{component.id}-torch" if grouping == "component" else "unet-torch"
     if grouping == "component":
         return component.id
-    return {"text_encoder": "text-encoder", "vae": "vae", "unet": "refiner"}[component.kind]
+    return {"text_encoder": "text-encoder", "vae": "vae", "unet": "refiner", "upscaler": "upscaler"}[component.kind]
 
 
 def build_app(args: AppArgs) -> Application:
@@ -157,6 +158,8 @@ def bind_components(args: AppArgs, catalog: Catalog, runtime: Runtime) -> dict[s
                 app = _deploy(TextEncoderDeployment, name).bind(**hosts)
             case "vae":
                 app = _deploy(VAEDeployment, name).bind(**hosts)
+            case "upscaler":
+                app = _deploy(UpscalerDeployment, name).bind(**hosts)
             case "controlnet":
                 app = _deploy(ControlNetDeployment, name).bind(**hosts, acceleration=args.acceleration)
             case "unet":

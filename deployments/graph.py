@@ -11,11 +11,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from pipelines.upscale import UpscalePlan
+
 if TYPE_CHECKING:
     from deployments.telemetry.stages import Timed
     from pipelines.control.residuals import PackedResiduals
     from pipelines.control.types import ControlBatch, ControlHint
     from pipelines.pictures.images import EncodedImage
+    from pipelines.pictures.upscaling import Pixels
     from pipelines.plan import CompiledSize, GenerationPlan, OutputFormat, StagePlan
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
@@ -94,11 +97,11 @@ class Graph:
         """UNets that have a compiled deployment."""
         return tuple(self._compiled)
 
-    def visits(self, plan: GenerationPlan) -> tuple[str, ...]:
+    def visits(self, plan: GenerationPlan | UpscalePlan) -> tuple[str, ...]:
         """Names of the deployments that a plan goes through, each once, in order."""
         return tuple(dict.fromkeys(_name(handle) for handle in self._visited(plan)))
 
-    def ping(self, plan: GenerationPlan) -> dict[str, Callable[[], Call[None]]]:
+    def ping(self, plan: GenerationPlan | UpscalePlan) -> dict[str, Callable[[], Call[None]]]:
         """For each deployment that a plan visits a call that does nothing, which starts one that has no replica."""
         handles = {_name(handle): handle for handle in self._visited(plan)}
         return {name: _Ping(handle) for name, handle in handles.items()}
@@ -117,6 +120,24 @@ class Graph:
         """Latents of the picture that `latents` are to VAE `component`, resized to a second pass's `stage`."""
         vae = self._handles[component]
         return Call(vae.enlarge.remote(component=component, stage=stage, latents=_handed_on(latents)))
+
+    def pixels(self, *, component: str, latents: Call[Timed[Latents]] | Sealed[Timed[Latents]]) -> Call[Timed[Pixels]]:
+        """The picture that `latents` are to VAE `component`, before a model enlarges it."""
+        return Call(self._handles[component].pixels.remote(component=component, latents=_handed_on(latents)))
+
+    def upscale(self, *, component: str, stage: StagePlan, pixels: Call[Timed[Pixels]]) -> Call[Timed[Pixels]]:
+        """The same, of the size of a second pass's `stage`."""
+        upscaler = self._handles[component]
+        return Call(upscaler.upscale.remote(component=component, stage=stage, pixels=_handed_on(pixels)))
+
+    def encode_pixels(self, *, component: str, stage: StagePlan, pixels: Call[Timed[Pixels]]) -> Call[Timed[Latents]]:
+        """Latents of a picture of the size of `stage`, by VAE `component`."""
+        vae = self._handles[component]
+        return Call(vae.encode_pixels.remote(component=component, stage=stage, pixels=_handed_on(pixels)))
+
+    def upscale_file(self, *, component: str, plan: UpscalePlan, image: bytes) -> Call[Timed[EncodedImage]]:
+        """The file of a sent picture, larger."""
+        return Call(self._handles[component].upscale_file.remote(component=component, plan=plan, image=image))
 
     def prepare(
         self, *, component: str, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
@@ -209,9 +230,14 @@ class Graph:
     def _denoiser(self, stage: StagePlan) -> Any:
         return (self._compiled if stage.backend == "tvm" else self._handles)[stage.component]
 
-    def _visited(self, plan: GenerationPlan) -> Iterable[Any]:
+    def _visited(self, plan: GenerationPlan | UpscalePlan) -> Iterable[Any]:
+        if isinstance(plan, UpscalePlan):
+            yield self._handles[str(plan.component)]
+            return
         yield self._handles[plan.text_encoder]
         for stage in plan.stages:
+            if stage.enlargement and stage.enlargement.component:
+                yield self._handles[stage.enlargement.component]
             yield self._denoiser(stage)
             yield from (self._handles[control.component] for control in stage.controls)
         yield self._handles[plan.vae]

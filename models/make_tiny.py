@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,8 @@ from transformers import (
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 from transformers.models.vitpose.image_processing_pil_vitpose import VitPoseImageProcessorPil
+
+from pipelines.spandrel_compat import esrgan
 
 M = TypeVar("M", bound=torch.nn.Module)
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -397,6 +400,47 @@ class Lora:
         save_file(state, folder / "pytorch_lora_weights.safetensors")
 
 
+class Upscaler:
+    """An upscaler of spandrel's ESRGAN at a toy size, which sees no farther than a tile's margin."""
+
+    def __init__(self, seed: int, scale: int, unshuffle: int = 1) -> None:
+        self._seed = seed
+        self._scale = scale
+        self._unshuffle = unshuffle
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write the file, with the old names of tensors, or Real-ESRGAN's where pixels are unshuffled."""
+        channels, factor = 3 * self._unshuffle**2, self._unshuffle if self._unshuffle > 1 else None
+        net = seeded(
+            self._seed,
+            esrgan()(in_nc=channels, num_filters=8, num_blocks=1, scale=self._scale, shuffle_factor=factor),
+        )
+        state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        last = f"model.{max(int(name.split('.')[1]) for name in state)}"
+        state[f"{last}.weight"] *= 0.3  # pixels that are neither black nor white
+        state[f"{last}.bias"] += 0.5
+        if factor is not None:
+            state = {_real_esrgan_name(name): tensor for name, tensor in state.items()}
+        folder.mkdir(parents=True)
+        save_file(state, folder / "model.safetensors")
+
+
+def _real_esrgan_name(name: str) -> str:
+    """Of an old name of a tensor of two upsampling layers."""
+    for old, new in {
+        r"model\.0\.": "conv_first.",
+        r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.": r"body.\1.rdb\2.conv\3.",
+        r"model\.1\.sub\.\d+\.": "conv_body.",
+        r"model\.3\.": "conv_up1.",
+        r"model\.6\.": "conv_up2.",
+        r"model\.8\.": "conv_hr.",
+        r"model\.10\.": "conv_last.",
+    }.items():
+        if re.match(old, name):
+            return re.sub(old, new, name)
+    raise ValueError(name)
+
+
 MODELS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl, "ssd": ssd, "sdxl-turbo": turbo, "sdxl-refiner": refiner}
 MODELS |= {
     "controlnet-sd15-canny": lambda: controlnet(51),
@@ -411,6 +455,8 @@ MODELS |= {
     "lora-detail-sdxl": lambda: Lora(72, sdxl),
     "lora-pixel-sd15": lambda: Lora(73, sd15),
     "lora-pixel-sdxl": lambda: Lora(74, sdxl),
+    "upscaler-x4": lambda: Upscaler(81, 4),
+    "upscaler-x2": lambda: Upscaler(82, 4, unshuffle=2),
 }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from config.catalog import Catalog
 from pipelines.acceleration import Acceleration
@@ -33,14 +34,17 @@ from pipelines.engine.memory import RowBudget
 from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.families import FAMILIES
 from pipelines.pictures.precision import overflows
+from pipelines.pictures.upscaling import TILE, Upscaler
 from pipelines.pictures.vae import VAE
 from pipelines.plan import CompiledSize, EmbeddingUse, LoraUse
 from pipelines.recordings import Capturer
 from pipelines.sampling.latents import LatentSpace
+from pipelines.spandrel_compat import read_upscaler
 from pipelines.text.encoders import TextEncoder, TextEncoderStack
 from pipelines.text.inversions import read_inversion
 from pipelines.transfers import Mark
-from pipelines.weights.files import embedding_path, lora_path, read_config
+from pipelines.weights.checks import check_finite
+from pipelines.weights.files import ComponentFiles, embedding_path, lora_path, read_config
 from pipelines.weights.headers import read_header
 from pipelines.weights.loading import Device, load_model, load_text_models
 
@@ -257,6 +261,27 @@ def load_vae(catalog: Catalog, component_id: str, device: Device) -> VAE:
                 f"{vae.space.downscale}, the downscale of {component_id}"
             )
     return vae
+
+
+def load_upscaler(catalog: Catalog, component_id: str, device: Device) -> Upscaler:
+    """A model that enlarges pictures.
+
+    Raises:
+        WeightsError: its file is missing, damaged, or of another model.
+    """
+    spec = catalog.component(component_id)
+    files = ComponentFiles(spec)
+    where = files.check_checkpoint(files.upscaler)
+    with files.explained(where):
+        read = read_upscaler(load_file(files.upscaler))
+    if read.purpose != "SR" or read.scale < 2 or (read.input_channels, read.output_channels) != (3, 3):
+        raise WeightsError(f"{where}: a model of {read.architecture.name} that does not enlarge pictures of 3 channels")
+    check_finite(where, read.model)
+    half = {"float16": read.supports_half, "bfloat16": read.supports_bfloat16}
+    dtype = getattr(torch, spec.dtype) if device != "cpu" and half.get(spec.dtype) else torch.float32
+    read.model.to(device, dtype).eval()
+    tile = None if read.tiling.name == "INTERNAL" else TILE
+    return Upscaler(read, read.scale, device, dtype, tile, multiple=read.size_requirements.multiple_of)
 
 
 def load_embedding(catalog: Catalog, use: EmbeddingUse, base: str, part: str) -> torch.Tensor:

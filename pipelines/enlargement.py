@@ -5,34 +5,11 @@ The names and the second pass ("hires fix") are A1111's; `pipelines/second_pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-LATENT_METHODS: Mapping[str, tuple[str, bool]] = {
-    "latent": ("bilinear", False),
-    "latent-antialiased": ("bilinear", True),
-    "latent-bicubic": ("bicubic", False),
-    "latent-bicubic-antialiased": ("bicubic", True),
-    "latent-nearest": ("nearest", False),
-    "latent-nearest-exact": ("nearest-exact", False),
-}
-"""Latents are interpolated: torch's mode, and whether it is antialiased."""
-PICTURE_METHODS = ("lanczos", "nearest")
-"""The picture is decoded, resized by Pillow and encoded again."""
-A1111_NAMES: Mapping[str, str] = {
-    "latent": "Latent",
-    "latent-antialiased": "Latent (antialiased)",
-    "latent-bicubic": "Latent (bicubic)",
-    "latent-bicubic-antialiased": "Latent (bicubic antialiased)",
-    "latent-nearest": "Latent (nearest)",
-    "latent-nearest-exact": "Latent (nearest-exact)",
-    "lanczos": "Lanczos",
-    "nearest": "Nearest",
-}
-METHOD_ALIASES = {theirs: ours for ours, theirs in A1111_NAMES.items()} | {"None": "lanczos"}
-"""A1111's spellings; its "None" resizes by Lanczos."""
+from config.upscalers import LATENT_METHODS
 
 MIN_SCALE, MAX_SCALE = 1, 8
 MAX_HIRES_STEPS = 1000
@@ -59,7 +36,7 @@ class HiresParams(BaseModel):
         "latent",
         max_length=200,
         description="latent interpolates latents (also -antialiased, -bicubic, -bicubic-antialiased, -nearest, "
-        "-nearest-exact); lanczos and nearest resize the picture. A1111's names work too.",
+        "-nearest-exact); lanczos, nearest and the models of /v1/upscalers enlarge the picture. A1111's names work.",
     )
 
     @model_validator(mode="before")
@@ -78,6 +55,8 @@ class Enlargement(BaseModel):
 
     upscaler: str
     """A canonical name."""
+    component: str | None = None
+    """The model that enlarges the picture; None where none is needed."""
     scale: float
     """As it was asked for; the stage's own size is what came of it."""
 

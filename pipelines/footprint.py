@@ -16,8 +16,11 @@ from config.catalog import ARCHITECTURES, Catalog, ComponentSpec, Size
 from pipelines.adapters.store import LORA_BYTES
 from pipelines.engine.batching import BatchKey
 from pipelines.engine.memory import USABLE, row_bytes
+from pipelines.pictures.upscaling import TILE
+from pipelines.spandrel_compat import esrgan, read_upscaler
 from pipelines.torch_compat import PeakBytes
 from pipelines.weights.files import ComponentFiles, read_config
+from pipelines.weights.headers import read_header
 from pipelines.weights.kinds.models import INPAINTING_CHANNELS
 
 TOKENS = 77
@@ -30,6 +33,8 @@ TEXT_WORK = 0.1e9
 """One text through the largest encoder."""
 DECODING_SHARE = 0.8
 """Share of a VAE's memory that activations may take; one that runs out goes on in tiles."""
+UNCOUNTED_TILE = 2e9
+"""One tile of an upscaler whose activations cannot be counted without computing, such as a transformer's."""
 ANNOTATORS = 0.6e9
 """The annotators of depth, openpose and softedge in float32, loaded when a photo first needs them."""
 
@@ -60,6 +65,8 @@ def footprint(catalog: Catalog, spec: ComponentSpec) -> Footprint:
         WeightsError: its configuration is in a folder that is not there.
         ValueError: it is on the hub, and the catalog does not say its architecture.
     """
+    if spec.kind == "upscaler":
+        return _upscaler_bytes(spec)
     weights = sum(parameters(spec)) * _dtype(spec, configurations(spec)[0]).itemsize
     match spec.kind:
         case "text_encoder":
@@ -107,6 +114,26 @@ def configurations(spec: ComponentSpec) -> list[Mapping[str, Any]]:
     if ComponentFiles(spec).on_hub:
         raise ValueError(f"component {spec.id} is on the hub: say its architecture in the catalog, to know its size")
     return [read_config(spec, name if spec.kind == "text_encoder" else None) for name in names]
+
+
+def _upscaler_bytes(spec: ComponentSpec) -> Footprint:
+    """Weights and one tile of an upscaler in float32: some compute in nothing less. One on the hub is as ESRGAN."""
+    files = ComponentFiles(spec)
+    if files.on_hub:
+        with torch.device("meta"):
+            state = esrgan()().state_dict()
+    else:
+        tensors = read_header(files.upscaler).tensors
+        state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    weights = 4 * sum(tensor.numel() for tensor in state.values())
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = read_upscaler(state)
+            with PeakBytes() as counted:
+                model(torch.empty(1, 3, TILE, TILE))
+    except (RuntimeError, NotImplementedError):  # it asks its tensors for numbers
+        return Footprint(weights, 0, UNCOUNTED_TILE)
+    return Footprint(weights, 0, counted.peak)
 
 
 def decoding_bytes(spec: ComponentSpec, size: Size) -> int:

@@ -299,6 +299,11 @@ class GenerationPlan(_Plan):
     """Set by the server, which has the file, for requests that start from one."""
 
     @property
+    def ai_system(self) -> str | None:
+        """The model that a picture's file names."""
+        return self.model
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height of what the last stage draws, in pixels."""
         return self.stages[-1].width, self.stages[-1].height

@@ -93,7 +93,7 @@ def make_plan(
     seed = params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT)
     _check_range("seed", seed, 0, SEED_LIMIT - 1)
     backend = BackendChoice.create(_choose(BACKENDS, params.backend), model, width, height, compiled)
-    second = SecondPass.create(params, steps, sampler, backend)
+    second = SecondPass.create(params, steps, sampler, backend, catalog)
     if second is not None and catalog.component(model.unet).inpainting:
         raise InvalidValueError(
             f"hires is not possible with {model.name}, a model for inpainting: leave it out, or use another model",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from config.choices import Choices, UnknownChoiceError
+from config.catalog import Catalog
+from config.choices import UnknownChoiceError
 from pipelines.backend_choice import BackendChoice
-from pipelines.enlargement import LATENT_METHODS, METHOD_ALIASES, PICTURE_METHODS, Enlargement, HiresParams
+from pipelines.enlargement import Enlargement, HiresParams
 from pipelines.errors import InvalidValueError
 from pipelines.plan import MAX_SIDE, REFINER_SHARE, GenerationParams, ScheduleSlice
 from pipelines.sampling.samplers import SAMPLERS
-
-UPSCALERS = Choices("hires.upscaler", [*LATENT_METHODS, *PICTURE_METHODS], METHOD_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,9 @@ class SecondPass:
     enlargement: Enlargement
 
     @classmethod
-    def create(cls, params: GenerationParams, steps: int, sampler: str, first: BackendChoice) -> SecondPass | None:
+    def create(
+        cls, params: GenerationParams, steps: int, sampler: str, first: BackendChoice, catalog: Catalog
+    ) -> SecondPass | None:
         """Of a request whose first pass has so many steps; None if it asks for none.
 
         Raises:
@@ -44,7 +45,7 @@ class SecondPass:
                 "hires",
             )
         try:
-            upscaler = UPSCALERS.resolve(hires.upscaler)
+            upscaler = catalog.upscaler_choices("hires.upscaler").resolve(hires.upscaler)
         except UnknownChoiceError as error:
             raise InvalidValueError(str(error), "hires") from None
         schedule = ScheduleSlice(
@@ -56,7 +57,8 @@ class SecondPass:
         wanted = "auto" if first.wanted == "tvm" else first.wanted
         width, height = _larger(hires, first)
         backend = replace(first, wanted=wanted, width=width, height=height)
-        return cls(backend, schedule, Enlargement(upscaler=upscaler, scale=hires.scale))
+        component = catalog.upscaler_component(upscaler)
+        return cls(backend, schedule, Enlargement(upscaler=upscaler, component=component, scale=hires.scale))
 
     @property
     def pixel_steps(self) -> int:

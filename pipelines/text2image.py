@@ -11,7 +11,14 @@ from PIL import Image
 
 from config.catalog import Catalog
 from pipelines.acceleration import Acceleration
-from pipelines.assembly import CompiledUNet, load_controlnets, load_engine, load_text_encoders, load_vae
+from pipelines.assembly import (
+    CompiledUNet,
+    load_controlnets,
+    load_engine,
+    load_text_encoders,
+    load_upscaler,
+    load_vae,
+)
 from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
@@ -80,6 +87,7 @@ class Text2Image:
             functools.partial(load_controlnets, catalog, device=device, capturer=capturer)
         )
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
+        self.upscaler = functools.cache(functools.partial(load_upscaler, catalog, device=device))
         for component, unet in self._compiled.items():
             unet.engine.control = self._control_of(component)
 
@@ -143,10 +151,17 @@ class Text2Image:
 
     def _enlarge(self, work: _Work, stage: StagePlan) -> None:
         """At the head of a second pass: the picture, larger; latents are interpolated where the job is made."""
-        if stage.enlargement is not None and not stage.enlargement.of_latents:
-            assert work.latents is not None, "a second pass comes after a first one"
-            vae = self.vae(work.plan.vae)
-            work.latents = vae.encode(enlarged(vae.decode(work.latents), stage), stage.seed)
+        how = stage.enlargement
+        if how is None or how.of_latents:
+            return
+        assert work.latents is not None, "a second pass comes after a first one"
+        vae = self.vae(work.plan.vae)
+        picture = vae.decode(work.latents)
+        if how.component is None:
+            larger = enlarged(picture, stage)
+        else:
+            larger = self.upscaler(how.component).enlarge(picture, stage.width, stage.height)
+        work.latents = vae.encode(larger, stage.seed)
 
     def _denoise(self, works: list[_Work], position: int) -> None:
         """Run the stage at `position` of every request that has one; jobs on the same engine share its ticks."""

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments import __version__
-from deployments.api import generation, info, offers
+from deployments.api import generation, info, offers, upscaling
 from deployments.api.a1111 import routes as a1111
 from deployments.api.a1111.failures import WebuiError
 from deployments.api.access_log import AccessLog
@@ -75,6 +75,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     drawing = generation.inference_routes(ingress, route_class)
     app.include_router(drawing, responses=documented, dependencies=_DOCUMENTED_KEY)
     app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
+    app.include_router(upscaling.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.routes(ingress, route_class), dependencies=_DOCUMENTED_KEY)
     theirs: dict[int | str, dict[str, Any]] = {status: {"model": WebuiError} for status in ERROR_STATUSES}
     app.include_router(a1111.routes(ingress, admission), responses=theirs, dependencies=_DOCUMENTED_KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from pipelines.pictures.images import PictureFile, check_image
 from pipelines.pictures.infotext import parse_infotext, request_fields
 from pipelines.pictures.provenance import VOCABULARY
 from pipelines.plan import GenerationPlan, OutputFormat, StagePlan, TextReading
+from pipelines.upscale import UpscalePlan
 
 
 class InfoRequest(BaseModel):
@@ -94,7 +96,7 @@ def described(file: PictureFile, catalog: Catalog) -> InfoResponse:
     plan, parsed = _plan(file.plan), parse_infotext(file.infotext) if file.infotext else None
     request: dict[str, Any] | None = None
     needs: list[str] = []
-    if plan is not None:
+    if isinstance(plan, GenerationPlan):
         request, needs = repeating(plan)
     elif parsed is not None:
         request = request_fields(*parsed)
@@ -115,12 +117,12 @@ def described(file: PictureFile, catalog: Catalog) -> InfoResponse:
     )
 
 
-def _plan(text: str | None) -> GenerationPlan | None:
+def _plan(text: str | None) -> GenerationPlan | UpscalePlan | None:
     """A file's plan; None if it is none of this version's, or only the note that it did not fit into a JPEG."""
-    try:
-        return GenerationPlan.model_validate_json(text) if text else None
-    except ValidationError:
-        return None
+    for kind in (GenerationPlan, UpscalePlan):
+        with suppress(ValidationError):
+            return kind.model_validate_json(text) if text else None
+    return None
 
 
 def _served(name: str, catalog: Catalog) -> str | None:

@@ -11,6 +11,7 @@ from deployments.graph import Call, Graph, Progress, Sealed
 from deployments.ingress.health import Health
 from deployments.ingress.pending import Pending
 from deployments.telemetry.stages import Timed
+from pipelines.enlargement import Enlargement
 from pipelines.pictures.images import EncodedImage
 from pipelines.plan import GenerationParams, GenerationPlan, OutputFormat, StagePlan
 
@@ -87,7 +88,7 @@ class Composition:
             hints = [self._prepare(stage, pending) for stage in plan.stages]
             for position, (stage, conditioning, maps) in enumerate(zip(plan.stages, texts, hints, strict=True)):
                 if latents is not None and stage.enlargement is not None and not stage.enlargement.of_latents:
-                    latents = pending.add(graph.enlarge(component=plan.vae, stage=stage, latents=latents))
+                    latents = self._enlarge(stage, stage.enlargement, latents, pending)
                 if self._watcher is None:
                     assert not isinstance(latents, Sealed)
                     latents = pending.add(
@@ -117,6 +118,21 @@ class Composition:
             assert latents is not None, "a plan has at least one stage, and a stage ends with latents"
             source = photo if mask is not None else None  # it travels only where what was drawn is laid into it
             yield await pending.wait(pending.add(graph.decode(plan=plan, latents=latents, image=source, mask=mask)))
+
+    def _enlarge(
+        self,
+        stage: StagePlan,
+        how: Enlargement,
+        latents: Call[Timed[Latents]] | Sealed[Timed[Latents]],
+        pending: Pending,
+    ) -> Call[Timed[Latents]]:
+        """The picture at the head of a second pass, larger: in the VAE's replica, or by a model between two calls."""
+        graph, vae = self._graph, self._plan.vae
+        if how.component is None:
+            return pending.add(graph.enlarge(component=vae, stage=stage, latents=latents))
+        pixels = pending.add(graph.pixels(component=vae, latents=latents))
+        larger = pending.add(graph.upscale(component=how.component, stage=stage, pixels=pixels))
+        return pending.add(graph.encode_pixels(component=vae, stage=stage, pixels=larger))
 
     def _prepare(self, stage: StagePlan, pending: Pending) -> Call[Timed[tuple[ControlHint, ...]]] | None:
         """The control maps of a stage, None for one without ControlNets."""

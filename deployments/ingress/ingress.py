@@ -25,6 +25,9 @@ from deployments.ingress.compiled import CompiledSizes
 from deployments.ingress.compose import Composition, Preview, Watcher
 from deployments.ingress.health import Health, Readiness
 from deployments.ingress.library import LibraryWatch
+from deployments.ingress.limits import IngressLimits as IngressLimits
+from deployments.ingress.limits import SigningFiles as SigningFiles
+from deployments.ingress.upscaling import Upscaling
 from deployments.ingress.wake import Wake
 from deployments.ray_compat import cause_of, replica_died
 from deployments.telemetry.logs import LogFormat, show_logs
@@ -43,7 +46,8 @@ from pipelines.pictures.images import EncodedImage, check_image
 from pipelines.pictures.masks import check_mask
 from pipelines.pictures.signing import ContentSigner
 from pipelines.plan import SEED_LIMIT, GenerationParams, GenerationPlan, SourcePicture
-from pipelines.planning import PlanLimits, make_plan
+from pipelines.planning import make_plan
+from pipelines.upscale import UpscalePlan
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,27 +57,6 @@ CHANGES_BEFORE_A_PLAN = 2
 DECODING_SHARE, MOST_DECODING_S = 0.1, 5.0
 """UNets must be done this share of the time before the deadline, but never more than these seconds before it: after
 them the picture is decoded and sent."""
-
-
-@dataclass(frozen=True)
-class IngressLimits:
-    """What the ingress allows, from the settings."""
-
-    plan: PlanLimits
-    max_body_bytes: int
-    max_image_pixels: int
-    deadline_s: float
-    cors_origins: tuple[str, ...] = ()
-    """Sites whose pages may read replies; `*` for any."""
-
-
-@dataclass(frozen=True)
-class SigningFiles:
-    """What pictures are signed with."""
-
-    certificates: Path
-    private_key: Path
-    timestamp_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +110,15 @@ class Ingress:
         self._graph = graph
         self._wake = Wake(graph)
         self._health = Health(readiness)
+        self.upscaling = Upscaling(
+            graph=graph,
+            catalog=lambda: self.catalog,
+            usage=self.usage,
+            wake=self._wake,
+            health=self._health,
+            sign=self._signed,
+            limits=limits,
+        )
         self._signer = None
         if signing is not None:
             self._signer = ContentSigner(signing.certificates, signing.private_key, signing.timestamp_url)
@@ -241,7 +233,9 @@ class Ingress:
         metrics().request_seconds.observe(seconds, {"model": plan.model, "backend": plan.stages[0].backend})
         yield Generated(file, plan, seconds, image.times)
 
-    async def _signed(self, file: EncodedImage, plan: GenerationPlan, source: bytes | None) -> EncodedImage:
+    async def _signed(
+        self, file: EncodedImage, plan: GenerationPlan | UpscalePlan, source: bytes | None
+    ) -> EncodedImage:
         """The file with content credentials, where the operator has a certificate."""
         if self._signer is None:
             return file

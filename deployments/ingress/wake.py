@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from deployments.graph import Call, Graph
 from pipelines.plan import GenerationPlan
+from pipelines.upscale import UpscalePlan
 
 SURELY_AWAKE_S = 60.0
 """Seconds after a visit in which a deployment is not pinged: less than any delay before it scales to zero."""
@@ -24,7 +25,7 @@ class Wake:
         self._visited: dict[str, float] = {}
         self._pings: set[asyncio.Task[None]] = set()
 
-    def all_of(self, plan: GenerationPlan) -> None:
+    def all_of(self, plan: GenerationPlan | UpscalePlan) -> None:
         """Wake what a plan will visit, unless it was visited a moment ago. Nothing is waited for."""
         now = asyncio.get_running_loop().time()
         for name, ping in self._graph.ping(plan).items():

@@ -164,7 +164,7 @@ def _queue(entry: Deployment, args: AppArgs) -> tuple[int, int]:
     if entry.kind in DENOISING:
         ongoing = args.max_rows * 3 // 4
         return ongoing, 4 * ongoing
-    return (8, 64) if entry.kind == "vae" else (32, 128)
+    return (8, 64) if entry.kind in ("vae", "upscaler") else (32, 128)
 
 
 def _autoscaling(entry: Deployment) -> dict[str, Any]:

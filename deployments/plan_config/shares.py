@@ -22,7 +22,7 @@ STEP = 0.05
 LEAST_DENOISER = 0.25
 """A denoiser's least share of a card: more than four of them on one would only take turns."""
 DENOISING = ("unet", "controlnet")
-CPUS = {"text_encoder": 1, "unet": 2, "controlnet": 2, "vae": 1}
+CPUS = {"text_encoder": 1, "unet": 2, "controlnet": 2, "vae": 1, "upscaler": 1}
 
 Use = Literal["always", "rare"]
 
@@ -122,7 +122,7 @@ def plan_one_card(args: AppArgs, catalog: Catalog, card: Cards) -> list[Deployme
 
 def _in_order(planned: Iterable[Deployment]) -> list[Deployment]:
     """As a request meets them, what never sleeps before what does."""
-    order = ("text_encoder", "unet", "controlnet", "vae")
+    order = ("text_encoder", "unet", "controlnet", "vae", "upscaler")
     return sorted(planned, key=lambda d: (order.index(d.kind), d.use, d.name.startswith("refiner")))
 
 

@@ -18,6 +18,7 @@ from pipelines.plan import GenerationPlan, OutputFormat, StagePlan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from pipelines.pictures.upscaling import Pixels
     from pipelines.sampling.latents import Latents
     from pipelines.transfers import Fetching
 
@@ -58,6 +59,25 @@ class VAEDeployment(Replica):
             encoding = await self._worker.run(vae.begin_encoding, image, stage.seed)
             values = await self._files.run(encoding.result)
         return watch.timed(values, opened)
+
+    async def pixels(self, *, component: str, latents: Timed[Latents] | Sealed[Timed[Latents]]) -> Timed[Pixels]:
+        """The picture that `latents` are, before a model enlarges it."""
+        from pipelines.pictures.upscaling import Pixels
+
+        opened = unseal(latents)
+        with stopwatch("vae_decode", component) as watch:
+            begin = self._vaes[component].begin_decoding
+            fetching = await self._worker.run(begin, opened.value, started=watch.start_work)
+            image = await self._files.run(fetching.result)
+        return watch.timed(Pixels.of(image), opened)
+
+    async def encode_pixels(self, *, component: str, stage: StagePlan, pixels: Timed[Pixels]) -> Timed[Latents]:
+        """Latents of a picture of the size of `stage`."""
+        with stopwatch("vae_encode", component) as watch:
+            begin = self._vaes[component].begin_encoding
+            fetching = await self._worker.run(begin, pixels.value.image(), stage.seed, started=watch.start_work)
+            latents = await self._files.run(fetching.result)
+        return watch.timed(latents, pixels)
 
     async def decode(
         self,

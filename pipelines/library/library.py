@@ -14,6 +14,7 @@ from pipelines.library.files import LibraryFile, LibraryFolders
 from pipelines.library.loras import ADAPTERS, with_loras, with_loras_of_kin
 from pipelines.library.models import MODELS, new_models, with_models
 from pipelines.library.shapes import plain_unets
+from pipelines.library.upscalers import UPSCALER, with_upscalers
 
 MOST_REMEMBERED = 10_000
 """Files whose removal is told: folders that are filled and emptied for ever must not fill memory."""
@@ -31,7 +32,7 @@ def extend(catalog: Catalog, folders: Sequence[Path], digests: Digests | None = 
     """
     files = LibraryFolders(folders)
     found = files.settled()
-    extended = with_models(with_controlnets(catalog, found), found, digests)
+    extended = with_models(with_upscalers(with_controlnets(catalog, found), found), found, digests)
     return with_loras_of_kin(extended.catalog, extended.kin).model_copy(update={"library": files.folders})
 
 
@@ -52,7 +53,7 @@ class Library:
         late = {file.path: file for file in new_models(self._built, files)}
         unserved = [entry for entry in self._built.unserved if entry.file in here and entry.file not in late]
         unserved += [file.unserved(file.problem or _LATE) for file in late.values()]
-        found_now, deployed = (*ADAPTERS, EMBEDDING), (*MODELS, CONTROLNET)
+        found_now, deployed = (*ADAPTERS, EMBEDDING), (*MODELS, CONTROLNET, UPSCALER)
         unserved += [f.unserved(_reason(f)) for f in files if f.report.kind not in (*deployed, *found_now)]
         unserved += [entry for path, entry in self._served.items() if path not in here]
         read = with_loras(self._built.model_copy(update={"unserved": tuple(unserved)}), files, self._unets)

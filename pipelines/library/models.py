@@ -17,6 +17,7 @@ from pipelines.library.files import LibraryFile
 from pipelines.library.names import Names
 from pipelines.library.names import slug as slug_of
 from pipelines.library.shapes import CONTEXTS, UNetFacts, weights_of
+from pipelines.library.upscalers import UPSCALER
 from pipelines.sampling.samplers import SAMPLER_CHOICES, check_sampler
 from pipelines.weights.kinds.models import LATENT_CHANNELS
 
@@ -310,7 +311,7 @@ def _defaults(kin: ModelDefaults | None, size: Size, edm: bool, file: LibraryFil
 
 
 def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[LibraryFile]:
-    """Checkpoints and ControlNets that nothing was said of when the graph was built, or that are other files now."""
+    """What is deployed with a graph, of which nothing was said when it was built, or that are other files now."""
     told = {(entry.file, entry.version) for entry in catalog.unserved if not entry.is_new}
     served: set[Path] = set()
     for component in catalog.components:
@@ -320,7 +321,7 @@ def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[Libra
             served.add(component.source.folder)
     for file in files:
         if (
-            file.report.kind in (*MODELS, CONTROLNET)
+            file.report.kind in (*MODELS, CONTROLNET, UPSCALER)
             and file.file not in served
             and (file.path, file.version) not in told
         ):

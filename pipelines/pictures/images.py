@@ -14,6 +14,7 @@ from pipelines.errors import InvalidValueError, TooLargeError
 from pipelines.pictures.infotext import infotext
 from pipelines.pictures.provenance import read_xmp, xmp_packet
 from pipelines.plan import OUTPUT_QUALITY, GenerationPlan, OutputFormat
+from pipelines.upscale import UpscalePlan
 
 READABLE = ("PNG", "JPEG", "WEBP")
 XMP_CHUNK, INFOTEXT_CHUNK = "XML:com.adobe.xmp", "parameters"
@@ -222,7 +223,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def write_image(
-    image: Image.Image, file_format: OutputFormat, plan: GenerationPlan | None = None, quality: int = OUTPUT_QUALITY
+    image: Image.Image,
+    file_format: OutputFormat,
+    plan: GenerationPlan | UpscalePlan | None = None,
+    quality: int = OUTPUT_QUALITY,
 ) -> EncodedImage:
     """Encode, with what the file tells of itself inside (`provenance.py`, `infotext.py`).
 

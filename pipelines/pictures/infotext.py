@@ -12,10 +12,12 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from config.upscalers import A1111_NAMES, METHOD_ALIASES
 from pipelines.control_plan import ControlUse
-from pipelines.enlargement import A1111_NAMES, METHOD_ALIASES, HiresParams
+from pipelines.enlargement import HiresParams
 from pipelines.plan import Emphasis, GenerationPlan, LoraUse, StagePlan, TextReading
 from pipelines.sampling.a1111 import our_sampler, their_sampler
+from pipelines.upscale import UpscalePlan
 
 _NEGATIVE = "Negative prompt: "
 _PAIR = re.compile(r'(\w[\w \-/]{0,60}?): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |,?$)')
@@ -25,8 +27,10 @@ _LONGEST = 100_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
-def infotext(plan: GenerationPlan) -> str:
+def infotext(plan: GenerationPlan | UpscalePlan) -> str:
     """A plan's settings for A1111's tools, which read brackets as weights: those of a plain prompt are escaped."""
+    if isinstance(plan, UpscalePlan):
+        return _enlarged(plan)
     first = plan.stages[0]
     sampler, schedule = their_sampler(first.sampler)
     pairs: dict[str, object] = {
@@ -58,6 +62,14 @@ def infotext(plan: GenerationPlan) -> str:
         lines.append(_NEGATIVE + _weighted(first.text.negative_prompts[0], reading))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
     return _CONTROL.sub(" ", "\n".join(lines))
+
+
+def _enlarged(plan: UpscalePlan) -> str:
+    """What a sent picture said of its making, and how it was enlarged, as A1111's extras add it."""
+    upscaler = A1111_NAMES.get(plan.upscaler, plan.upscaler)
+    added = f"Postprocess upscale by: {plan.scale:g}, Postprocess upscaler: {_quoted(upscaler)}"
+    told = (plan.source_infotext or "").strip()
+    return f"{told}, {added}" if parse_infotext(told) else f"{told}\n{added}".strip()
 
 
 def _hires_pairs(stage: StagePlan) -> dict[str, object]:

@@ -15,12 +15,15 @@ from xml.sax.saxutils import escape
 from defusedxml.ElementTree import fromstring
 
 from pipelines.plan import GenerationPlan
+from pipelines.upscale import UpscalePlan
 
 VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MACHINE_MADE = "trainedAlgorithmicMedia"
 """Made by a model alone."""
 COMPOSITE = "compositeWithTrainedAlgorithmicMedia"
 """Something else, such as a photo, that a model changed."""
+ENHANCED = "algorithmicallyEnhanced"
+"""A picture that an algorithm without training corrected, such as a resized one."""
 
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 _OURS = "urn:sdgraph:picture:1.0/"
@@ -48,13 +51,18 @@ class Told:
     """The plan of one of our pictures, as JSON."""
 
 
-def digital_source_type(plan: GenerationPlan | None) -> str:
-    """How a picture was made. What starts from a picture that no model made alone is a composite, as IPTC says."""
+def digital_source_type(plan: GenerationPlan | UpscalePlan | None) -> str:
+    """How a picture was made. What starts from a picture that no model made alone is a composite, as IPTC says.
+
+    One that was only resized remains what it says that it is.
+    """
     source = plan.source if plan else None
+    if isinstance(plan, UpscalePlan) and plan.component is None:
+        return plan.source.digital_source_type or ENHANCED
     return MACHINE_MADE if source is None or source.digital_source_type == MACHINE_MADE else COMPOSITE
 
 
-def xmp_packet(plan: GenerationPlan | None, max_bytes: int | None = None) -> bytes:
+def xmp_packet(plan: GenerationPlan | UpscalePlan | None, max_bytes: int | None = None) -> bytes:
     """The packet of a picture; without a plan (a preview) the marking alone.
 
     A plan that would make it longer than `max_bytes` is replaced by a note that says so; the marking always stays.
@@ -62,7 +70,8 @@ def xmp_packet(plan: GenerationPlan | None, max_bytes: int | None = None) -> byt
     source_type = VOCABULARY + digital_source_type(plan)
     more = ""
     if plan is not None:
-        more += f"\n<Iptc4xmpExt:AISystemUsed>{escape(plan.model)}</Iptc4xmpExt:AISystemUsed>"
+        if plan.ai_system is not None:
+            more += f"\n<Iptc4xmpExt:AISystemUsed>{escape(plan.ai_system)}</Iptc4xmpExt:AISystemUsed>"
         if plan.source is not None:
             more += "\n" + _DERIVED.format(f"urn:sha256:{plan.source.sha256}")
 

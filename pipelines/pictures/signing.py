@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.pictures.images import EncodedImage, write_image
 from pipelines.pictures.provenance import MACHINE_MADE, VOCABULARY, digital_source_type
 from pipelines.plan import GenerationPlan
+from pipelines.upscale import UpscalePlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ContentSigner:
             raise SigningError(f"cannot sign with {certificates} and {private_key}: {error}") from error
 
     def sign(
-        self, image: EncodedImage, plan: GenerationPlan | None = None, source: bytes | None = None
+        self, image: EncodedImage, plan: GenerationPlan | UpscalePlan | None = None, source: bytes | None = None
     ) -> EncodedImage:
         """The file with a signed manifest; `source`, the picture it was made of, becomes its parent ingredient."""
         made_by = VOCABULARY + digital_source_type(plan)

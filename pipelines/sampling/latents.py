@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from config.upscalers import LATENT_METHODS
 from pipelines.diffusers_compat import with_defaults
-from pipelines.enlargement import LATENT_METHODS
 from pipelines.tensors import TensorBundle
 
 

@@ -75,6 +75,8 @@ class ComponentFiles:
         source = self.spec.source.configuration if isinstance(self.spec.source, CheckpointSource) else self.spec.source
         if source is None:
             return None
+        if self.spec.file is not None:
+            return Files(self.what, source, (self.spec.file,))
         stem = _STEMS[self.spec.kind]
         if self.variant:
             names = ["*.json", "merges.txt", f"{stem}.{self.variant}*.safetensors"]
@@ -90,6 +92,11 @@ class ComponentFiles:
             return None
         path = self.spec.source.checkpoint
         return path if path.is_absolute() else ROOT / path
+
+    @property
+    def upscaler(self) -> Path:
+        """The file of an upscaler; WeightsError where its folder or repository cannot be had."""
+        return self.checkpoint or self.root / str(self.spec.file)
 
     @property
     def root(self) -> Path:
@@ -155,6 +162,7 @@ def read_config(spec: ComponentSpec, folder: str | None = None) -> dict[str, Any
     part = files.folders[0] if folder is None else folder
     config: dict[str, Any]
     if files.checkpoint is not None and files.files is None:
+        assert spec.family != "any", "upscalers have no configuration"
         config = settings(files.what, files.checkpoint, part or spec.kind, spec.family)
     else:
         kind = next((kind for kind in ("scheduler", "tokenizer") if part.startswith(kind)), None)

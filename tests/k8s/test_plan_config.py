@@ -16,6 +16,7 @@ from deployments.plan_config.serve_config import serve_config
 from deployments.strict_config import problems
 from tests.support.bound import deployment_names
 from tests.support.library import UNET, put
+from tests.support.upscalers import FILE
 
 ONE_CARD = ("SDXL1.0-base", "SDXL-ControlNet", "SD1.5")
 
@@ -114,8 +115,15 @@ def test_the_hubs_components_say_their_architecture() -> None:
 
 def test_a_librarys_models_are_planned_beside_the_catalogs(tiny_models: Path, tmp_path: Path) -> None:
     put(tiny_models / "sd15" / UNET, tmp_path / "My SD.safetensors")
+    put(tiny_models / "upscaler-x4" / FILE, tmp_path / "My x4.safetensors")
     text = serve_config("tiny", "2x24", (), (tmp_path,))
     assert f"--library {tmp_path} " in text.splitlines()[0]
     planned = deployments(text)
     assert planned["unet-my-sd-torch"]["autoscaling_config"]["min_replicas"] == 0
     assert "vae-my-sd" not in planned
+    upscaler = planned["upscaler-my-x4"]
+    assert (upscaler["autoscaling_config"]["min_replicas"], upscaler["max_ongoing_requests"]) == (0, 8)
+    assert 0 < upscaler["ray_actor_options"]["num_gpus"] < 0.25
+    one = deployments(serve_config("tiny", "1x24", (), (tmp_path,)))
+    assert sum(entry["ray_actor_options"]["num_gpus"] for entry in one.values()) == pytest.approx(1)
+    assert "upscaler" in one

@@ -23,6 +23,7 @@ from deployments.launcher import running_graph, with_library
 from tests.support.http import encoded, photo
 from tests.support.library import UNET, put
 from tests.support.live import draw, request
+from tests.support.upscalers import FILE
 
 CONFIG = Path(__file__).with_name("graph.yaml")
 
@@ -75,9 +76,10 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def library(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder beside the catalog, with one UNet when the graph starts."""
+    """A folder beside the catalog, with one UNet and an upscaler when the graph starts."""
     folder = tmp_path_factory.mktemp("library")
     put(tiny_models / "sd15" / UNET, folder / "checkpoints" / "My SD.safetensors")
+    put(tiny_models / "upscaler-x2" / FILE, folder / "My x2.safetensors")
     return folder
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import httpx
 import numpy as np
+from PIL import Image
 
-from tests.support.http import PATH, check
+from tests.support.http import PATH, check, photo, picture, pixels
 from tests.support.library import LORA, put
 from tests.support.live import draw, request, wait_for
+from tests.support.upscalers import FILE, by_spandrel
 
 
 def available(listing: httpx.Response) -> set[str]:
@@ -22,6 +25,16 @@ def test_a_checkpoint_of_the_folder_is_a_model_with_a_deployment_of_its_own(clie
     catalogs, _ = draw(client, **fields)
     assert np.abs(mine - catalogs).max() <= 1, "the same weights"
     assert "unet-my-sd-torch" in client.get("/readyz").json()["deployments"]
+
+
+def test_an_upscaler_of_the_folder_enlarges_pictures_and_second_passes(client: httpx.Client, tiny_models: Path) -> None:
+    sent = photo(60, 40)
+    reply = client.post("/v1/images/upscale", files={"image": ("a.png", sent, "image/png")}, data={"scale": "2"})
+    larger = by_spandrel(tiny_models / "upscaler-x2" / FILE, Image.open(io.BytesIO(sent)).convert("RGB"))
+    assert np.abs(pixels(picture(reply)) - pixels(larger)).max() <= 1
+    assert "upscaler-my-x2" in client.get("/readyz").json()["deployments"]
+    drawn, _ = draw(client, **request("SD1.5"), hires={"upscaler": "my X2", "steps": 2, "strength": 0.5})
+    assert drawn.shape == (2 * request("SD1.5")["height"], 2 * request("SD1.5")["width"], 3)
 
 
 def test_a_copied_lora_is_usable_after_a_refresh_and_by_itself(

@@ -8,6 +8,7 @@ from typing import Any
 
 from deployments.graph import Call, Graph, Sealed
 from pipelines.plan import GenerationPlan
+from pipelines.upscale import UpscalePlan
 
 Edge = Callable[..., Awaitable[Any]]
 
@@ -36,12 +37,14 @@ class FakeGraph(Graph):
     def compiled_components(self) -> tuple[str, ...]:
         return tuple(self._compiled) or (self._inner.compiled_components if self._inner else ())
 
-    def visits(self, plan: GenerationPlan) -> tuple[str, ...]:
+    def visits(self, plan: GenerationPlan | UpscalePlan) -> tuple[str, ...]:
         if self._inner is not None:
             return self._inner.visits(plan)
+        if isinstance(plan, UpscalePlan):
+            return (str(plan.component),)
         return (plan.text_encoder, *(stage.component for stage in plan.stages), plan.vae)
 
-    def ping(self, plan: GenerationPlan) -> dict[str, Callable[[], Call[None]]]:
+    def ping(self, plan: GenerationPlan | UpscalePlan) -> dict[str, Callable[[], Call[None]]]:
         def send(name: str) -> Call[None]:
             return self.call("ping", deployment=name)
 
@@ -73,6 +76,18 @@ class FakeGraph(Graph):
 
     def enlarge(self, **arguments: Any) -> Call[Any]:
         return self.call("enlarge", **arguments)
+
+    def pixels(self, **arguments: Any) -> Call[Any]:
+        return self.call("pixels", **arguments)
+
+    def upscale(self, **arguments: Any) -> Call[Any]:
+        return self.call("upscale", **arguments)
+
+    def encode_pixels(self, **arguments: Any) -> Call[Any]:
+        return self.call("encode_pixels", **arguments)
+
+    def upscale_file(self, **arguments: Any) -> Call[Any]:
+        return self.call("upscale_file", **arguments)
 
     def prepare(self, **arguments: Any) -> Call[Any]:
         return self.call("prepare", **arguments)

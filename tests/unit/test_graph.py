@@ -20,6 +20,7 @@ from deployments.graph import Call, ControlNetEdge, Graph
 from deployments.replicas.controlnet import ControlNetDeployment
 from deployments.replicas.denoiser import DenoiserDeployment
 from deployments.replicas.text_encoder import TextEncoderDeployment
+from deployments.replicas.upscaler import UpscalerDeployment
 from deployments.replicas.vae import VAEDeployment
 
 # --- what mypy sees ---
@@ -120,6 +121,10 @@ EDGES: dict[str, tuple[type, ...]] = {
     "encode_text": (TextEncoderDeployment,),
     "encode": (VAEDeployment,),
     "enlarge": (VAEDeployment,),
+    "pixels": (VAEDeployment,),
+    "upscale": (UpscalerDeployment,),
+    "encode_pixels": (VAEDeployment,),
+    "upscale_file": (UpscalerDeployment,),
     "prepare": (ControlNetDeployment, DenoiserDeployment),
     "denoise": (DenoiserDeployment,),
     "denoise_watched": (DenoiserDeployment,),
@@ -128,7 +133,7 @@ EDGES: dict[str, tuple[type, ...]] = {
     "compiled_sizes": (DenoiserDeployment,),
     "device": (DenoiserDeployment,),
     "residuals": (ControlNetDeployment,),
-    "ping": (TextEncoderDeployment, ControlNetDeployment, DenoiserDeployment, VAEDeployment),
+    "ping": (TextEncoderDeployment, ControlNetDeployment, DenoiserDeployment, VAEDeployment, UpscalerDeployment),
 }
 PLAN = SimpleNamespace(vae="c", text_encoder="c", stages=(), component="c", backend="torch")
 """As much of a plan, and of its stages, as finds the deployment."""

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from config.catalog import Catalog
+from config.upscalers import A1111_NAMES, LATENT_METHODS, PICTURE_METHODS
 from deployments.api.info import repeating
 from deployments.api.schemas import GenerationRequest
-from pipelines.enlargement import A1111_NAMES, LATENT_METHODS, PICTURE_METHODS, Enlargement, HiresParams
+from pipelines.enlargement import Enlargement, HiresParams
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.infotext import infotext, parse_infotext, request_fields
 from pipelines.plan import CompiledSize, GenerationParams, GenerationPlan

@@ -7,8 +7,8 @@ from typing import Any
 from config.catalog import Catalog
 from config.components import ComponentSpec
 from config.sources import CheckpointSource, FolderSource
+from config.upscalers import A1111_NAMES, LATENT_METHODS, PICTURE_METHODS
 from deployments.api.a1111.checkpoints import short_hash, title
-from pipelines.enlargement import A1111_NAMES, LATENT_METHODS, PICTURE_METHODS
 from pipelines.sampling.a1111 import SCHEDULES, their_samplers
 
 Listing = list[dict[str, Any]]
@@ -62,10 +62,11 @@ def schedulers() -> Listing:
     ]
 
 
-def upscalers() -> Listing:
-    """What enlarges pictures."""
+def upscalers(catalog: Catalog) -> Listing:
+    """What enlarges pictures: by Pillow, then models."""
     nothing = dict.fromkeys(("model_name", "model_path", "model_url"))
-    return [{"name": name, **nothing, "scale": 4} for name in ("None", *(A1111_NAMES[m] for m in PICTURE_METHODS))]
+    names = ["None", *(A1111_NAMES[m] for m in PICTURE_METHODS), *(entry.name for entry in catalog.upscalers)]
+    return [{"name": name, **nothing, "scale": 4} for name in names]
 
 
 def latent_upscale_modes() -> Listing:

@@ -133,7 +133,7 @@ def _listings(router: APIRouter, ingress: Ingress) -> None:
     @router.get("/upscalers")
     async def upscalers() -> listings.Listing:
         """What enlarges pictures."""
-        return listings.upscalers()
+        return listings.upscalers(ingress.catalog)
 
     @router.get("/latent-upscale-modes")
     async def latent_upscale_modes() -> listings.Listing:
