@@ -26,7 +26,7 @@ from deployments.telemetry.stages import Timed
 from pipelines.pictures.images import write_image
 from pipelines.plan import GenerationParams, GenerationPlan, OutputFormat
 from pipelines.planning import make_plan
-from tests.support.graph import FakeGraph
+from tests.support.graph import FakeGraph, denoised
 from tests.support.ingress import open_client
 
 ROUNDS = 400
@@ -37,6 +37,7 @@ PROMPT = {"prompt": "a penguin in the snow"}
 HYPERBOLIC = {"model_name": "SD1.5", "width": 512, "height": 512, "seed": 7, "output_format": "jpeg"} | PROMPT
 OPENAI = {"model": "gpt-image-1", "size": "512x512", "seed": 7, "output_format": "jpeg"} | PROMPT
 INFERENCE = {"inputs": PROMPT["prompt"], "parameters": {"width": 512, "height": 512, "seed": 7}}
+WEBUI = {"width": 512, "height": 512, "seed": 7, "override_settings": {"samples_format": "jpg"}} | PROMPT
 Send = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 ROUTES: dict[str, Send] = {
     "main route": lambda client: client.post("/v1/image/generation", json=HYPERBOLIC),
@@ -45,6 +46,7 @@ ROUTES: dict[str, Send] = {
     ),
     "OpenAI generations": lambda client: client.post("/v1/images/generations", json=OPENAI),
     "Hugging Face URL": lambda client: client.post("/models/SD1.5", json=INFERENCE),
+    "A1111 txt2img": lambda client: client.post("/sdapi/v1/txt2img", json=WEBUI),
 }
 
 
@@ -89,7 +91,7 @@ async def first_partial(catalog: Catalog, steps: int, partials: int) -> list[int
 async def main() -> dict[str, Any]:
     """Everything."""
     catalog = Catalog.load("tiny")
-    async with open_client(graph=FakeGraph(decode=decode), catalog=catalog) as client:
+    async with open_client(graph=FakeGraph(decode=decode, denoise_watched=denoised), catalog=catalog) as client:
         times = await milliseconds(client)
     return {
         "milliseconds": times,

@@ -124,6 +124,8 @@ def _is_used(script: Any) -> bool:
 
 def _styled(body: WebuiRequest, catalog: Catalog) -> tuple[str, str | None]:
     prompt, negative = body.prompt, body.negative_prompt or None
+    if not body.styles:
+        return prompt, negative
     choices = catalog.style_choices()
     for name in body.styles:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 
 from config.catalog import Catalog, ModelSpec
@@ -20,8 +19,9 @@ def short_hash(model: ModelSpec, catalog: Catalog) -> str:
 
     Not A1111's, which hashes one file: a model here is several, and nobody reads gigabytes to list it.
     """
-    parts = [catalog.component(c).model_dump(mode="json") for c in (model.text_encoder, model.unet, model.vae)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    parts = [catalog.component(c) for c in (model.text_encoder, model.unet, model.vae)]
+    places = "".join(f"{part.source!r} {part.subfolder} {part.scheduler!r}\n" for part in parts)
+    return hashlib.sha256(places.encode()).hexdigest()[:10]
 
 
 def title(model: ModelSpec, catalog: Catalog) -> str:
