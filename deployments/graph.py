@@ -154,6 +154,10 @@ class Graph:
         nets = self._handles[component]
         return Call(nets.prepare.remote(stage=stage, photos=photos, image=image, mask=mask))
 
+    def annotate(self, *, component: str, name: str, photo: bytes) -> Call[bytes]:
+        """The map that annotator `name` makes of a photo, a PNG of its size, where ControlNet `component` lives."""
+        return Call(self._handles[component].annotate.remote(name=name, photo=photo))
+
     def denoise(
         self,
         *,

@@ -24,8 +24,8 @@ Emphasis = Literal["Original", "No norm", "Ignore"]
 """What weights do to embeddings, by AUTOMATIC1111's names; see `pipelines/text/emphasis.py`."""
 InpaintArea = Literal["whole", "masked"]
 """Whether the whole picture is drawn at the plan's size, or what is masked, cut out of the picture."""
-InpaintFill = Literal["original", "noise"]
-"""What the masked part begins from before it is noised."""
+InpaintFill = Literal["original", "noise", "surroundings", "nothing"]
+"""What the masked part begins from before it is noised: itself, noise, the colours around it, latents of zero."""
 LongPrompt = Literal["chunk", "cut"]
 """A prompt longer than a text encoder's context is read in chunks, or cut as CLIP's own tokenizer does."""
 

@@ -126,7 +126,9 @@ class PictureRequest(BaseModel):
         None, ge=0, le=MAX_INPAINT_PADDING, description="Pixels cut out around a masked area; default 32."
     )
     inpaint_fill: str | None = Field(
-        None, max_length=200, description="What is repainted begins from the original (default) or from noise."
+        None,
+        max_length=200,
+        description="What is repainted begins from: original (default), noise, surroundings, nothing.",
     )
     seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
     cfg_scale: FiniteFloat | None = Field(

@@ -21,6 +21,7 @@ from deployments.access.desk import Desk
 from deployments.access.keys import KeyRing, Loopback
 from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.graph import Graph, Progress
+from deployments.ingress.annotating import Annotating
 from deployments.ingress.compiled import CompiledSizes
 from deployments.ingress.compose import Composition, Preview, Watcher
 from deployments.ingress.health import Health, Readiness
@@ -107,6 +108,7 @@ class Ingress:
         self.desk = Desk(key_limits.store)
         self.readiness = readiness
         self.compiled = CompiledSizes(graph)
+        self.annotating = Annotating(graph, limits.max_image_pixels, limits.deadline_s)
         self._graph = graph
         self._wake = Wake(graph)
         self._health = Health(readiness)

@@ -61,6 +61,11 @@ class ControlNetDeployment(Replica):
             self._hints.put(hint.id, hint)
         return watch.timed(hints)
 
+    async def annotate(self, *, name: str, photo: bytes) -> bytes:
+        """The control map of a photo, for who wants to see it: a PNG of the photo's size."""
+        with stopwatch("annotate", name) as watch:
+            return await self._annotating.run(self._nets.annotated, name, photo, started=watch.start_work)
+
     async def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
         """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got.
 

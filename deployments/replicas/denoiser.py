@@ -167,6 +167,12 @@ class DenoiserDeployment(Replica):
             hints = await self._annotating.run(make, photos, stage, image, mask, started=watch.start_work)
         return watch.timed(hints)
 
+    async def annotate(self, *, name: str, photo: bytes) -> bytes:
+        """The control map of a photo, where ControlNets live in this process: all have the same annotators."""
+        nets = next(iter(self._colocated.values()))
+        with stopwatch("annotate", name) as watch:
+            return await self._annotating.run(nets.annotated, name, photo, started=watch.start_work)
+
     async def denoise(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from pipelines.control.types import ControlBatch, ControlHint, HintUse, MissingH
 from pipelines.control_plan import ControlUse
 from pipelines.diffusers_compat import take_map_embedder
 from pipelines.errors import WeightsError
-from pipelines.pictures.images import read_image
+from pipelines.pictures.images import read_image, read_whole_image
 from pipelines.pictures.masks import Canvas
 from pipelines.plan import StagePlan
 from pipelines.recordings import Capturer
@@ -93,6 +94,16 @@ class ControlNets:
             image = self._annotators.annotate(control.name, image)
         pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)[None]
         return ControlHint(uuid.uuid4().hex, control.component, control.mode, pixels)
+
+    def annotated(self, name: str, photo: bytes) -> bytes:
+        """The control map that annotator `name` makes of a photo, as a PNG of its size.
+
+        Raises:
+            InvalidValueError: the bytes are not a picture, or there is no such annotator.
+        """
+        buffer = io.BytesIO()
+        self._annotators.annotate(name, read_whole_image(photo, "image")).save(buffer, "PNG")
+        return buffer.getvalue()
 
     @torch.inference_mode()
     def residuals(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> Residuals:

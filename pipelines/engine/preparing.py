@@ -182,6 +182,8 @@ def _begin(
     if mask is None:
         return noised(picture, noise), None
     draw()
-    filled = torch.where(mask > 0.5, draw(), picture) if plan.inpaint and plan.inpaint.fill == "noise" else picture
+    filled = picture
+    if plan.inpaint is not None and plan.inpaint.fill in ("noise", "nothing"):
+        filled = torch.where(mask > 0.5, draw() if plan.inpaint.fill == "noise" else 0.0, picture)
     begin = noise * init_noise_sigma if plan.schedule.strength == 1 else noised(filled, noise)
     return begin, None if plan.reads_mask else Kept(picture, noise, mask)

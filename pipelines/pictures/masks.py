@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageFilter, ImageOps
 
 from pipelines.errors import InvalidValueError
+from pipelines.pictures.filling import filled
 from pipelines.pictures.images import read_alpha, read_image, read_whole_image
 from pipelines.plan import GenerationPlan, InpaintPlan
 
@@ -52,13 +53,16 @@ class Canvas:
         if plan.area == "whole":
             picture = read_image(image, "image", width, height)
             grey = grey.resize(picture.size, Image.Resampling.LANCZOS) if grey.size != picture.size else grey
-            return cls(picture, grey, None, picture, grey)
+            part = filled(picture, grey) if plan.fill == "surroundings" else picture
+            return cls(picture, grey, None, part, grey)
         picture, processor = read_whole_image(image, "image"), VaeImageProcessor()
         box = processor.get_crop_region(grey, width, height, pad=plan.padding)
         part, part_mask = (
             processor.resize(source.crop(box), height, width, resize_mode="fill") for source in (picture, grey)
         )
-        return cls(picture, grey, box, part, part_mask.convert("L"))
+        part_mask = part_mask.convert("L")
+        part = filled(part, part_mask) if plan.fill == "surroundings" else part
+        return cls(picture, grey, box, part, part_mask)
 
     @classmethod
     def blank(cls, picture: Image.Image) -> Canvas:

@@ -88,6 +88,9 @@ async def test_pictures_from_pictures_are_those_of_the_main_route(client: httpx.
         ({"mask": given, "inpainting_fill": 1}, masked | {"inpaint_area": "masked", "inpaint_padding": 0}),
         ({"mask": given, "inpainting_fill": 2, "inpaint_full_res": False, "mask_blur": 0},
          masked | {"inpaint_fill": "noise", "mask_blur": 0}),
+        ({"mask": given, "inpainting_fill": 3, "inpaint_full_res": False}, masked | {"inpaint_fill": "nothing"}),
+        ({"mask": given},
+         masked | {"inpaint_area": "masked", "inpaint_padding": 0, "inpaint_fill": "surroundings"}),
         ({"mask": inverted, "inpainting_fill": 1, "inpaint_full_res": 0, "inpainting_mask_invert": 1}, masked),
         ({"mask": encoded(strokes.getvalue()), "inpainting_fill": 1, "inpaint_full_res": 0}, masked),
     ]  # fmt: skip
@@ -199,7 +202,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"init_images": [encoded(photo(100, 60))], "resize_mode": 1}, "resize_mode", "resize_mode 0"),
     ({"init_images": [encoded(photo(64, 64))], "resize_mode": 3}, "resize_mode", "resize_mode 0"),
     ({"init_images": [encoded(photo())], "denoising_strength": 0.01}, "denoising_strength", "at least"),
-    ({"init_images": [encoded(photo())], "mask": encoded(photo(20, 20)), "inpainting_fill": 1}, "mask", "20x20"),
+    ({"init_images": [encoded(photo())], "mask": encoded(photo(20, 20))}, "mask", "20x20"),
     ({"init_images": [encoded(photo())], "initial_noise_multiplier": 1.1}, "initial_noise_multiplier", "Leave it out"),
 ]
 
@@ -224,11 +227,6 @@ async def test_defaults_that_clients_send_with_everything_are_no_wishes(client: 
         **{"hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 0, "hr_prompt": "", "image_cfg_scale": 1.5},
         **{"sampler_index": "Euler a", "sampler_name": "Euler a", "scheduler": "automatic", "unheard_of": {"a": 1}},
     )
-
-
-async def test_control_units_are_refused_until_they_are_here(client: httpx.AsyncClient) -> None:
-    units = {"ControlNet": {"args": [{"model": "canny", "image": encoded(photo())}]}}
-    refused(await client.post(TXT2IMG, json=SMALL | {"alwayson_scripts": units}), "alwayson_scripts", "not possible")
 
 
 async def test_wrong_types_and_no_json(client: httpx.AsyncClient) -> None:

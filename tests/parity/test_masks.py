@@ -68,7 +68,7 @@ def test_the_masked_area_alone_is_drawn_and_laid_into_a_picture_of_any_size(
     check(ours, request)
 
 
-@pytest.mark.parametrize("fill", ["original", "noise"])
+@pytest.mark.parametrize("fill", ["original", "noise", "nothing"])
 def test_a_part_that_begins_from_noise_forgets_the_picture_there(
     text2image: Text2Image, catalog: Catalog, photo: bytes, fill: str
 ) -> None:
@@ -80,7 +80,7 @@ def test_a_part_that_begins_from_noise_forgets_the_picture_there(
     mask[..., 4:9, 2:12] = 1
     pictures = [torch.ones(1, 4, 16, 16), torch.ones(1, 4, 16, 16) + mask]
     begun = [engine.prepare("one", plan.stages[0], text, Latents(values, mask=mask)).latents for values in pictures]
-    assert torch.equal(*begun) == (fill == "noise")
+    assert torch.equal(*begun) == (fill != "original")
     assert torch.equal(*(latents.masked_select(mask == 0) for latents in begun))
 
 

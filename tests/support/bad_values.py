@@ -57,7 +57,7 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"image": blank(64, 64), "mask_image": "%%%"}, "mask_image", "base64"),
     ({"mask_blur": 65}, "mask_blur", "64"),
     ({"inpaint_area": "half"}, "inpaint_area", "['whole', 'masked']"),
-    ({"inpaint_fill": "blue"}, "inpaint_fill", "['original', 'noise']"),
+    ({"inpaint_fill": "blue"}, "inpaint_fill", "'surroundings'"),
     ({"enable_refiner": True}, "enable_refiner", "no refiner"),
     ({"controlnet_name": "canny"}, "controlnet_name", "Send controlnets, with ['canny', "),
     ({"controlnet_image": blank(8, 8)}, "controlnet_image", "Send controlnets, with ['canny', "),

@@ -92,6 +92,9 @@ class FakeGraph(Graph):
     def prepare(self, **arguments: Any) -> Call[Any]:
         return self.call("prepare", **arguments)
 
+    def annotate(self, **arguments: Any) -> Call[Any]:
+        return self.call("annotate", **arguments)
+
     def denoise(self, **arguments: Any) -> Call[Any]:
         return self.call("denoise", **arguments)
 

@@ -126,6 +126,7 @@ EDGES: dict[str, tuple[type, ...]] = {
     "encode_pixels": (VAEDeployment,),
     "upscale_file": (UpscalerDeployment,),
     "prepare": (ControlNetDeployment, DenoiserDeployment),
+    "annotate": (ControlNetDeployment, DenoiserDeployment),
     "denoise": (DenoiserDeployment,),
     "denoise_watched": (DenoiserDeployment,),
     "decode": (VAEDeployment,),

@@ -13,6 +13,7 @@ from deployments.api.a1111.names import sampler_of, unknown
 from deployments.api.a1111.options import Options
 from deployments.api.a1111.requests import MOST_PICTURES, Img2ImgRequest, Txt2ImgRequest, WebuiRequest
 from deployments.api.a1111.second_pass import STRENGTH, with_second_pass
+from deployments.api.a1111.units import DetectedMap, with_units
 from deployments.api.encoding import decode_base64
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.images import picture_size
@@ -20,7 +21,7 @@ from pipelines.pictures.masks import mask_of_strokes
 from pipelines.plan import REFINER_SHARE, SEED_LIMIT, GenerationParams
 from pipelines.sampling.samplers import SAMPLERS
 
-FILLS = {1: "original", 2: "noise"}
+FILLS = {0: "surroundings", 1: "original", 2: "noise", 3: "nothing"}
 """`inpainting_fill` -> ours."""
 LATENT_UPSCALE = 3
 """The `resize_mode` that enlarges latents, not pixels."""
@@ -42,6 +43,8 @@ class Asked:
 
     params: GenerationParams
     """Of the first picture."""
+    maps: tuple[DetectedMap, ...]
+    """Control maps that the reply shows."""
     count: int
     batch_size: int
     model: ModelSpec
@@ -89,7 +92,8 @@ def asked_of(body: WebuiRequest, options: Options, catalog: Catalog) -> Asked:
         params = _with_picture(params, body)
     elif isinstance(body, Txt2ImgRequest) and body.enable_hr:
         params = with_second_pass(params, body, catalog)
-    return Asked(params, body.count, body.batch_size, model, short_hash(model, catalog), options)
+    params, maps = with_units(params, body.alwayson_scripts, model, catalog)
+    return Asked(params, maps, body.count, body.batch_size, model, short_hash(model, catalog), options)
 
 
 def _check_possible(body: WebuiRequest) -> None:
@@ -100,26 +104,12 @@ def _check_possible(body: WebuiRequest) -> None:
     for name in ("seed_resize_from_h", "seed_resize_from_w"):
         if getattr(body, name) > 0:
             raise InvalidValueError(f"{name} is not possible here: noise has the picture's own size", name)
-    for name, script in body.alwayson_scripts.items():
-        if not _is_used(script):
-            continue
-        if name.casefold() != "controlnet":
-            raise InvalidValueError(
-                f"alwayson_scripts '{name[:100]}' is not here. Only ['ControlNet'] allowed now", "alwayson_scripts"
-            )
-        raise InvalidValueError("alwayson_scripts: units of ControlNet are not possible here", "alwayson_scripts")
     if body.count > MOST_PICTURES:
         raise InvalidValueError(
             f"batch_size {body.batch_size} and n_iter {body.n_iter} are {body.count} pictures; "
             f"at most {MOST_PICTURES} in one request",
             "batch_size",
         )
-
-
-def _is_used(script: Any) -> bool:
-    """Whether a script is asked for: clients send some of them with nothing, or with False."""
-    args = script.get("args") if isinstance(script, dict) else script
-    return any(args) if isinstance(args, list) else bool(args)
 
 
 def _styled(body: WebuiRequest, catalog: Catalog) -> tuple[str, str | None]:
@@ -185,16 +175,8 @@ def _with_picture(params: GenerationParams, body: Img2ImgRequest) -> GenerationP
         mask_blur=float(body.mask_blur),
         inpaint_area="whole" if whole else "masked",
         inpaint_padding=body.inpaint_full_res_padding,
-        inpaint_fill=_fill(body.inpainting_fill),
+        inpaint_fill=FILLS[body.inpainting_fill],
     )
-
-
-def _fill(fill: int) -> str:
-    if fill not in FILLS:
-        raise InvalidValueError(
-            f"inpainting_fill {fill} is not possible here. Only {list(FILLS)} allowed now", "inpainting_fill"
-        )
-    return FILLS[fill]
 
 
 def _check_shape(size: tuple[int, int], params: GenerationParams, mode: int) -> None:

@@ -20,6 +20,8 @@ THEIR_NAMES = {
     "mask_image": "mask",
     "inpaint_padding": "inpaint_full_res_padding",
     "enable_refiner": "refiner_checkpoint",
+    "controlnets": "alwayson_scripts",
+    "controlnet_name": "alwayson_scripts",
     "hires": "enable_hr",
     "hires.scale": "hr_scale",
     "hires.steps": "hr_second_pass_steps",

@@ -36,6 +36,8 @@ def sampler_of(sampler: str | None, scheduler: str | None, default: str) -> str:
     raise InvalidValueError(f"scheduler '{schedule}' is not here for sampler '{name}': only for {takers}", "scheduler")
 
 
-def unknown(field: str, value: str, allowed: Iterable[str], suggestion: str | None = None) -> InvalidValueError:
-    """The error of a name that is not among the allowed ones."""
-    return InvalidValueError(str(UnknownChoiceError(field, value, allowed, suggestion)), field)
+def unknown(
+    field: str, value: str, allowed: Iterable[str], suggestion: str | None = None, param: str | None = None
+) -> InvalidValueError:
+    """The error of a name that is not among the allowed ones; `param` is the field that `field` is a part of."""
+    return InvalidValueError(str(UnknownChoiceError(field, value, allowed, suggestion)), param or field)

@@ -47,9 +47,9 @@ class ProgressReply(BaseModel):
     textinfo: str | None = None
 
 
-def whole(body: WebuiRequest, asked: Asked, pictures: list[Generated]) -> WebuiReply:
-    """The reply of finished pictures."""
-    images = [base64.b64encode(picture.image.data).decode() for picture in pictures]
+def whole(body: WebuiRequest, asked: Asked, pictures: list[Generated], maps: list[bytes]) -> WebuiReply:
+    """The reply of finished pictures, and of control maps behind them."""
+    images = [base64.b64encode(data).decode() for data in (*(picture.image.data for picture in pictures), *maps)]
     return WebuiReply(
         images=images if body.send_images else [],
         parameters=_echo(body),

@@ -48,10 +48,13 @@ def _drawing(router: APIRouter, ingress: Ingress) -> None:
     async def draw(body: WebuiRequest, request: Request) -> Response:
         caller = caller_of(request)
         options = Options.of(await ingress.desk.options(caller.key), body.override_settings)
-        read = asyncio.to_thread if isinstance(body, Img2ImgRequest) and body.mask else _at_once
+        pictured = body.alwayson_scripts or (isinstance(body, Img2ImgRequest) and body.mask)
+        read = asyncio.to_thread if pictured else _at_once
         asked = await read(asked_of, body, options, ingress.catalog)
         pictures = await until_disconnect(request, Job(asked).draw(ingress, caller))
-        reply = Response(replies.whole(body, asked, pictures).model_dump_json(), media_type="application/json")
+        maps = [await ingress.annotating.annotate(m.component, m.name, m.photo, caller) for m in asked.maps]
+        whole = replies.whole(body, asked, pictures, maps)
+        reply = Response(whole.model_dump_json(), media_type="application/json")
         if pictures:
             describe(reply, pictures[0])
         return reply
