@@ -1,4 +1,4 @@
-"""What samplers by table save: a tick of theirs against one of diffusers' own steps, alone and with the UNet.
+"""What samplers by table save: a tick of theirs against one of diffusers' own steps, alone, with masks, with the UNet.
 
 One process, the tiny SDXL at 1024 px (32x32 latents), guided jobs, medians; sides alternated. Times are those of one
 thread, which other processes hardly disturb. Prints JSON.
@@ -23,6 +23,8 @@ from pipelines.assembly import latent_space
 from pipelines.backends.base import Denoiser, StepBatch
 from pipelines.engine.engine import StepEngine
 from pipelines.families import FAMILIES
+from pipelines.plan import InpaintPlan
+from pipelines.sampling.latents import Latents
 from pipelines.sampling.tables import MOST_TICKS, SamplerTables
 from pipelines.weights.files import read_config
 
@@ -46,17 +48,18 @@ class Idle:
 def tables(bench: Bench, repeats: int) -> dict[str, Any]:
     """Milliseconds of a tick: without the UNet, which is the engine's own time, and with it."""
     idle, unet = Idle(bench.engine), bench.engine.denoiser
-    cases: dict[str, tuple[Denoiser, list[str]]] = {
-        "1 default": (idle, SAMPLERS[:1]),
-        "8 default": (idle, SAMPLERS[:1] * 8),
-        "8 samplers": (idle, SAMPLERS),
-        "1 default, with the UNet": (unet, SAMPLERS[:1]),
-        "8 samplers, with the UNet": (unet, SAMPLERS),
+    cases: dict[str, tuple[Denoiser, list[str], bool]] = {
+        "1 default": (idle, SAMPLERS[:1], False),
+        "8 default": (idle, SAMPLERS[:1] * 8, False),
+        "8 samplers": (idle, SAMPLERS, False),
+        "8 samplers, masked": (idle, SAMPLERS, True),
+        "1 default, with the UNet": (unet, SAMPLERS[:1], False),
+        "8 samplers, with the UNet": (unet, SAMPLERS, False),
     }
     result: dict[str, Any] = {}
-    for case, (denoiser, samplers) in cases.items():
+    for case, (denoiser, samplers, masked) in cases.items():
         engines = {
-            side: sampling_engine(bench, denoiser, samplers, most_ticks)
+            side: sampling_engine(bench, denoiser, samplers, most_ticks, masked)
             for side, most_ticks in (("tables", MOST_TICKS), ("own steps", 0))
         }
         sides: dict[str, Callable[[], object]] = {side: engine.tick for side, engine in engines.items()}
@@ -66,8 +69,15 @@ def tables(bench: Bench, repeats: int) -> dict[str, Any]:
     return result
 
 
-def sampling_engine(bench: Bench, denoiser: Denoiser, samplers: Sequence[str], most_ticks: int) -> StepEngine:
-    """An engine with a job for each sampler; tables up to `most_ticks`."""
+def sampling_engine(
+    bench: Bench, denoiser: Denoiser, samplers: Sequence[str], most_ticks: int, masked: bool
+) -> StepEngine:
+    """An engine with a job for each sampler, half of its picture `masked` if asked; tables up to `most_ticks`."""
+    begin = None
+    if masked:
+        mask = torch.zeros(1, 1, 32, 32)
+        mask[..., 16:] = 1
+        begin = Latents(torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)), mask=mask)
     # The tiny model's scheduler, but with the key by which the hub's does not clip.
     config = read_config(bench.catalog.component("unet-sdxl-base"), "scheduler") | {"clip_sample": False}
     space = latent_space(bench.catalog, "unet-sdxl-base")
@@ -75,7 +85,10 @@ def sampling_engine(bench: Bench, denoiser: Denoiser, samplers: Sequence[str], m
     engine = StepEngine(denoiser, FAMILIES["sdxl"], config, space, bench.engine.loras, max_rows=64, tables=tables)
     for index, sampler in enumerate(samplers):
         stage = bench.stage(index, guided=True).model_copy(update={"sampler": sampler})
-        engine.add(engine.prepare(str(index), stage, bench.encoders.encode(stage), None))
+        if masked:
+            whole = stage.schedule.model_copy(update={"strength": 1.0})
+            stage = stage.model_copy(update={"schedule": whole, "inpaint": InpaintPlan()})
+        engine.add(engine.prepare(str(index), stage, bench.encoders.encode(stage), begin))
     return engine
 
 

@@ -85,7 +85,8 @@ class TableCourse:
         self._start: torch.Tensor | None = start
         self._state = start[: 1 + self._slots]
         self._noise = start[1 + self._slots :].split(1)
-        self._repainted = start[-1] > 0.5 if self._masked else None
+        self.repainted = start[-1] > 0.5 if self._masked else None
+        """`[elements]`: where latents are drawn, None where all of them are."""
 
     def send(self, device: torch.device) -> None:
         """Move the state and the noise to `device`, in one copy."""
@@ -138,8 +139,6 @@ class TableCourse:
     def move_on(self, state: torch.Tensor) -> None:
         """Take the rows `[1 + slots or more, elements]` of the product for the next tick."""
         self._state = state[: 1 + self._slots]
-        if self._repainted is not None:  # next input and latents, in one kernel
-            torch.where(self._repainted, self._state[:2], self._state[-2:], out=self._state[:2])
         self.tick += 1
 
 
@@ -208,7 +207,7 @@ class TickNumbers:
 
     def __init__(self, courses: Sequence[Course], rows: Sequence[int], device: torch.device) -> None:
         """For these jobs' next tick, of so many rows each."""
-        tables = [course for course in courses if isinstance(course, TableCourse)]
+        tables = [table for _, table in _tables(courses)]
         slots = max((table.slots for table in tables), default=0)
         shape = (len(tables), 1 + slots, 3 + slots)
         size = shape[0] * shape[1] * shape[2]
@@ -217,12 +216,34 @@ class TickNumbers:
         for matrix, table in zip(numbers[:size].reshape(shape), tables, strict=True):
             own = table.weights
             matrix[: own.shape[0], : own.shape[1]] = own
+            if table.repainted is not None:  # what stays is looked for in the last two rows, see `_keep`
+                matrix[-2:, : own.shape[1]] = own[-2:]
         numbers[size:] = np.repeat([course.timesteps[course.tick] for course in courses], rows)
         sent = send(pinned(buffer, device), device)
         self.weights = sent[:size].view(shape)
-        """`[tables, 1 + slots, 3 + slots]`, smaller ones padded with zeros."""
+        """`[tables, 1 + slots, 3 + slots]`, in the order of `_tables`, smaller ones padded with zeros."""
         self.timesteps = sent[size:]
         """`[rows]`. Whole numbers below 2^24 are exact in float32, so integer timesteps fit."""
+
+
+def _tables(courses: Sequence[Course]) -> list[tuple[int, TableCourse]]:
+    """Those that go by tables, with their positions; those of which a part stays come first."""
+    tables = [(place, course) for place, course in enumerate(courses) if isinstance(course, TableCourse)]
+    return sorted(tables, key=lambda placed: placed[1].repainted is None)
+
+
+def _keep(tables: Sequence[TableCourse], product: torch.Tensor) -> None:
+    """Put what stays of pictures over what was drawn, next inputs and latents, of all jobs in one kernel.
+
+    Args:
+        tables: in the order of `_tables`.
+        product: `[tables, rows, elements]`, changed in place; what stays is in the last two rows.
+    """
+    masks = [table.repainted for table in tables if table.repainted is not None]
+    if masks:
+        drawn, stays = product[: len(masks), :2], product[: len(masks), -2:]
+        repainted = torch.stack(masks)[:, None] if len(masks) > 1 else masks[0][None, None]
+        torch.where(repainted, drawn, stays, out=drawn)
 
 
 def advance(
@@ -240,16 +261,14 @@ def advance(
         What the own sampler of a job raised, by the job's position. If the product fails nobody has advanced, and it
         is raised.
     """
-    tables = [course for course in courses if isinstance(course, TableCourse)]
-    if tables:
+    placed = _tables(courses)
+    if placed:
         flat = output.to(torch.float32, memory_format=torch.contiguous_format).flatten(1).split(list(rows))
         slots = weights.shape[1] - 1
-        columns: list[torch.Tensor] = []
-        for course, part in zip(courses, flat, strict=True):
-            if isinstance(course, TableCourse):
-                columns += course.columns(part, slots)
-        product = torch.bmm(weights, torch.cat(columns).view(len(tables), 3 + slots, -1))
-        for table, state in zip(tables, product.unbind(), strict=True):
+        columns = [column for place, table in placed for column in table.columns(flat[place], slots)]
+        product = torch.bmm(weights, torch.cat(columns).view(len(placed), 3 + slots, -1))
+        _keep([table for _, table in placed], product)
+        for (_, table), state in zip(placed, product.unbind(), strict=True):
             table.move_on(state)
     failures: dict[int, Exception] = {}
     for position, (course, part) in enumerate(zip(courses, output.split(list(rows)), strict=True)):

@@ -21,6 +21,7 @@ from pipelines.control.nets import ColocatedControl
 from pipelines.control_plan import ControlParams
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
+from pipelines.sampling.latents import Latents
 from pipelines.sampling.samplers import SAMPLERS
 from pipelines.text.conditioning import Conditioning
 from pipelines.text2image import Text2Image
@@ -234,6 +235,8 @@ DEFAULT = "DPM++ 2M SDE Heun Karras"
 TWO_MAPS = tuple(ControlParams(name=name, image=photo(), weight=0.5, preprocess=False) for name in ("canny", "depth"))
 TWO_MODES = {"model_name": "SDXL1.0-base", "controlnets": TWO_MAPS}
 CANNY = {"model_name": "SDXL-ControlNet", "controlnet_name": "canny", "controlnet_image": photo()}
+MASKED = {"image": photo(), "mask_image": photo(), "strength": 0.9}
+"""Of the ticker only their presence counts: latents and mask are its own."""
 # The numbers of what is added to a tick may only go down.
 OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
     "one row": ([{"sampler": "Euler", "cfg_scale": 1.0}], A_TICK),
@@ -243,6 +246,11 @@ OF_A_TICK: dict[str, tuple[list[dict[str, Any]], Budget]] = {
     "four rows of two LoRAs": ([{"sampler": "Euler"} | LORAS, {"sampler": "Euler"} | BOTH_LORAS], Budget(812)),
     "a ControlNet": ([{"sampler": "Euler"} | CANNY], Budget(32)),
     "two modes of a union ControlNet": ([{"sampler": "Euler"} | TWO_MODES], Budget(64)),
+    "a mask": ([{"sampler": DEFAULT} | MASKED], Budget(4 * 6)),
+    "masks of every sampler, and a job without": (
+        [{"sampler": name} | MASKED for name in OF_DIFFUSION_MODELS] + [{"sampler": DEFAULT}],
+        Budget(4 * 7),
+    ),
 }
 
 
@@ -254,7 +262,7 @@ def published_scheduler(spec: ComponentSpec, *parts: str) -> Any:
 class Ticker:
     """SDXL in half precision on the device, its ControlNet in the same process."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, unet: str = "unet-sdxl-base") -> None:
         data = catalog.model_dump()
         for component in data["components"]:
             component["dtype"] = "float16"
@@ -263,7 +271,7 @@ class Ticker:
             self._nets = load_controlnets(self._catalog, ["controlnet-sdxl-union"], "cuda")
             control = ColocatedControl(self._nets)
             with patch("pipelines.assembly.read_config", published_scheduler):
-                self._engine = load_engine(self._catalog, "unet-sdxl-base", "cuda", max_rows=64, control=control)
+                self._engine = load_engine(self._catalog, unet, "cuda", max_rows=64, control=control)
             self._texts = load_text_encoders(self._catalog, "text-encoder-sdxl", "cuda")
 
     def four_ticks(self, jobs: Sequence[dict[str, Any]]) -> Traffic:
@@ -284,7 +292,13 @@ class Ticker:
     def _add(self, name: str, params: GenerationParams) -> None:
         stage = make_plan(params, self._catalog).stages[0]
         hints = self._nets.prepare([control.image for control in params.controls], stage)
-        self._engine.add(self._engine.prepare(name, stage, self._texts.encode(stage), None, hints))
+        begin = None
+        if stage.inpaint is not None:
+            shape = (1, 4, params.height // 32, params.width // 32)
+            mask = torch.zeros(1, 1, *shape[2:])
+            mask[..., 1:] = 1
+            begin = Latents(torch.ones(shape), mask=mask, masked=torch.ones(shape) if stage.reads_mask else None)
+        self._engine.add(self._engine.prepare(name, stage, self._texts.encode(stage), begin, hints))
 
     def _tick(self) -> None:
         report = self._engine.tick()
@@ -295,6 +309,12 @@ class Ticker:
 @pytest.fixture(scope="module")
 def ticker(catalog: Catalog) -> Ticker:
     return Ticker(catalog)
+
+
+def test_a_unet_for_inpainting_reads_its_mask_for_nothing(inpainting_catalog: Catalog) -> None:
+    ticker = Ticker(inpainting_catalog, "unet-sdxl-inpainting")
+    jobs = [{"model_name": "SDXL-inpainting", "sampler": name} | MASKED for name in ("Euler a", "Heun", DEFAULT)]
+    assert_within(ticker.four_ticks(jobs), A_TICK)
 
 
 def assert_within(traffic: Traffic, budget: Budget) -> None:
