@@ -40,5 +40,11 @@ def describe(response: Response, generated: Generated) -> None:
     """Tell stages, backend and how long the prompt is in the reply's headers."""
     response.headers["server-timing"] = server_timing(generated.times)
     response.headers["x-backend"] = generated.plan.stages[0].backend
-    if notes := [taken.note for taken in generated.times if taken.note]:  # of two stages the first one ends last
-        response.headers["x-prompt-tokens"] = notes[-1]
+    if (size := prompt_size(generated)) is not None:
+        response.headers["x-prompt-tokens"] = size
+
+
+def prompt_size(generated: Generated) -> str | None:
+    """How long the longest text is and how it was read, such as `143/77 chunks=2`; None where nobody counted."""
+    notes = [taken.note for taken in generated.times if taken.note]  # of two stages the first one ends last
+    return notes[-1] if notes else None

@@ -1,4 +1,7 @@
-"""Hyperbolic's image request and reply; its events are `progress`, `preview`, and at last `result` or `error`."""
+"""Hyperbolic's image request and reply; its events are `progress`, `preview`, and at last `result` or `error`.
+
+A result is the reply and `prompt_tokens`, which a plain request is told in a header: a stream's headers are long sent.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from deployments.api.admission import caller_of
-from deployments.api.connection import describe, until_disconnect
+from deployments.api.connection import describe, prompt_size, until_disconnect
 from deployments.api.events import EventStream, event
 from deployments.api.raw import accepted_format, bytes_reply, wants_bytes
 from deployments.api.schemas import GeneratedImage, GenerationRequest, GenerationResponse
@@ -69,4 +72,4 @@ def tell(item: Watched) -> bytes:
         case Preview():
             return event("preview", {"image": base64.b64encode(item.data).decode()})
         case Generated():
-            return event("result", reply(item).model_dump())
+            return event("result", reply(item).model_dump() | {"prompt_tokens": prompt_size(item)})

@@ -102,6 +102,8 @@ def described(file: PictureFile, catalog: Catalog) -> InfoResponse:
         request = request_fields(*parsed)
         if "strength" in request:
             needs = ["image"]
+        if {"mask_blur", "inpaint_area", "inpaint_fill"} & request.keys():
+            needs.append("mask_image")
         if model := _served(parsed[2].get("Model", ""), catalog):
             request["model_name"] = model
     return InfoResponse(

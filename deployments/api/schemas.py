@@ -67,10 +67,10 @@ class PictureRequest(BaseModel):
     def _drop_unset(cls, data: Any) -> Any:
         return _without_unset(data, _HYPERBOLIC_UNSET)
 
-    model_name: str = Field(max_length=200, examples=["SDXL1.0-base"])
-    prompt: str = Field(min_length=1, max_length=20_000)
+    model_name: str = Field(max_length=200, examples=["SDXL1.0-base"], description="See /v1/models.")
+    prompt: str = Field(min_length=1, max_length=20_000, description="What is to be seen.")
     prompt_2: str | None = Field(None, max_length=20_000, description="For the second text encoder; SDXL family only.")
-    negative_prompt: str | None = Field(None, max_length=20_000)
+    negative_prompt: str | None = Field(None, max_length=20_000, description="What guidance leads away from.")
     negative_prompt_2: str | None = Field(None, max_length=20_000, description="SDXL family only.")
     prompt_syntax: str | None = Field(
         None,
@@ -136,7 +136,7 @@ class PictureRequest(BaseModel):
         ge=MIN_CFG_SCALE,
         le=MAX_CFG_SCALE,
         validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
-        description="Default 5.",
+        description="How strongly the prompt guides; default 5, none at 1 and below.",
     )
     guidance_rescale: FiniteFloat | None = Field(
         None,
@@ -171,8 +171,8 @@ class PictureRequest(BaseModel):
         description="A second pass over the picture, larger (A1111's hires fix). Noise begins anew from `seed`; the "
         "refiner draws in the second pass alone.",
     )
-    controlnet_name: str | None = Field(None, max_length=200)
-    controlnet_image: str | None = None
+    controlnet_name: str | None = Field(None, max_length=200, description="See /v1/controlnets.")
+    controlnet_image: str | None = Field(None, description="Base64 or a data URI: the photo that steers the picture.")
     controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
     controlnets: list[ControlRequest] | None = Field(
         None,

@@ -24,6 +24,23 @@ _PAIR = re.compile(r'(\w[\w \-/]{0,60}?): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |,?$)')
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _LONGEST = 100_000
 """Characters of a line of pairs; more is no line of pairs."""
+_NUMBERS = {
+    "CFG scale": "cfg_scale",
+    "Denoising strength": "strength",
+    "Mask blur": "mask_blur",
+    "Eta DDIM": "eta",
+    "CFG Rescale phi": "guidance_rescale",
+    "Guidance start": "guidance_start",
+    "Guidance end": "guidance_end",
+}
+"""Name -> field. A1111's own, that of its CFG rescale extension, and for the window ours: it has one of steps alone."""
+_WHOLE_NUMBERS = {"Steps": "steps", "Seed": "seed", "Masked area padding": "inpaint_padding"}
+_WORDS = {
+    ("Inpaint area", "Only masked"): ("inpaint_area", "masked"),
+    ("Masked content", "latent noise"): ("inpaint_fill", "noise"),
+    ("Long prompt", "cut"): ("long_prompt", "cut"),
+}
+"""Pair -> field and value. A1111 cuts no prompt, so that the last one is ours."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -44,6 +61,7 @@ def infotext(plan: GenerationPlan | UpscalePlan) -> str:
     }
     if first.schedule.strength is not None:
         pairs["Denoising strength"] = first.schedule.strength
+    pairs |= _mask_pairs(first) | _guidance_pairs(first)
     if second := plan.second_pass:
         pairs |= _hires_pairs(second)
     if plan.refined:
@@ -55,6 +73,8 @@ def infotext(plan: GenerationPlan | UpscalePlan) -> str:
         pairs["Clip skip"] = reading.clip_skip
     if reading.emphasis != "Original":
         pairs["Emphasis"] = reading.emphasis
+    if reading.long_prompt != "chunk":
+        pairs["Long prompt"] = reading.long_prompt
     pairs["Version"] = "sdgraph"
     loras = "".join(f" <lora:{use.name}:{_lora_weights(use)}>" for use in first.loras)
     lines = [_weighted(first.text.prompts[0], reading) + loras]
@@ -70,6 +90,26 @@ def _enlarged(plan: UpscalePlan) -> str:
     added = f"Postprocess upscale by: {plan.scale:g}, Postprocess upscaler: {_quoted(upscaler)}"
     told = (plan.source_infotext or "").strip()
     return f"{told}, {added}" if parse_infotext(told) else f"{told}\n{added}".strip()
+
+
+def _mask_pairs(stage: StagePlan) -> dict[str, object]:
+    """How a part was repainted. The blur is told even if it is none: that there was a mask nothing else would say."""
+    inpaint = stage.inpaint
+    if inpaint is None:
+        return {}
+    pairs: dict[str, object] = {"Mask blur": f"{inpaint.blur:g}"}
+    if inpaint.area == "masked":
+        pairs |= {"Inpaint area": "Only masked", "Masked area padding": inpaint.padding}
+    if inpaint.fill == "noise":
+        pairs["Masked content"] = "latent noise"
+    return pairs
+
+
+def _guidance_pairs(stage: StagePlan) -> dict[str, object]:
+    """What differs from guidance that is neither scaled back nor has a window, and from no eta."""
+    told = stage.model_dump(exclude_defaults=True, include={"guidance_rescale", "guidance_start", "guidance_end"})
+    told |= stage.schedule.model_dump(exclude_defaults=True, include={"eta"})
+    return {name: told[field] for name, field in _NUMBERS.items() if field in told}
 
 
 def _hires_pairs(stage: StagePlan) -> dict[str, object]:
@@ -156,13 +196,18 @@ def request_fields(prompt: str, negative: str | None, pairs: dict[str, str]) -> 
     size = _SIZE.fullmatch(pairs.get("Size", ""))
     if size is not None:
         fields |= {"width": int(size[1]), "height": int(size[2])}
-    numbers = {"Steps": "steps", "Seed": "seed", "CFG scale": "cfg_scale", "Denoising strength": "strength"}
+    numbers = dict(_NUMBERS)
     if "Hires upscale" in pairs:
         del numbers["Denoising strength"]
     if hires := _hires_fields(pairs):
         fields["hires"] = hires
+    for name, field in _WHOLE_NUMBERS.items():
+        if re.fullmatch(r"\d{1,10}", value := pairs.get(name, "")):
+            fields[field] = int(value)
     for name, field in numbers.items():
-        value = pairs.get(name, "")
-        if re.fullmatch(r"\d{1,10}" if field in ("steps", "seed") else r"\d{1,4}(\.\d{1,10})?", value):
-            fields[field] = int(value) if field in ("steps", "seed") else float(value)
+        if re.fullmatch(r"\d{1,4}(\.\d{1,20})?", value := pairs.get(name, "")):
+            fields[field] = float(value)
+    for (name, word), (field, said) in _WORDS.items():
+        if pairs.get(name, "").casefold() == word.casefold():
+            fields[field] = said
     return fields

@@ -68,6 +68,17 @@ async def test_control_and_refiner_are_repeated(client: httpx.AsyncClient) -> No
     assert told["request"].items() >= expected.items()
 
 
+async def test_an_infotext_of_a_mask_needs_it(client: httpx.AsyncClient) -> None:
+    chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    last = "Steps: 3, Sampler: Euler a, CFG scale: 7, Seed: 4, Size: 128x128, Denoising strength: 0.75, Mask blur: 4, "
+    chunks.add_text("parameters", f"a cat\n{last}Inpaint area: Only masked, Masked area padding: 32, Version: v1.10.1")
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=chunks)
+    told = await info(client, encoded(buffer.getvalue()))
+    assert told["needs"] == ["image", "mask_image"]
+    fields = {"mask_blur": 4, "inpaint_area": "masked", "inpaint_padding": 32, "strength": 0.75}
+    assert told["request"].items() >= fields.items()
+
+
 async def test_previews_are_marked(client: httpx.AsyncClient) -> None:
     told = events((await post(client, stream=True, preview=True)).text)
     previews = [data["image"] for name, data in told if name == "preview"]

@@ -33,7 +33,7 @@ async def test_progress_then_the_same_reply(client: httpx.AsyncClient) -> None:
     assert {data["steps"] for name, data in told if "steps" in data} == {5}
     name, result = told[-1]
     assert name == "result"
-    assert set(result) == {"images", "inference_time"}
+    assert set(result) == {"images", "inference_time", "prompt_tokens"}
     watched = decoded(result["images"][0]["image"])
     assert np.array_equal(pixels(watched), pixels(picture(await post(client, **fields))))
 

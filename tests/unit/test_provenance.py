@@ -201,6 +201,38 @@ def test_our_infotext_repeats_our_plan(catalog: Catalog, sampler: str) -> None:
     assert fields["negative_prompt"] == "fog"
 
 
+MASKED = {"image": b"-", "mask_image": b"-", "strength": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (MASKED, "Mask blur: 0"),
+        (MASKED | {"mask_blur": 4.5, "inpaint_fill": "noise"}, "Mask blur: 4.5, Masked content: latent noise"),
+        (
+            MASKED | {"inpaint_area": "masked", "inpaint_padding": 16},
+            "Mask blur: 0, Inpaint area: Only masked, Masked area padding: 16",
+        ),
+        ({"sampler": "DDIM", "eta": 0.25}, "Eta DDIM: 0.25"),
+        ({"guidance_rescale": 0.7}, "CFG Rescale phi: 0.7"),
+        ({"guidance_start": 0.1, "guidance_end": 0.75}, "Guidance start: 0.1, Guidance end: 0.75"),
+        ({"long_prompt": "cut"}, "Long prompt: cut"),
+    ],
+)
+def test_settings_by_the_names_that_a1111_has(catalog: Catalog, asked: dict[str, Any], told: str) -> None:
+    plan = plan_of(catalog, **asked)
+    text = infotext(plan)
+    assert f", {told}, " in text
+    parsed = parse_infotext(text)
+    assert parsed is not None
+    pictures = {name: value for name, value in asked.items() if isinstance(value, bytes)}
+    again = plan_of(catalog, **request_fields(*parsed), **pictures)
+    assert again.model_dump() | {"stages": ()} == plan.model_dump() | {"stages": ()}
+    (ours,), (theirs,) = plan.stages, again.stages
+    assert theirs.model_copy(update={"text": ours.text}) == ours
+    assert theirs.text.reading.long_prompt == ours.text.reading.long_prompt
+
+
 @pytest.mark.parametrize(
     ("sampler", "schedule", "ours"),
     [

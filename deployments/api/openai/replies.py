@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from deployments.api.connection import prompt_size
 from deployments.api.events import event
 from deployments.api.openai.requests import ImageRequest
 from deployments.ingress.compose import Preview
@@ -89,9 +90,9 @@ def teller(kind: Kind, asked: ImageRequest) -> Callable[[tuple[int, Watched]], b
         index, what = item
         if isinstance(what, Generated):
             plan = what.plan
-            name = f"{kind}.completed"
+            name, ours = f"{kind}.completed", {"seed": plan.seed, "prompt_tokens": prompt_size(what)}
             shown = common(what.image.data, "{}x{}".format(*plan.size), plan.output_format)
-            return event(name, {"type": name, **shown, "usage": Usage().model_dump(), "seed": plan.seed})
+            return event(name, {"type": name, **shown, "usage": Usage().model_dump(), **ours})
         if isinstance(what, Preview) and told[index] < wanted:
             name, number = f"{kind}.partial_image", told[index]
             told[index] += 1
