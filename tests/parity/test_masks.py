@@ -114,11 +114,13 @@ def test_a_controlnet_steers_what_is_repainted(
 ) -> None:
     """A ControlNet sees the latents alone, also where the UNet reads nine channels."""
     data = inpainting_catalog.model_dump()
-    steered = next(model for model in data["models"] if model["name"] == "SD1.5-ControlNet")
-    steered["unet"] = inpainting_catalog.model(name).unet
+    unet = inpainting_catalog.model(name).unet
+    for model in data["models"]:
+        if model["unet"] == "unet-sd15":
+            model["unet"] = unet
     for component in data["components"]:
         if component["base"] == "unet-sd15":
-            component["base"] = steered["unet"]
+            component["base"] = unet
     request = fields("SD1.5", photo) | {"model_name": "SD1.5-ControlNet"}
     control = {"controlnet_name": "canny", "controlnet_image": request["image"], "controlnet_preprocess": False}
     ours = Text2Image(Catalog.model_validate(data)).generate(GenerationParams(**request, **control)).image
