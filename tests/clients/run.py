@@ -109,11 +109,14 @@ else:
 open(target, "wb").write(base64.b64decode(edited.data[0].b64_json))
 """
 
+WEBUIAPI = Path(__file__).with_name("webuiapi_client.py").read_text()
+
 CLIENTS = {
     "llm-hyperbolic": (["llm-hyperbolic==0.4.9", "requests"], LLM_HYPERBOLIC),
     "openai": (["openai==3.57.0"], OPENAI),
     "huggingface_hub-url": (["huggingface_hub==2.4.0", "pillow"], HUGGINGFACE_HUB_URL),
     "huggingface_hub": (["huggingface_hub==1.21.0", "pillow"], HUGGINGFACE_HUB),
+    "webuiapi": (["webuiapi==0.9.17", "requests", "pillow"], WEBUIAPI),
 }
 
 

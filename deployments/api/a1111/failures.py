@@ -30,6 +30,9 @@ THEIR_NAMES = {
 }
 """Fields of this project -> those of A1111 that say the same."""
 
+EXTRAS_NAMES = {"upscaler": "upscaler_1", "scale": "upscaling_resize"}
+"""The same where pictures are enlarged."""
+
 
 class WebuiError(BaseModel):
     """A1111's body (`error`, `detail`, `body`, `errors`), and the contract's fields."""
@@ -56,6 +59,11 @@ def answer(error: BaseException, request_id: str) -> JSONResponse:
 def answer_drawing(error: BaseException, request_id: str) -> JSONResponse:
     """The same where pictures are drawn: fields are called as the client called them."""
     return _reply(told(error, request_id), THEIR_NAMES)
+
+
+def answer_extras(error: BaseException, request_id: str) -> JSONResponse:
+    """The same where finished pictures are enlarged."""
+    return _reply(told(error, request_id), EXTRAS_NAMES)
 
 
 def _reply(failure: Failure, names: Mapping[str, str]) -> JSONResponse:

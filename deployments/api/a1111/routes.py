@@ -37,9 +37,9 @@ def routes(ingress: Ingress, admission: Admission) -> APIRouter:
     _options(router, ingress)
     _work(router, ingress)
     _listings(router, ingress)
-    _pictures(router, ingress)
     every = APIRouter()
-    for part in (drawing, router, controlnet.routes(ingress, router.route_class)):
+    enlarging = extras.routes(ingress, admission.route_class(failures.answer_extras))
+    for part in (drawing, router, enlarging, controlnet.routes(ingress, router.route_class)):
         every.include_router(part)
     return every
 
@@ -200,10 +200,3 @@ def _listings(router: APIRouter, ingress: Ingress) -> None:
 async def _nothing() -> list[dict[str, Any]]:
     """An empty list."""
     return []
-
-
-def _pictures(router: APIRouter, ingress: Ingress) -> None:
-    @router.post("/png-info")
-    async def png_info(body: Annotated[extras.PictureRequest, Body()]) -> extras.PngInfoReply:
-        """What a picture's file tells of itself, in A1111's words."""
-        return await extras.png_info(body, ingress.limits.max_image_pixels)
