@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 
 from config.catalog import Catalog, ModelSpec
 from config.choices import UnknownChoiceError
+from config.components import ComponentSpec
 from pipelines.errors import UnavailableModelError
 
 _HASH = re.compile(r"\s*\[([0-9a-fA-F]{6,64})\]$")
@@ -19,7 +21,11 @@ def short_hash(model: ModelSpec, catalog: Catalog) -> str:
 
     Not A1111's, which hashes one file: a model here is several, and nobody reads gigabytes to list it.
     """
-    parts = [catalog.component(c) for c in (model.text_encoder, model.unet, model.vae)]
+    return _hash(*(catalog.component(part) for part in (model.text_encoder, model.unet, model.vae)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash(*parts: ComponentSpec) -> str:
     places = "".join(f"{part.source!r} {part.subfolder} {part.scheduler!r}\n" for part in parts)
     return hashlib.sha256(places.encode()).hexdigest()[:10]
 

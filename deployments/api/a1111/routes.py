@@ -53,8 +53,7 @@ def _drawing(router: APIRouter, ingress: Ingress) -> None:
         asked = await read(asked_of, body, options, ingress.catalog)
         pictures = await until_disconnect(request, Job(asked).draw(ingress, caller))
         maps = [await ingress.annotating.annotate(m.component, m.name, m.photo, caller) for m in asked.maps]
-        whole = replies.whole(body, asked, pictures, maps)
-        reply = Response(whole.model_dump_json(), media_type="application/json")
+        reply = Response(replies.whole(body, asked, pictures, maps), media_type="application/json")
         if pictures:
             describe(reply, pictures[0])
         return reply
