@@ -67,7 +67,8 @@ class AppArgs(BaseModel):
     """Folders of checkpoints, LoRAs and the like, or one, whose models and LoRAs are served beside the catalog's; a
     relative one is relative to the repository's root."""
     grouping: Literal["component", "role"] = "component"
-    """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas."""
+    """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas,
+    seven with upscalers."""
     models: tuple[str, ...] = ()
     """Serve only these; every available model of the catalog if empty."""
     max_rows: int = Field(default=16, ge=2)

@@ -94,7 +94,8 @@ class Upscaling:
                 raise
             raise DeadlineError(f"not finished within {seconds:g} seconds") from None
         seconds = time.perf_counter() - begin
-        metrics().request_seconds.observe(seconds, {"model": plan.upscaler, "backend": "torch"})
+        backend = "pillow" if plan.component is None else "torch"
+        metrics().request_seconds.observe(seconds, {"model": plan.upscaler, "backend": backend})
         return Upscaled(image, plan, seconds, drawn.times)
 
     async def _enlarged(self, plan: UpscalePlan, image: bytes) -> Timed[EncodedImage]:

@@ -144,11 +144,13 @@ async def test_a_model_enlarges_for_a_second_pass(connect_models: ClientFactory,
     assert drawn.size == (192, 192)
 
 
-async def test_a_second_pass_says_which_model_it_was(connect_models: ClientFactory) -> None:
+async def test_a_second_pass_wakes_its_model_and_says_which_it_was(model_graph: Graph, with_models: Catalog) -> None:
     hires = {"upscaler": X2, "scale": 2.0, "steps": 2, "strength": 0.5}
-    async with connect_models() as client:
+    graph = FakeGraph(model_graph)
+    async with open_client(graph=graph, catalog=with_models) as client:
         image = (await post(client, hires=hires)).json()["images"][0]["image"]
         told = (await client.post("/v1/images/info", json={"image": image})).json()
+    assert "upscaler" in {call["deployment"] for call in graph.named("ping")}
     assert told["request"]["hires"] == hires
     assert told["parameters"]["Hires upscaler"] == X2
     assert told["plan"]["stages"][1]["enlargement"]["component"] == "upscaler-tiny-x2"
