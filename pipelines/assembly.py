@@ -45,7 +45,6 @@ from pipelines.text.inversions import read_inversion
 from pipelines.transfers import Mark
 from pipelines.weights.checks import check_finite
 from pipelines.weights.files import ComponentFiles, embedding_path, lora_path, read_config
-from pipelines.weights.headers import read_header
 from pipelines.weights.loading import Device, load_model, load_text_models
 
 if TYPE_CHECKING:
@@ -293,7 +292,6 @@ def load_embedding(catalog: Catalog, use: EmbeddingUse, base: str, part: str) ->
     """
     path = embedding_path(catalog, use, base)
     with _explained(f"embedding {use.name}, file {path.name}"):
-        read_header(path)
         return read_inversion(path, use.name, part, pair=catalog.component(base).family == "sdxl")
 
 
@@ -307,7 +305,6 @@ def load_lora(catalog: Catalog, use: LoraUse, base: str, part: str) -> AdapterFi
     spec, path = catalog.component(base), lora_path(catalog, use, base)
     parts = ("unet", "text_encoder", "text_encoder_2") if spec.family == "sdxl" else ("unet", "text_encoder")
     with _explained(f"lora {use.name}, file {path.name}"):
-        read_header(path)  # a damaged file stops here, and one of a million tensors before any of them is in memory
         return read_adapter(path, use.name, part, parts)
 
 

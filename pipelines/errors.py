@@ -9,6 +9,7 @@ SdgraphError
 │   └── TooLargeError           a body or a picture over the limit
 ├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
 ├── UnstartableError        a deployment the request needs keeps failing to start
+├── SilentLibraryError      the volume of a library does not answer
 ├── DeadlineError           it took longer than the server allows
 ├── WeightsError            weights are missing, not safetensors, or not what the catalog says
 ├── LostDeviceError         a replica's GPU failed it for good; Serve replaces the replica
@@ -68,6 +69,13 @@ class OverloadedError(SdgraphError):
 
 class UnstartableError(SdgraphError):
     """A deployment that a request needs keeps failing to start; the message is its name."""
+
+
+class SilentLibraryError(SdgraphError):
+    """The volume of a library does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the library's folders do not answer; what was known of them before is served meanwhile")
 
 
 class DeadlineError(SdgraphError):

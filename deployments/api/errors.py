@@ -27,6 +27,7 @@ from pipelines.errors import (
     DeadlineError,
     OverloadedError,
     RequestError,
+    SilentLibraryError,
     TooLargeError,
     UnavailableModelError,
     UnstartableError,
@@ -152,6 +153,8 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             what, _, _ = str(error).partition(":")
             message = f"{what} cannot be read on this server; its log knows why as request {request_id}"
             return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)
+        case SilentLibraryError():
+            return Failure.overloaded(str(error), RETRY_AFTER_FAILED_START_S)
         case DeploymentUnavailableError():
             message = "a part of the graph that this request needs cannot start now; /readyz says why"
             return Failure.overloaded(message, RETRY_AFTER_FAILED_START_S)

@@ -210,9 +210,9 @@ class Ingress:
     ) -> AsyncGenerator[Watched, None]:
         """Admit, compose, and compose once more where that helps; the last item is the picture."""
         begin = time.perf_counter()
-        plan = await self._admit(params, caller)
-        yield Progress(plan.stages[0].component, 0, 0)
         deadline = _Deadline(min(caller.deadline_s, self.limits.deadline_s))
+        plan = await deadline.bound(self._admit(params, caller))
+        yield Progress(plan.stages[0].component, 0, 0)
         image: Timed[EncodedImage] | None = None
         for first in (True, False):
             composition = Composition(self._graph, plan, params, deadline.unets, watcher, self._health)

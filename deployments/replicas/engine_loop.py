@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deployments.graph import Progress
+from deployments.replicas.reads import Reads
 from deployments.replicas.throughput import Throughput
 from deployments.replicas.worker import Worker
 from pipelines.errors import OverloadedError, SdgraphError
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 MOST_RETRY_AFTER_S = 60
 """Most seconds a refused client is told to wait: by then other replicas may have started."""
 PREPARING_THREADS = 4
-"""So that a LoRA on a slow disk or a long drawing of noise holds up nobody else."""
+"""So that a long drawing of noise, or a table that has to be made, holds up nobody else."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class EngineLoop:
         self._engines = engines
         self._worker = worker
         self._preparers = worker.beside("prepare", PREPARING_THREADS)
+        self._reads = Reads(worker)
         self._waiter = worker.beside("wait")
         self._on_tick = on_tick
         self._unwrap = unwrap
@@ -206,9 +208,11 @@ class EngineLoop:
             return job_id in self._requests
 
         try:
+            held = await self._reads.all(engine.loras.needed(work.stage))
             job = await self._preparers.run(
                 engine.prepare, job_id, work.stage, work.conditioning, work.latents, work.hints, wanted
             )
+            del held  # the job has what it needs of it
             job.previews = previews
             request.job = await self._worker.run(engine.add, job)
             self._refuse_if_late(work.expires)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from pipelines.adapters.keys import PARTS, Key, read_key, unsupported_kind
 from pipelines.errors import InvalidValueError
+from pipelines.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,11 @@ def read_adapter(path: Path, name: str, part: str, family_parts: Sequence[str]) 
         InvalidValueError: a kind of adapter that is not read, half of a layer, a key that belongs to none, or nothing
             in it for a model of this family.
         OSError: the file cannot be read.
-        SafetensorError: it is damaged.
+        ValueError: it is damaged.
     """
-    with safe_open(path, "pt") as file:
+    with TensorFile(path) as file:
         name = f"'{name}' ({path.name})"
-        keys = {key: _read(key, name) for key in file.keys() if not _is_bundled(key, name)}  # noqa: SIM118, no mapping
+        keys = {key: _read(key, name) for key in file.tensors if not _is_bundled(key, name)}
         own = _of_part(keys, part, family_parts, name)
         layers: dict[str, dict[str, torch.Tensor]] = {}
         spelt: dict[tuple[str, str], str] = {}
@@ -101,8 +101,8 @@ def read_adapter(path: Path, name: str, part: str, family_parts: Sequence[str]) 
             if (layer, parameter) in spelt:
                 raise refuse(name, f"has two keys for the same weight: {spelt[layer, parameter]} and {key}")
             spelt[layer, parameter] = key
-            layers.setdefault(layer, {})[parameter] = _finite(key, file.get_tensor(key), name)
-        config = _config(file.metadata() or {}, name)
+            layers.setdefault(layer, {})[parameter] = _finite(key, file.read(key), name)
+        config = _config(file.metadata, name)
     for (layer, parameter), key in spelt.items():
         _check_complete(key, parameter, layers[layer], name)
     prefix = f"{part}."

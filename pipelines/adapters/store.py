@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pipelines.adapters.layers import Adapter, Mixture
 from pipelines.cache import LruCache
+from pipelines.loads import Loads, Needed
 from pipelines.plan import LoraUse, StagePlan
 
 LORA_BYTES = 2**30
 """Default budget of a store: some ten SDXL adapters in half precision."""
 
 
-_Key = tuple[str, str | None, str | None, str]
+class LoraKey(NamedTuple):
+    """What makes two loaded adapters the same."""
+
+    name: str
+    file: str | None
+    version: str | None
+    base: str
 
 
 class LoraStore:
@@ -27,31 +34,26 @@ class LoraStore:
         self, load: Callable[[LoraUse, str], Adapter], part: str = "unet", max_bytes: int = LORA_BYTES
     ) -> None:
         """Load by a use and its base UNet with `load` what LoRAs have for a part, keep up to `max_bytes`."""
-        self._load = load
         self._part = part
-        self.cache: LruCache[_Key, Adapter] = LruCache(max_bytes, lambda adapter: adapter.nbytes)
-        self._lock = threading.Lock()
-        self._loading: dict[_Key, threading.Lock] = {}
+        self.cache: LruCache[LoraKey, Adapter] = LruCache(max_bytes, lambda adapter: adapter.nbytes)
+        self._loads = Loads(lambda key: load(_use(key), key.base), self.cache)
 
     def mixture(self, stage: StagePlan) -> Mixture:
         """The LoRAs of a stage, loaded now where they have to be."""
-        weights = ((use, use.weight_of(self._part)) for use in stage.loras)
-        return tuple((self._get(use, stage.component), weight) for use, weight in weights if weight)
+        return tuple((self._loads.get(_key(use, stage)), weight) for use, weight in self._weighted(stage))
 
-    def _get(self, use: LoraUse, base: str) -> Adapter:
-        key = (use.name, use.file, use.version, base)
-        with self._lock:
-            if found := self.cache.get(key):
-                return found
-            turn = self._loading.setdefault(key, threading.Lock())
-        with turn:
-            with self._lock:
-                if found := self.cache.get(key):  # by the thread that had the turn before
-                    return found
-            try:
-                loaded = self._load(use, base)
-                with self._lock:
-                    return self.cache.put(key, loaded)
-            finally:
-                with self._lock:
-                    self._loading.pop(key, None)
+    def needed(self, stage: StagePlan) -> Sequence[Needed]:
+        """What `mixture` looks for."""
+        return [Needed(self._loads, _key(use, stage)) for use, _ in self._weighted(stage)]
+
+    def _weighted(self, stage: StagePlan) -> list[tuple[LoraUse, float]]:
+        weights = ((use, use.weight_of(self._part)) for use in stage.loras)
+        return [(use, weight) for use, weight in weights if weight]
+
+
+def _key(use: LoraUse, stage: StagePlan) -> LoraKey:
+    return LoraKey(use.name, use.file, use.version, stage.component)
+
+
+def _use(key: LoraKey) -> LoraUse:
+    return LoraUse(name=key.name, file=key.file, version=key.version, weight=1)

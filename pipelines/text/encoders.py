@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from pipelines.adapters.rows import RowAdapters
 from pipelines.adapters.store import LoraStore
 from pipelines.cache import LruCache
 from pipelines.errors import InvalidValueError
+from pipelines.loads import Needed
 from pipelines.plan import EmbeddingUse, LoraUse, StagePlan, TextReading
 from pipelines.text.chunks import Chunk, Token, into_chunks
 from pipelines.text.conditioning import Conditioning, EncodedText, HiddenLayer, PromptSize
@@ -71,6 +72,10 @@ class TextEncoder:
     def layers(self) -> int:
         """Layers of the tower."""
         return int(self._model.config.num_hidden_layers)
+
+    def needed(self, stage: StagePlan) -> Sequence[Needed]:
+        """The adapters and inversions of a stage."""
+        return [*self.loras.needed(stage), *self.inversions.needed(stage.text.embeddings, stage.component)]
 
     def tokenize(self, text: str, stage: StagePlan) -> list[list[Token]]:
         """The tokens of each section of a text, with their weights, without start and end."""
@@ -151,6 +156,10 @@ class TextEncoderStack:
     def __init__(self, encoders: list[TextEncoder], embed: Embed) -> None:
         self.encoders = encoders
         self._join = embed
+
+    def needed(self, stage: StagePlan) -> Sequence[Needed]:
+        """The files of a stage, which `encode` reads unless they are loaded."""
+        return [needed for index in stage.text.encoders for needed in self.encoders[index].needed(stage)]
 
     def encode(self, stage: StagePlan) -> Conditioning:
         """Conditioning of one stage: one row, or uncond and cond where the stage is guided.

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from pipelines.cache import LruCache
 from pipelines.errors import InvalidValueError
+from pipelines.loads import Loads, Needed
 from pipelines.plan import EmbeddingUse
+from pipelines.weights.tensor_file import TensorFile
 
 PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
 """How trainers call the vectors for SDXL's two text encoders."""
@@ -39,14 +40,14 @@ def read_inversion(path: Path, name: str, part: str, pair: bool) -> torch.Tensor
     Raises:
         InvalidValueError: it holds something else, or nothing for this model.
         OSError: the file cannot be read.
-        SafetensorError: it is damaged.
+        ValueError: it is damaged.
     """
 
     def refuse(reason: str) -> InvalidValueError:
         return InvalidValueError(f"embedding '<{name}>' ({path.name}) {reason}", "prompt")
 
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
+    with TensorFile(path) as file:
+        keys = list(file.tensors)
         if pair:
             own = next((pair for pair in PAIRS if set(pair) <= set(keys)), None)
             if own is None:
@@ -58,7 +59,7 @@ def read_inversion(path: Path, name: str, part: str, pair: bool) -> torch.Tensor
             key = "emb_params" if "emb_params" in keys else keys[0]
         else:
             raise refuse(f"has {len(keys)} tensors; this model's text encoder takes one, of vectors")
-        vectors: torch.Tensor = file.get_tensor(key)
+        vectors: torch.Tensor = file.read(key)
     if vectors.ndim not in (1, 2) or not vectors.numel():
         raise refuse(f"has {key} of shape {list(vectors.shape)}; vectors are [vectors, width]")
     vectors = vectors.float().reshape(-1, vectors.shape[-1])
@@ -82,15 +83,15 @@ class Inversion:
 
 
 class Inversions:
-    """The textual inversions of one text encoder. On the encoder's own thread."""
+    """The textual inversions of one text encoder. What is placed belongs to the encoder's own thread."""
 
     def __init__(self, embedding: nn.Embedding, read: Callable[[EmbeddingUse, str], torch.Tensor]) -> None:
         """Stand in for `embedding` where a prompt has vectors of its own; `read(use, base)` reads them."""
         self._embedding = embedding
         self._read = read
         self._ids = itertools.count(embedding.num_embeddings)
-        self._loaded: LruCache[tuple[EmbeddingUse, str], Inversion] = LruCache(CACHED)
-        self._lock = threading.Lock()
+        self._ids_lock = threading.Lock()
+        self._loads: Loads[tuple[EmbeddingUse, str], Inversion] = Loads(self._load, LruCache(CACHED))
         self._placed: tuple[list[int], torch.Tensor] | None = None
         embedding.register_forward_hook(self._replace)
 
@@ -100,19 +101,22 @@ class Inversions:
         Raises:
             InvalidValueError: one is of another width than the encoder's vectors.
         """
-        with self._lock:
-            return {use.name: self._loaded.get((use, base)) or self._load(use, base) for use in uses}
+        return {use.name: self._loads.get((use, base)) for use in uses}
 
-    def _load(self, use: EmbeddingUse, base: str) -> Inversion:
+    def needed(self, uses: Sequence[EmbeddingUse], base: str) -> Sequence[Needed]:
+        """What `load` looks for."""
+        return [Needed(self._loads, (use, base)) for use in uses]
+
+    def _load(self, key: tuple[EmbeddingUse, str]) -> Inversion:
+        use, base = key
         vectors = self._read(use, base)
         width = self._embedding.embedding_dim
         if vectors.shape[1] != width:
             reason = f"has vectors of {vectors.shape[1]} numbers, this model's text encoder takes {width}"
             raise InvalidValueError(f"embedding '<{use.name}>' {reason}", "prompt")
-        first = next(self._ids)
-        for _ in range(len(vectors) - 1):
-            next(self._ids)
-        return self._loaded.put((use, base), Inversion(first, vectors.to(self._embedding.weight)))
+        with self._ids_lock:  # those of one inversion follow one another
+            first, *_ = [next(self._ids) for _ in vectors]
+        return Inversion(first, vectors.to(self._embedding.weight))
 
     def split(self, text: str, known: Mapping[str, Inversion]) -> list[str | Inversion]:
         """A text's pieces: what the tokenizer reads, and vectors."""

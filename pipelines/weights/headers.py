@@ -40,6 +40,8 @@ class Tensor(NamedTuple):
     """As safetensors spells it: F32, F16, BF16, F8_E4M3, I64, ..."""
     shape: tuple[int, ...]
     bytes: int
+    begin: int
+    """Its first byte, counted from the header's end."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Header:
     Attributes:
         tensors: by name.
         metadata: whatever the program that wrote the file put there; nothing checks that it is true.
+        bytes: its own length.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    bytes: int = 0
 
 
 def read_header(path: Path) -> Header:
@@ -86,7 +90,7 @@ def read_header(path: Path) -> Header:
         raise ValueError(
             f"it is cut or damaged: {status.st_size - 8 - length - end:,} bytes behind its last tensor belong to none"
         )
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, 8 + length)
 
 
 def check_start(path: Path) -> bytes:
@@ -101,7 +105,7 @@ def check_start(path: Path) -> bytes:
         raise ValueError("this is a Git LFS pointer; run git lfs pull")
     if start.lstrip().lower().startswith(PAGES):
         raise ValueError("this is an HTML page, as a server answers instead of a file; download it again")
-    if start.startswith(PICKLES):
+    if start.startswith(PICKLES) and start[2:9] != b"\0\0\0\0\0\0{":  # a header of 640 bytes begins so too
         raise ValueError("this is a pickle under another name, which can run code; convert it to safetensors")
     if start.startswith(b"GGUF"):
         raise ValueError("this is a GGUF file, whose quantised weights are not read")
@@ -161,7 +165,7 @@ def _tensor(name: str, described: Any) -> tuple[Tensor, tuple[int, int]]:
         raise ValueError(f"it is damaged: its header does not describe tensor {name[:100]} soundly") from None
     if math.prod(shape) * bits != (stop - begin) * 8:
         raise ValueError(f"it is damaged: tensor {name[:100]} has {stop - begin:,} bytes, which its shape contradicts")
-    return Tensor(dtype, tuple(shape), stop - begin), (begin, stop)
+    return Tensor(dtype, tuple(shape), stop - begin, begin), (begin, stop)
 
 
 def _integer(digits: str) -> int:

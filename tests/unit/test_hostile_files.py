@@ -83,7 +83,7 @@ def test_a_header_that_lies(tmp_path: Path, name: str) -> None:
 def test_the_sound_one_is_read(tmp_path: Path) -> None:
     assert inspect_file(raw(tmp_path / "one.safetensors", WORDS)).kind == "embedding"
     header = read_header(raw(tmp_path / "two.safetensors", WORDS | {"__metadata__": {"a": "b", "c": 1}}))
-    assert header.tensors == {"emb_params": Tensor("F32", (2, 768), 6144)}
+    assert header.tensors == {"emb_params": Tensor("F32", (2, 768), 6144, 0)}
     assert header.metadata == {"a": "b"}
 
 
@@ -277,3 +277,12 @@ def test_names_of_every_kind_in_any_shape_never_raise(tmp_path: Path, shapes: di
     assert report.base in BASES
     assert report.reason
     assert report.kind != "unknown" or report.base is None
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_reads_like_a_pickles_beginning(tmp_path: Path, length: int) -> None:
+    """Bytes 80 02 begin a pickle, and a header of 640 bytes."""
+    padding = length - len(json.dumps(WORDS | {"__metadata__": {"a": ""}}))
+    file = raw(tmp_path / "one.safetensors", WORDS | {"__metadata__": {"a": "b" * padding}})
+    assert file.read_bytes()[:2] == bytes((0x80, length >> 8))
+    assert read_header(file).tensors.keys() == {"emb_params"}
