@@ -24,7 +24,8 @@ from deployments.api.browsers import cors
 from deployments.graph import Graph
 from deployments.ingress.ingress import IngressLimits, SigningFiles
 from deployments.proxy.answers import ProxyAnswers
-from deployments.ray_compat import as_ingress, deployment_states
+from deployments.proxy.slow_readers import SlowReaders
+from deployments.ray_compat import DeploymentStates, as_ingress
 from deployments.replicas.base import Runtime
 from deployments.replicas.controlnet import ControlNetDeployment
 from deployments.replicas.denoiser import DenoiserDeployment
@@ -123,7 +124,7 @@ def build_app(args: AppArgs) -> Application:
         limits=limits,
         keys_file=keys_file,
         key_limits=key_limits,
-        readiness=deployment_states,
+        readiness=DeploymentStates(),
         log_format=settings.log_format,
         signing=_signing_files(settings),
     )
@@ -238,7 +239,7 @@ def proxy_middlewares() -> list[Middleware]:
     layers = [Middleware(ProxyAnswers), Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]  # innermost first
     if settings.sites():  # here too: what a proxy answers by itself must be readable
         layers.append(Middleware(CORSMiddleware, **cors(settings.sites())))
-    return layers
+    return [*layers, Middleware(SlowReaders)]
 
 
 def _keys_file(args: AppArgs, settings: Settings) -> Path | None:

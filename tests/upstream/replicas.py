@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ray_compat import current_request_id, deployment_states, gpu_share
+from deployments.ray_compat import DeploymentStates, current_request_id, gpu_share
 
 REPLICAS = "wanted_replicas"
 """What `Worker` reports to `as_many_as_reported`."""
@@ -127,7 +127,7 @@ class Front:
 
         @app.get("/states")
         async def states() -> dict[str, Any]:
-            healthy, named = await deployment_states()
+            healthy, named = await DeploymentStates()()
             return {"healthy": healthy, "states": named}
 
         @app.get("/ids")
