@@ -104,6 +104,7 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.tick --real-lora --placements
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.adapters
+	$(BIN)/python -m benchmarks.controls
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.tvm
 	$(BIN)/python -m benchmarks.autoscaling
