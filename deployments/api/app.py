@@ -35,7 +35,7 @@ class _Password(HTTPBasic):
 # For the documentation alone: the admission reads the header.
 _DOCUMENTED_KEY = [
     Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one.")),
-    Depends(_Password(auto_error=False, description="The same, as the password of any user.")),
+    Depends(_Password(scheme_name="HTTPBasic", auto_error=False, description="The same, as the password of any user.")),
 ]
 
 

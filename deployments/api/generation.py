@@ -67,7 +67,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     async def edit(request: Request) -> Response:
         """Change a picture, as OpenAI's clients ask for it: a form with files, or JSON."""
         body = validated(EditRequest, await fields_of(request, ingress.limits.max_body_bytes))
-        params = edit_of(body, ingress.catalog)
+        params = edit_of(body, ingress.catalog, ingress.limits.max_image_pixels)
         return await drawing.draw(ingress, body, params, "image_edit", request)
 
     return router

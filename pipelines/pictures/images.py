@@ -100,14 +100,15 @@ def _described(image: Image.Image) -> PictureFile:
 _FORMATS: dict[str, OutputFormat] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
 
 
-def picture_size(data: bytes, param: str) -> tuple[int, int]:
+def picture_size(data: bytes, param: str, max_pixels: int = sys.maxsize) -> tuple[int, int]:
     """Width and height of a picture, upright; its pixels are not decoded.
 
     Raises:
         InvalidValueError: not a PNG, JPEG or WebP.
-        TooLargeError: so many pixels that it must be a bomb.
+        TooLargeError: more than `max_pixels`, or so many that it must be a bomb.
     """
     with _open(data, param) as image:
+        _check_size(image, param, max_pixels)
         width, height = image.size
         return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
 

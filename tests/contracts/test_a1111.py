@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 
 from deployments.api.a1111.requests import Img2ImgRequest, Txt2ImgRequest
 from pipelines.pictures.images import check_image, read_plan
 from pipelines.plan import GenerationPlan
-from tests.support.http import decoded, encoded, photo, picture, pixels, post
+from tests.support.http import blank, decoded, encoded, photo, picture, pixels, post
 
 TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 SMALL = {"prompt": "a cat", "width": 128, "height": 128, "steps": 3, "seed": 7, "cfg_scale": 5.0}
@@ -227,6 +227,22 @@ async def test_defaults_that_clients_send_with_everything_are_no_wishes(client: 
         **{"hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 0, "hr_prompt": "", "image_cfg_scale": 1.5},
         **{"sampler_index": "Euler a", "sampler_name": "Euler a", "scheduler": "automatic", "unheard_of": {"a": 1}},
     )
+
+
+async def test_pictures_of_too_many_pixels_are_not_decoded(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, decoded_sizes = blank(1001, 1001), []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded_sizes.append(self.size) or load(self))
+    units = {"ControlNet": {"args": [{"model": "canny", "image": large}]}}
+    for path, fields, param in (
+        (IMG2IMG, {"init_images": [encoded(photo())], "mask": large, "inpainting_mask_invert": 1}, "mask"),
+        (IMG2IMG, {"init_images": [large]}, "init_images"),
+        (TXT2IMG, {"alwayson_scripts": units}, "alwayson_scripts"),
+    ):
+        refused(await client.post(path, json=SMALL | fields), param, "1000000", 413)
+    assert (1001, 1001) not in decoded_sizes
 
 
 async def test_wrong_types_and_no_json(client: httpx.AsyncClient) -> None:

@@ -325,6 +325,7 @@ BAD_EDITS: list[tuple[dict[str, Any], int, int, str | None, str]] = [
     ({"json": {"prompt": "x", "image": 7}}, 400, 40302, "image", "no picture"),
     ({"json": {"prompt": "x", "image": encoded(b"no picture")}}, 400, 40302, "image", "PNG"),
     ({"json": {"prompt": "x", "image": blank(1001, 1001)}}, 413, 40004, "image", "1000000"),
+    ({"json": {"prompt": "x", "image": blank(9, 9), "mask": blank(1001, 1001)}}, 413, 40004, "mask", "1000000"),
     ({"files": [("image[]", photo())] * 2, **form()}, 400, 40302, "image", "2 pictures"),
     ({"files": [("image[]", photo())] * 17, **form()}, 400, 40302, None, "16"),
     ({"files": {"image": photo(), "mask": bytes(2 * 2**20)}, **form()}, 413, 40004, None, "body"),

@@ -30,7 +30,7 @@ _IMPOSSIBLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "restore_faces": ((False,), "there is no face restorer"),
     "tiling": ((False,), "pictures do not tile"),
     "s_churn": ((0,), "samplers run without churn"),
-    "s_noise": ((0, 1), "samplers draw noise at its own scale"),
+    "s_noise": ((0, 1), "samplers draw noise at its own scale"),  # 0 is in the examples of A1111's own document
     "initial_noise_multiplier": ((1,), "noise has its own scale"),
     "script_name": ((None,), "there are no scripts"),
 }
@@ -57,11 +57,12 @@ class Asked:
         return [replace(self.params, seed=(seed + i) % SEED_LIMIT) for i in range(self.count)]
 
 
-def asked_of(body: WebuiRequest, options: Options, catalog: Catalog) -> Asked:
-    """A request, with the options that hold for it.
+def asked_of(body: WebuiRequest, options: Options, catalog: Catalog, max_pixels: int) -> Asked:
+    """A request, with the options that hold for it; pictures of more than `max_pixels` are not decoded.
 
     Raises:
         UnavailableModelError: an unknown or unserved checkpoint.
+        TooLargeError: a picture of too many pixels.
         InvalidValueError: a value that cannot be honoured.
     """
     _check_possible(body)
@@ -89,10 +90,10 @@ def asked_of(body: WebuiRequest, options: Options, catalog: Catalog) -> Asked:
         output_quality=options.quality,
     )
     if isinstance(body, Img2ImgRequest):
-        params = _with_picture(params, body)
+        params = _with_picture(params, body, max_pixels)
     elif isinstance(body, Txt2ImgRequest) and body.enable_hr:
         params = with_second_pass(params, body, catalog)
-    params, maps = with_units(params, body.alwayson_scripts, model, catalog)
+    params, maps = with_units(params, body.alwayson_scripts, model, catalog, max_pixels)
     return Asked(params, maps, body.count, body.batch_size, model, short_hash(model, catalog), options)
 
 
@@ -155,7 +156,7 @@ def _wants_refiner(body: WebuiRequest, model: ModelSpec) -> bool:
     return True
 
 
-def _with_picture(params: GenerationParams, body: Img2ImgRequest) -> GenerationParams:
+def _with_picture(params: GenerationParams, body: Img2ImgRequest, max_pixels: int) -> GenerationParams:
     """The same from a picture, and where it is repainted."""
     if len(body.init_images) != 1:
         told = f"{len(body.init_images)} pictures" if body.init_images else "missing"
@@ -169,6 +170,7 @@ def _with_picture(params: GenerationParams, body: Img2ImgRequest) -> GenerationP
         _check_shape(picture_size(image, "init_images"), params, body.resize_mode)
     if mask is None:
         return params
+    picture_size(mask, "mask", max_pixels)
     return replace(
         params,
         mask_image=mask_of_strokes(mask, "mask", inverted=body.inpainting_mask_invert == 1),

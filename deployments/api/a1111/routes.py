@@ -48,9 +48,9 @@ def _drawing(router: APIRouter, ingress: Ingress) -> None:
     async def draw(body: WebuiRequest, request: Request) -> Response:
         caller = caller_of(request)
         options = Options.of(await ingress.desk.options(caller.key), body.override_settings)
+        read = (body, options, ingress.catalog, ingress.limits.max_image_pixels)
         pictured = body.alwayson_scripts or (isinstance(body, Img2ImgRequest) and body.mask)
-        read = asyncio.to_thread if pictured else _at_once
-        asked = await read(asked_of, body, options, ingress.catalog)
+        asked = await asyncio.to_thread(asked_of, *read) if pictured else asked_of(*read)
         pictures = await until_disconnect(request, Job(asked).draw(ingress, caller))
         maps = [await ingress.annotating.annotate(m.component, m.name, m.photo, caller) for m in asked.maps]
         reply = Response(replies.whole(body, asked, pictures, maps), media_type="application/json")
@@ -67,10 +67,6 @@ def _drawing(router: APIRouter, ingress: Ingress) -> None:
     async def img2img(body: Annotated[Img2ImgRequest, Body()], request: Request) -> Response:
         """Draw pictures from a picture, or a part of it."""
         return await draw(body, request)
-
-
-async def _at_once(read: Any, *arguments: Any) -> Any:
-    return read(*arguments)
 
 
 def _options(router: APIRouter, ingress: Ingress) -> None:

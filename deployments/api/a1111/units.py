@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,15 +77,18 @@ class DetectedMap:
 
 
 def with_units(
-    params: GenerationParams, scripts: dict[str, Any], model: ModelSpec, catalog: Catalog
+    params: GenerationParams, scripts: dict[str, Any], model: ModelSpec, catalog: Catalog, max_pixels: int
 ) -> tuple[GenerationParams, tuple[DetectedMap, ...]]:
     """The same, steered by the units of `alwayson_scripts`; the maps that the reply is to show.
 
     Raises:
+        TooLargeError: a picture of more than `max_pixels`.
         InvalidValueError: a script that is not here, or a unit that cannot be honoured.
     """
     units = [unit for i, given in enumerate(_units(scripts)) if (unit := _read(given, i)).enabled]
-    controls = tuple(_control(unit, i, params, model, catalog) for i, unit in enumerate(units))
+    controls = tuple(
+        _control(unit, i, params, catalog.controls_of(model.name), max_pixels) for i, unit in enumerate(units)
+    )
     offered = catalog.controls_of(model.name)
     shown = tuple(
         DetectedMap(offered[control.name].component, control.name, control.image)
@@ -120,20 +123,19 @@ def _read(given: Any, position: int) -> Unit:
         raise InvalidValueError(f"ControlNet {where}: {first['msg']}", PARAM) from None
 
 
-def _control(unit: Unit, i: int, params: GenerationParams, model: ModelSpec, catalog: Catalog) -> ControlParams:
+def _control(unit: Unit, i: int, params: GenerationParams, offered: Iterable[str], max_pixels: int) -> ControlParams:
     where = f"ControlNet args.{i}"
-    offered = catalog.controls_of(model.name)
     try:
         name = Choices(f"{where}.model", offered).resolve(unit.model.partition(" [")[0])
     except UnknownChoiceError as error:
-        raise InvalidValueError(f"{error}, with {model.name}", PARAM) from None
+        raise InvalidValueError(f"{error}, with {params.model_name}", PARAM) from None
     if unit.mask is not None:
         raise InvalidValueError(f"{where}.mask is not possible here: a unit steers all of the picture", PARAM)
     if params.hires is not None and unit.hr_option not in ("Both", 0):
         raise InvalidValueError(f"{where}.hr_option: only ['Both'] allowed now", PARAM)
     return ControlParams(
         name=name,
-        image=_picture(unit, where, params),
+        image=_picture(unit, where, params, max_pixels),
         weight=unit.weight,
         start=unit.guidance_start,
         end=unit.guidance_end,
@@ -151,7 +153,7 @@ def _preprocess(module: str, name: str, where: str) -> bool:
     return module.casefold() != NO_MODULE
 
 
-def _picture(unit: Unit, where: str, params: GenerationParams) -> bytes:
+def _picture(unit: Unit, where: str, params: GenerationParams, max_pixels: int) -> bytes:
     """The unit's picture, or the one that img2img starts from, in the shape of what is drawn."""
     given = unit.image.get("image") if isinstance(unit.image, dict) else unit.image
     if given is not None and not isinstance(given, str):
@@ -159,6 +161,7 @@ def _picture(unit: Unit, where: str, params: GenerationParams) -> bytes:
     image = decode_base64(given, f"{where}.image", PARAM) or params.image
     if image is None:
         raise InvalidValueError(f"{where}.image is missing: send it in base64", PARAM)
+    picture_size(image, PARAM, max_pixels)
     how = _of(_FITS, unit.resize_mode, f"{where}.resize_mode")
     size = (params.width or 0, params.height or 0)
     if params.mask_image is not None and params.image is not None and params.inpaint_area == "masked":

@@ -14,10 +14,11 @@ from pipelines.pictures.masks import mask_of_holes
 from pipelines.plan import GenerationParams
 
 
-def edit_of(asked: EditRequest, catalog: Catalog) -> GenerationParams:
-    """An edit in this project's words.
+def edit_of(asked: EditRequest, catalog: Catalog, max_pixels: int) -> GenerationParams:
+    """An edit in this project's words; a mask of more than `max_pixels` is not decoded.
 
     Raises:
+        TooLargeError: it has more.
         InvalidValueError: no picture, several, or one that cannot be read; a value that cannot be honoured.
     """
     sent = asked.images if asked.images is not None else asked.image
@@ -28,6 +29,8 @@ def edit_of(asked: EditRequest, catalog: Catalog) -> GenerationParams:
     if source is None:
         raise InvalidValueError("image is missing: send it as a file, in base64 or as a data URI", "image")
     mask = _bytes(asked.mask, "mask")
+    if mask is not None:
+        picture_size(mask, "mask", max_pixels)
     edit = asked.for_edit(catalog, source, nearest_size(source, asked.model_name or catalog.default_model(), catalog))
     return replace(edit, mask_image=mask_of_holes(mask, "mask") if mask is not None else None)
 
