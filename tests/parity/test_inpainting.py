@@ -98,8 +98,10 @@ def test_a_lora(text2image: Text2Image, inpainting_models: Path, photo: bytes) -
     assert distance(ours, np.asarray(plain)) > 1
 
 
-def test_eight_jobs_of_every_kind_share_ticks(text2image: Text2Image, inpainting_models: Path, photo: bytes) -> None:
-    model = "SD1.5-inpainting"
+@pytest.mark.parametrize("model", ["SD1.5-inpainting", "SDXL-inpainting"])
+def test_eight_jobs_of_every_kind_share_ticks(
+    text2image: Text2Image, inpainting_models: Path, photo: bytes, model: str
+) -> None:
     requests = [
         fields(model, photo, seed=1, strength=1.0),
         fields(model, photo, seed=2, image=None, mask_image=None),

@@ -70,6 +70,11 @@ WALKS: dict[str, Sequence[GenerationParams]] = {
     ],
     "SSD": [request("SSD", sampler="Heun")],
     "turbo": [request("SDXL-turbo", cfg_scale=0.0, steps=2, sampler="LCM")],
+    "masks, and UNets for inpainting": [
+        request("SD1.5", mask_image=photo(), **IMAGE),
+        request("SD1.5-inpainting", seed=2),
+        request("SDXL-inpainting", mask_image=photo(), enable_refiner=True, steps=6, **IMAGE),
+    ],
     "LoRAs and ControlNets of SD1.5 in one batch": [
         request("SD1.5", **BOTH_LORAS),
         request("SD1.5", cfg_scale=1.0),
@@ -193,10 +198,10 @@ def test_a_bundle_of_the_device_travels_as_numpy(cuda: PretendedCuda) -> None:
 
 
 @pytest.mark.parametrize("walk", WALKS)
-def test_pictures_are_the_cpus(catalog: Catalog, walk: str) -> None:
-    expected = [np.asarray(p.image) for p in Text2Image(catalog).generate_many(WALKS[walk])]
+def test_pictures_are_the_cpus(inpainting_catalog: Catalog, walk: str) -> None:
+    expected = [np.asarray(p.image) for p in Text2Image(inpainting_catalog).generate_many(WALKS[walk])]
     with PretendedCuda():
-        drawn = [np.asarray(p.image) for p in Text2Image(catalog, device="cuda").generate_many(WALKS[walk])]
+        drawn = [np.asarray(p.image) for p in Text2Image(inpainting_catalog, device="cuda").generate_many(WALKS[walk])]
     for params, ours, theirs in zip(WALKS[walk], drawn, expected, strict=True):
         assert theirs.std() > 1, "a flat picture proves nothing"
         assert np.array_equal(ours, theirs), params
