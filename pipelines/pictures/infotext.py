@@ -35,9 +35,11 @@ _NUMBERS = {
 }
 """Name -> field. A1111's own, that of its CFG rescale extension, and for the window ours: it has one of steps alone."""
 _WHOLE_NUMBERS = {"Steps": "steps", "Seed": "seed", "Masked area padding": "inpaint_padding"}
+_FILLS = {"noise": "latent noise", "surroundings": "fill", "nothing": "latent nothing"}
+"""What a masked part begins from, where it is not the original -> A1111's name."""
 _WORDS = {
     ("Inpaint area", "Only masked"): ("inpaint_area", "masked"),
-    ("Masked content", "latent noise"): ("inpaint_fill", "noise"),
+    **{("Masked content", theirs): ("inpaint_fill", ours) for ours, theirs in _FILLS.items()},
     ("Long prompt", "cut"): ("long_prompt", "cut"),
 }
 """Pair -> field and value. A1111 cuts no prompt, so that the last one is ours."""
@@ -100,8 +102,8 @@ def _mask_pairs(stage: StagePlan) -> dict[str, object]:
     pairs: dict[str, object] = {"Mask blur": f"{inpaint.blur:g}"}
     if inpaint.area == "masked":
         pairs |= {"Inpaint area": "Only masked", "Masked area padding": inpaint.padding}
-    if inpaint.fill == "noise":
-        pairs["Masked content"] = "latent noise"
+    if inpaint.fill in _FILLS:
+        pairs["Masked content"] = _FILLS[inpaint.fill]
     return pairs
 
 

@@ -209,6 +209,8 @@ MASKED = {"image": b"-", "mask_image": b"-", "strength": 0.6}
     [
         (MASKED, "Mask blur: 0"),
         (MASKED | {"mask_blur": 4.5, "inpaint_fill": "noise"}, "Mask blur: 4.5, Masked content: latent noise"),
+        (MASKED | {"inpaint_fill": "surroundings"}, "Mask blur: 0, Masked content: fill"),
+        (MASKED | {"inpaint_fill": "nothing"}, "Mask blur: 0, Masked content: latent nothing"),
         (
             MASKED | {"inpaint_area": "masked", "inpaint_padding": 16},
             "Mask blur: 0, Inpaint area: Only masked, Masked area padding: 16",
