@@ -78,6 +78,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     app.include_router(upscaling.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.routes(ingress, route_class), dependencies=_DOCUMENTED_KEY)
     theirs: dict[int | str, dict[str, Any]] = {status: {"model": WebuiError} for status in ERROR_STATUSES}
-    app.include_router(a1111.routes(ingress, admission), responses=theirs, dependencies=_DOCUMENTED_KEY)
+    for router in a1111.routers(ingress, admission):
+        app.include_router(router, responses=theirs, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.health_routes(ingress))
     return app

@@ -28,7 +28,7 @@ class OrderReply(BaseModel):
     requests: int
 
 
-def routes(ingress: Ingress, admission: Admission) -> APIRouter:
+def routers(ingress: Ingress, admission: Admission) -> list[APIRouter]:
     """Everything under `/sdapi/v1` and `/controlnet`."""
     prefix = "/sdapi/v1"
     drawing = APIRouter(prefix=prefix, route_class=admission.route_class(failures.answer_drawing), tags=TAGS)
@@ -37,11 +37,8 @@ def routes(ingress: Ingress, admission: Admission) -> APIRouter:
     _options(router, ingress)
     _work(router, ingress)
     _listings(router, ingress)
-    every = APIRouter()
     enlarging = extras.routes(ingress, admission.route_class(failures.answer_extras))
-    for part in (drawing, router, enlarging, controlnet.routes(ingress, router.route_class)):
-        every.include_router(part)
-    return every
+    return [drawing, router, enlarging, controlnet.routes(ingress, router.route_class)]
 
 
 def _drawing(router: APIRouter, ingress: Ingress) -> None:
