@@ -71,7 +71,7 @@ fast: check  ## check and the tests that need neither Ray nor whole pictures: un
 
 # What is cheap fails first.
 test: fast  ## every test but the slow ones
-	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/gpu $(RAY_TESTS)
+	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/page tests/gpu $(RAY_TESTS)
 	$(PYTEST) tests/serve
 
 build/lock/installed:
@@ -111,6 +111,7 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.library
 	$(BIN)/python -m benchmarks.dialects
+	$(BIN)/python -m benchmarks.page
 
 clients: setup  ## other people's clients against a running graph, each in a venv of its own
 	$(BIN)/python tests/clients/run.py

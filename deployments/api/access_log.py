@@ -12,8 +12,8 @@ from deployments.telemetry.metrics import metrics
 
 logger = logging.getLogger(__name__)
 
-PROBED = ("/healthz", "/readyz")
-"""Asked every few seconds by probes; their lines would bury the others."""
+QUIET = ("/healthz", "/readyz", "/page/{asked}/{name}")
+"""Asked every few seconds by probes, or many at once by a browser; their lines would bury the others."""
 CLIENT_LEFT = 499
 """Status noted for a request whose client left before there was an answer (nginx's number)."""
 
@@ -44,7 +44,7 @@ class AccessLog:
             route = getattr(scope.get("route"), "path", "unknown")
             metrics().requests.inc(1, {"route": route, "status": str(status)})
             logger.log(
-                logging.DEBUG if route in PROBED else logging.INFO,
+                logging.DEBUG if route in QUIET else logging.INFO,
                 "%s %s %d %.0f ms key=%s",
                 *(scope["method"], scope["path"], status, seconds * 1000, key),
                 extra={"request_id": request_id_of(scope), "status": status, "key": key},

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments import __version__
-from deployments.api import generation, info, offers, upscaling
+from deployments.api import generation, info, offers, page, upscaling
 from deployments.api.a1111 import routes as a1111
 from deployments.api.a1111.failures import WebuiError
 from deployments.api.access_log import AccessLog
@@ -81,4 +81,5 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     for router in a1111.routers(ingress, admission):
         app.include_router(router, responses=theirs, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.health_routes(ingress))
+    app.include_router(page.routes())
     return app

@@ -46,6 +46,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
             "refiner": model.refiner is not None,
             "inpainting": catalog.component(model.unet).inpainting,
             "controlnets": list(catalog.controls_of(model.name)),
+            "requires_controlnet": model.requires_controlnet,
             "loras": [e.name for e in catalog.loras if e.unavailable is None and model.unet in e.bases],
             "embeddings": [e.name for e in catalog.embeddings if e.unavailable is None and model.unet in e.bases],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
@@ -29,9 +29,14 @@ from pipelines.plan import (
     MIN_STEPS,
     MIN_STRENGTH,
     SEED_LIMIT,
+    Emphasis,
     GenerationParams,
+    InpaintArea,
+    InpaintFill,
+    LongPrompt,
     OutputFormat,
     PartWeights,
+    PromptSyntax,
 )
 
 LoraWeight = Annotated[
@@ -75,18 +80,21 @@ class PictureRequest(BaseModel):
     prompt_syntax: str | None = Field(
         None,
         max_length=200,
+        examples=list(get_args(PromptSyntax)),
         description="plain (default): the prompts are read as they stand. weighted: as A1111 reads them: (x), [x], "
         "(x:1.3), a backslash before a bracket that is text, BREAK, <lora:name:weight>; weights are -100 to 100.",
     )
     emphasis: str | None = Field(
         None,
         max_length=200,
+        examples=list(get_args(Emphasis)),
         description="What weights do: Original (default) scales each chunk back to its mean, No norm does not, "
         "Ignore leaves them out.",
     )
     long_prompt: str | None = Field(
         None,
         max_length=200,
+        examples=list(get_args(LongPrompt)),
         description="chunk (default): a prompt longer than the text encoder's context is read in pieces. cut: its end "
         "is left out. The header x-prompt-tokens tells.",
     )
@@ -104,7 +112,9 @@ class PictureRequest(BaseModel):
     height: int | None = Field(
         None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024)."
     )
-    backend: str | None = Field(None, max_length=200, description="auto, tvm or torch.")
+    backend: str | None = Field(
+        None, max_length=200, examples=["auto", "tvm", "torch"], description="auto, tvm or torch."
+    )
     image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI: the picture to start from.")
     strength: FiniteFloat | None = Field(
         None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="How much of `image` is repainted; default 0.8."
@@ -119,6 +129,7 @@ class PictureRequest(BaseModel):
     inpaint_area: str | None = Field(
         None,
         max_length=200,
+        examples=list(get_args(InpaintArea)),
         description="whole (default): the picture is drawn at width x height. masked: what is masked is cut out, drawn "
         "at width x height and laid into the picture, which keeps its own size.",
     )
@@ -128,6 +139,7 @@ class PictureRequest(BaseModel):
     inpaint_fill: str | None = Field(
         None,
         max_length=200,
+        examples=list(get_args(InpaintFill)),
         description="What is repainted begins from: original (default), noise, surroundings, nothing.",
     )
     seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")

@@ -1,0 +1,306 @@
+// The page: asks the server what it offers, draws what the form says, and keeps what was drawn.
+
+import { ApiError, get, key, post } from "./api.js";
+import { showCode } from "./code.js";
+import { askAbout, askForKey, askHowToEnlarge, prepareDialogs } from "./dialogs.js";
+import { base64Of, blobOf, find, imageOf, make } from "./dom.js";
+import { draw } from "./drawing.js";
+import { Form } from "./form.js";
+import { history } from "./history.js";
+import { pictureIn } from "./pictures.js";
+import { Stage } from "./stage.js";
+
+const SEEDS = 2 ** 32;
+const SETTINGS = "sdgraph.settings";
+const WIDE = matchMedia("(min-width: 56rem)");
+
+let form = null;
+/** Aborts what is being drawn; null while nothing is. */
+let drawing = null;
+
+const stage = new Stage(
+  find("stage"),
+  [
+    ["Draw again", ({ request, seed }) => restore({ ...request, seed }) && start(1)],
+    ["Use settings", ({ request, seed }) => restore({ ...request, seed })],
+    ["Start from it", ({ blob }) => form?.take("image", blob)],
+    ["Enlarge", enlarge],
+    ["Download", download],
+    ["Code", ({ request, seed }) => showCode({ ...request, seed })],
+    ["Delete", forget, { className: "quiet" }],
+  ],
+  (text) => restore({ prompt: text }) && start(),
+);
+
+/** Everything that the form is made of. */
+async function offers() {
+  const lists = ["models", "samplers", "styles", "loras", "upscalers"].map((name) => get(`v1/${name}`));
+  const [schemas, ...answers] = await Promise.all([get("page/request.json"), ...lists]);
+  const [models, samplers, styles, loras, upscalers] = answers.map(({ data }) => data);
+  return {
+    models,
+    loras,
+    upscalers,
+    samplers: samplers.map(({ name }) => name),
+    styles: styles.map(({ name }) => name),
+    schemas,
+  };
+}
+
+/** Make the form, once the server lets us; a server that wants a key is asked again with it. */
+async function open() {
+  for (let reason = ""; ; ) {
+    try {
+      form = new Form(await offers());
+      break;
+    } catch (error) {
+      if (error.status !== 401) return fail(error);
+      reason = key.get() ? `The server did not take this key (${error.message}).` : reason;
+      if (!(await askForKey(reason))) return fail(error);
+    }
+  }
+  form.write(JSON.parse(localStorage.getItem(SETTINGS) ?? "{}"));
+  find("problem").hidden = true;
+  if (WIDE.matches) form.get("prompt").input.focus();
+}
+
+/** Tell whether every part of the server can serve; look again while one cannot. */
+async function watchServer() {
+  const reply = await fetch("readyz").catch(() => null);
+  const told = await reply?.json().catch(() => null);
+  const states = Object.values(told?.deployments ?? {});
+  const up = states.filter((state) => state === "HEALTHY").length;
+  find("server").dataset.state = reply?.ok ? "ready" : "waiting";
+  find("server").textContent = reply?.ok ? "Ready" : told ? `Starting, ${up} of ${states.length} parts` : "No answer";
+  if (!reply?.ok) setTimeout(watchServer, 3000);
+}
+
+/** Show a request in the form. False while there is no form yet. */
+function restore(fields) {
+  form?.write(fields);
+  return form !== null;
+}
+
+/** Draw what the form says, as many pictures as asked for: of consecutive seeds, at the same time. */
+async function start(count = Number(find("count").value)) {
+  if (form === null) return open();
+  if (drawing !== null) return null;
+  form.unmark();
+  find("problem").hidden = true;
+  const request = form.read();
+  if (!request.prompt) return fail(new ApiError("Say what the picture should show.", { param: "prompt" }));
+  if (form.broken) return fail(new ApiError(form.broken.validationMessage), form.broken);
+  const { prompt: _, ...settings } = request;
+  const kept = Object.entries(settings).filter(([, value]) => typeof value !== "object");
+  localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(kept)));
+
+  const first = request.seed >= 0 ? request.seed : crypto.getRandomValues(new Uint32Array(1))[0];
+  const requests = Array.from({ length: count }, (_, i) => ({ ...request, seed: (first + i) % SEEDS }));
+  drawing = new AbortController();
+  const tiles = stage.begin(count, { ...form.model.defaults, ...request });
+  if (!WIDE.matches) find("stage").scrollIntoView({ behavior: "smooth" });
+  busy(true);
+  const told = new Narrator(tiles);
+  const finished = requests.map((each, i) => drawOne(each, tiles[i], told));
+  const ends = await Promise.allSettled(finished);
+  told.end(tiles.filter(({ done }) => done).length);
+  drawing = null;
+  busy(false);
+  const failed = ends.find(({ status }) => status === "rejected");
+  return failed ? fail(failed.reason) : null;
+}
+
+async function drawOne(request, tile, told) {
+  const { signal } = drawing;
+  try {
+    const drawn = await draw({ preview: true, ...request }, signal, (state) => {
+      tile.tell(state);
+      told.tell();
+    });
+    const picture = { ...drawn, request };
+    stage.finish(tile, picture);
+    await remember(picture);
+  } catch (error) {
+    stage.drop(tile);
+    const cancelled = signal.aborted;
+    drawing.abort(); // what is wrong with one is wrong with the others
+    if (!cancelled) throw error;
+  }
+}
+
+/** Make a drawn picture larger; its request stays that of the small one. */
+async function enlarge({ blob, request, seed }) {
+  if (form === null || drawing !== null) return;
+  const how = await askHowToEnlarge(form.upscalers);
+  if (how === null) return;
+  drawing = new AbortController();
+  busy(true);
+  const [tile] = stage.begin(1, { ...form.model.defaults, ...request });
+  tile.tell({ state: "Enlarging", preview: blob });
+  let failed = null;
+  try {
+    const body = { image: await base64Of(blob), output_format: request.output_format ?? "jpeg", ...how };
+    const { images, inference_time: seconds } = await post("v1/images/upscale", body, drawing.signal);
+    const picture = { blob: blobOf(images[0].image), request, seed, seconds };
+    stage.finish(tile, picture);
+    await remember(picture);
+  } catch (error) {
+    stage.drop(tile);
+    failed = drawing.signal.aborted ? null : error;
+  }
+  drawing = null;
+  busy(false);
+  if (failed) await fail(failed);
+}
+
+/** Progress of all pictures together: as a bar and words, and, more seldom, for screen readers. */
+class Narrator {
+  #tiles;
+  #quarter = -1;
+
+  constructor(tiles) {
+    this.#tiles = tiles;
+    this.tell();
+    announce("Drawing");
+  }
+
+  tell() {
+    const fraction = this.#tiles.reduce((sum, tile) => sum + tile.fraction, 0) / this.#tiles.length;
+    find("progress").value = fraction;
+    document.title = `${Math.floor(fraction * 100)} % · sdgraph`;
+    find("told").textContent = this.#tiles.find(({ done }) => !done)?.state ?? "";
+    const quarter = Math.floor(fraction * 4);
+    if (quarter > this.#quarter && quarter > 0) announce(`${quarter * 25} percent`);
+    this.#quarter = Math.max(quarter, this.#quarter);
+  }
+
+  end(count) {
+    document.title = "sdgraph";
+    find("told").textContent = "";
+    announce(count ? (count > 1 ? `${count} pictures are done` : "The picture is done") : "Nothing was drawn");
+  }
+}
+
+const announce = (words) => (find("announced").textContent = words);
+
+function busy(yes) {
+  find("progress").hidden = !yes;
+  find("draw").hidden = yes;
+  find("cancel").hidden = !yes;
+  for (const idle of document.querySelectorAll(".idle")) idle.hidden = yes;
+  (yes ? find("cancel") : find("draw")).focus({ preventScroll: true });
+}
+
+/** Say what went wrong, at the input or the field that it is about if there is one. */
+async function fail(error, input = null) {
+  if (!(error instanceof ApiError)) throw error;
+  if (error.status === 401 && form !== null) {
+    if (await askForKey(`The server did not take the key (${error.message}).`)) await start();
+    return;
+  }
+  const again = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
+  find("problem").textContent = error.message + again;
+  find("problem").hidden = false;
+  if (input) form.markInput(input, error.message);
+  else if (error.param) form?.mark(error.param, error.message);
+}
+
+// The history.
+
+async function remember(picture) {
+  try {
+    list(Object.assign(picture, await history.keep(picture)), true);
+  } catch {
+    announce("This browser has no room to keep the picture"); // it is still on the stage
+  }
+}
+
+function list(picture, first) {
+  const image = imageOf(picture.small, picture.request.prompt, { loading: "lazy" });
+  const entry = make("li", {}, make("button", { type: "button", onclick: () => stage.look(picture) }, image));
+  entry.dataset.id = picture.id;
+  find("pictures")[first ? "prepend" : "append"](entry);
+  find("history").hidden = false;
+}
+
+async function forget(picture) {
+  if (picture.id) await history.remove(picture.id);
+  find("pictures").querySelector(`[data-id="${picture.id}"]`)?.remove();
+  find("stage").replaceChildren(make("p", { className: "hint" }, "Deleted."));
+  find("history").hidden = !find("pictures").hasChildNodes();
+}
+
+function download({ blob, request, seed }) {
+  const words = request.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
+  const ending = blob.type.split("/")[1].replace("jpeg", "jpg");
+  const url = URL.createObjectURL(blob);
+  make("a", { href: url, download: `${words.slice(0, 6).join("-")}-${seed}.${ending}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+/** A picture that was dropped on the page or pasted. */
+async function bring(blob) {
+  if (form === null) return;
+  try {
+    const [what, request, needs] = await askAbout(blob, form.steers);
+    if (what === "start") form.take("image", blob);
+    if (what === "control") form.take("control", blob);
+    if (what !== "redraw") return;
+    restore(request);
+    if (!needs.length && request.prompt) await start(1);
+    else find("settings").open = true;
+  } catch (error) {
+    await fail(error);
+  }
+}
+
+// What people do.
+
+find("form").onsubmit = (event) => {
+  event.preventDefault();
+  start();
+};
+find("form").addEventListener("input", () => form?.count());
+find("cancel").onclick = () => drawing?.abort();
+find("open-key").onclick = async () => {
+  if ((await askForKey()) && form === null) await open();
+};
+find("open-code").onclick = () => form && showCode(form.read());
+find("clear-history").onclick = async () => {
+  if (!confirm("Delete all pictures that this browser keeps?")) return;
+  await history.clear();
+  find("pictures").replaceChildren();
+  find("history").hidden = true;
+};
+addEventListener("keydown", (event) => {
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    start();
+  }
+  if (event.key === "Escape") drawing?.abort();
+});
+addEventListener("paste", (event) => {
+  const blob = pictureIn(event.clipboardData);
+  if (blob && !document.querySelector("dialog[open]")) bring(blob);
+});
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.toggle("dragging", event.dataTransfer.types.includes("Files"));
+});
+addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.classList.remove("dragging"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  const blob = pictureIn(event.dataTransfer);
+  if (blob) bring(blob);
+});
+
+// On narrow screens the settings are folded away, so that the picture is in sight.
+const fold = () => (find("settings").open = WIDE.matches);
+WIDE.addEventListener("change", fold);
+fold();
+prepareDialogs();
+watchServer();
+open();
+history.all().then((pictures) => pictures.forEach((picture) => list(picture, false)), () => {});
