@@ -16,7 +16,7 @@ from deployments.graph import Graph
 from deployments.replicas.base import Runtime
 from tests.support.bound import run_locally
 from tests.support.http import check as check_error
-from tests.support.http import decoded, encoded, picture, pixels, post
+from tests.support.http import decoded, encoded, events, picture, pixels, post
 from tests.support.ingress import ClientFactory
 
 
@@ -96,6 +96,19 @@ async def test_a_model_for_inpainting_draws_under_a_mask_and_without_one(
         told = (await client.post("/v1/images/info", json={"image": file})).json()
         assert told["needs"] == []
         assert "strength" not in told["request"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_refiner_keeps_what_is_black(client: httpx.AsyncClient, streamed: bool) -> None:
+    """The mask goes from stage to stage with the latents, also through the ingress."""
+    sent, mask = SENT.resize((256, 256)), LEFT.resize((256, 256), Image.Resampling.NEAREST)
+    fields = {"image": encoded(png(sent)), "mask_image": encoded(png(mask)), "output_format": "png", "steps": 6}
+    fields |= {"model_name": "SDXL1.0-base", "width": 256, "height": 256, "enable_refiner": True}
+    reply = await post(client, stream=streamed, **fields)
+    file = events(reply.text)[-1][1]["images"][0]["image"] if streamed else reply.json()["images"][0]["image"]
+    drawn, before = pixels(decoded(file)), pixels(sent)
+    assert np.array_equal(drawn[:, 128:], before[:, 128:])
+    assert np.abs(drawn[:, :128] - before[:, :128]).mean() > 5
 
 
 async def test_a_mask_too_large_for_a_body_is_a_413(connect: ClientFactory) -> None:

@@ -155,7 +155,7 @@ def test_a_canvas_that_is_larger_than_its_picture(
         repainting.check(ours.image, inpainting_models / request["model_name"], request)
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("model", ["SDXL1.0-base", "SDXL-inpainting"])
 def test_the_refiner_goes_on(
     text2image: Text2Image, inpainting_models: Path, photo: bytes, model: str, strength: float
