@@ -62,6 +62,7 @@ def test_each_component_is_its_own_deployment(client: httpx.Client) -> None:
         "vae-sd15",
         "vae-sd2",
         "vae-sdxl",
+        "upscaler-my-x2",
     }
 
 
