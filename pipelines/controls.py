@@ -11,7 +11,7 @@ from pipelines.control_plan import MAX_CONTROL_WEIGHT, MAX_CONTROLS, MIN_CONTROL
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 
-LIST, NAME, IMAGE, PREPROCESS = "controlnets", "controlnet_name", "controlnet_image", "controlnet_preprocess"
+LIST, NAME, IMAGE = "controlnets", "controlnet_name", "controlnet_image"
 
 
 def controls_of(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> tuple[ControlUse, ...]:

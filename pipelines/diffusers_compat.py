@@ -118,6 +118,20 @@ def take_map_embedder(controlnet: Any) -> torch.nn.Module:
     return embedder
 
 
+def mask_rows(controlnet: Any, mask: torch.Tensor) -> None:
+    """Set which rows of the next pass a union ControlNet's attention lets see each other.
+
+    It attends over the rows of a batch, where its maps should be (`nn.MultiheadAttention` without `batch_first` reads
+    `[rows, maps, channels]`). A pipeline's rows are one picture's, uncond and cond; rows of others must stay out.
+
+    Args:
+        controlnet: a `ControlNetUnionModel`.
+        mask: `[rows, rows]`, added to the logits.
+    """
+    for block in controlnet.transformer_layes:
+        block.attn_mask = mask
+
+
 def begin_schedule_at(scheduler: Any, tick: int) -> None:
     """Tell a scheduler which of its timesteps comes first; those that keep no position need not be told."""
     if hasattr(scheduler, "set_begin_index"):

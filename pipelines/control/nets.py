@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +25,16 @@ from pipelines.errors import WeightsError
 from pipelines.pictures.images import read_image, read_whole_image
 from pipelines.pictures.masks import Canvas
 from pipelines.plan import StagePlan
-from pipelines.recordings import Capturer
+from pipelines.recordings import Capturer, padded_rows
 from pipelines.torch_compat import add_each, multiplied
 from pipelines.transfers import pinned, send
 
 REMEMBERED_EMBEDDINGS = 64
 """Embedded maps a ControlNet keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
+
+
+REMEMBERED_MASKS = 16
+"""Of rows of one picture in passes of union ControlNets: jobs ride together for many ticks."""
 
 
 class ControlNets:
@@ -55,6 +61,7 @@ class ControlNets:
                 raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")
         self._embedders = {component: take_map_embedder(model) for component, model in models.items()}
         self._annotators = annotators
+        self._masks: LruCache[Hashable, torch.Tensor] = LruCache(REMEMBERED_MASKS)
         self._graphs = ControlNetGraphs(capturer) if capturer is not None else None
 
     @property
@@ -131,6 +138,20 @@ class ControlNets:
             embedding = self.cache.put(hint.id, made)
         return embedding
 
+    def _mask(self, owners: Sequence[str], model: ControlNetModel | ControlNetUnionModel) -> torch.Tensor:
+        """Which rows are of one picture: 0, or minus infinity, `[rows, rows]`, or as many columns as are recorded."""
+        key = (tuple(owners), model.device, model.dtype)
+        mask = self._masks.get(key)
+        if mask is None:
+            rows = len(owners)
+            columns = rows if self._graphs is None else padded_rows(rows) or rows
+            made = torch.full((rows, columns), -math.inf, dtype=model.dtype)
+            for i, j in itertools.product(range(rows), repeat=2):
+                if owners[i] == owners[j]:
+                    made[i, j] = 0
+            mask = self._masks.put(key, send(pinned(made, model.device), model.device))
+        return mask
+
     def _forward(
         self, network: _Pass, group: _Group, batch: ControlBatch, hints: Mapping[str, ControlHint]
     ) -> Sequence[torch.Tensor]:
@@ -152,6 +173,7 @@ class ControlNets:
             prompt_embeds=pick(batch.prompt_embeds),
             maps=maps,
             scales=scales,
+            mask=(self._mask(group.owners, model),) if network.modes else (),
             added=tuple(pick(tensor) for tensor in (batch.text_embeds, batch.time_ids) if tensor is not None),
         )
         evaluated = ControlNetPass(model, network.modes)
@@ -206,6 +228,11 @@ class _Group:
         """A row with the maps of one pass; a row can have several maps of a plain ControlNet, each with a pass."""
         self.rows.append(row)
         self.uses.append(uses)
+
+    @property
+    def owners(self) -> list[str]:
+        """Whose each row is: a map is one picture's."""
+        return [uses[0].hint.id for uses in self.uses]
 
     @property
     def factors(self) -> list[_Factor]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
+from pipelines.diffusers_compat import mask_rows
 from pipelines.recordings import Capturer, Recorder, StaticRows, padded_rows
 from pipelines.torch_compat import copy_each
 
@@ -27,27 +28,32 @@ class ControlInputs:
     """Embedded control maps, one for each mode, `[rows, channels, height, width]` in the latents' size."""
     scales: tuple[torch.Tensor, ...] = ()
     """What each map is multiplied by where there are several, `[rows]`."""
+    mask: tuple[torch.Tensor, ...] = ()
+    """Of a union ControlNet, whose attention goes over the rows: `[rows, rows or more]`, 0 between rows of one picture
+    and minus infinity between strangers."""
     added: tuple[torch.Tensor, ...] = ()
     """`text_embeds` and `time_ids` for SDXL, as in a `StepBatch`."""
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
         """All of them, in the order of the constructor's arguments."""
-        return [self.sample, self.timesteps, self.prompt_embeds, *self.maps, *self.scales, *self.added]
+        return [self.sample, self.timesteps, self.prompt_embeds, *self.maps, *self.scales, *self.mask, *self.added]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> ControlInputs:
         """The same with other tensors, in that order."""
         sample, timesteps, embeds, *rest = tensors
-        first, second = len(self.maps), len(self.maps) + len(self.scales)
-        return ControlInputs(
-            sample, timesteps, embeds, tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:])
-        )
+        parts = []
+        for part in (self.maps, self.scales, self.mask, self.added):
+            parts.append(tuple(rest[: len(part)]))
+            rest = rest[len(part) :]
+        return ControlInputs(sample, timesteps, embeds, *parts)
 
 
 class _RowScales:
     """A number for each row, which multiplies tensors `[rows, ...]` where diffusers expects one number for all rows.
 
-    By torch's protocol for operands that are no tensors: https://docs.pytorch.org/docs/stable/notes/extending.html
+    `ControlNetUnionModel` only multiplies by it (`tests/upstream/test_diffusers.py`). By torch's protocol for operands
+    that are no tensors: https://docs.pytorch.org/docs/stable/notes/extending.html
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -83,12 +89,14 @@ class ControlNetPass:
         else:
             control_type = inputs.sample.new_zeros(len(inputs.sample), self._model.config.num_control_type)
             for mode in self._modes:
-                control_type[:, mode] = 1
+                control_type[:, mode].fill_(1)
             arguments |= {
                 "controlnet_cond": list(inputs.maps),
                 "control_type": control_type,
                 "control_type_idx": list(self._modes),
             }
+            (mask,) = inputs.mask
+            mask_rows(self._model, mask[:, : len(inputs.sample)])
         if inputs.scales:
             arguments["conditioning_scale"] = [_RowScales(scales) for scales in inputs.scales]
         down, mid = self._model(inputs.sample, inputs.timesteps, **arguments)

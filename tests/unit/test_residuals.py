@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, MultiControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
 
 from config.catalog import ROOT, Catalog
 from pipelines.control.annotators import Annotators
@@ -17,6 +18,7 @@ from pipelines.control.nets import ControlNets
 from pipelines.control.residuals import PackedResiduals, Residuals
 from pipelines.control.rows import Run, runs_of, take_rows
 from pipelines.control.types import ControlBatch, ControlHint, HintUse
+from tests.support.fake_capturer import FakeCapturer
 from tests.support.pretended_cuda import PretendedCuda
 
 CPU = torch.device("cpu")
@@ -167,3 +169,34 @@ def test_an_array_of_the_host_is_not_kept() -> None:
     (tensor,) = packed.on(CPU, torch.float32)
     flat[:] = 0
     assert tensor.flatten().tolist() == list(range(8))
+
+
+def rows_of(batch: ControlBatch, rows: slice) -> ControlBatch:
+    given = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return ControlBatch(**{name: value[rows] if value is not None else None for name, value in given.items()})
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_pictures_of_a_union_controlnet_do_not_see_each_other(catalog: Catalog, recorded: bool) -> None:
+    """Its attention goes over the rows of a batch: neither strangers' rows nor those that fill one change a picture."""
+    union = ControlNetUnionModel.from_pretrained(ROOT / "models/tiny/controlnet-sdxl-union")
+    nets = ControlNets({"net": union}, Annotators(catalog, "cpu"), FakeCapturer() if recorded else None)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    modes = {"a": 3, "b": 1, "c": 3, "d": 1}
+    maps = {name: ControlHint(name, "net", mode, noise(1, 3, 256, 256)) for name, mode in modes.items()}
+    one, other = (HintUse(maps["a"].ref),), (HintUse(maps["c"].ref),)
+    two, others = ((HintUse(maps[a].ref, 0.5), HintUse(maps[b].ref, 1.5)) for a, b in ("ab", "cd"))
+    for uses in ((one, one, other), (two, two, others)):
+        sample, timesteps = noise(3, 4, 8, 8), torch.tensor([300.0, 300.0, 700.0])
+        batch = ControlBatch(uses, sample, timesteps, noise(3, 77, 96), noise(3, 48), torch.ones(3, 6))
+        for _ in range(4):
+            together = [part.clone() for part in nets.residuals(batch, maps).tensors]
+        for rows in (slice(0, 2), slice(2, 3)):
+            alone = nets.residuals(rows_of(batch, rows), maps).tensors
+            for ours, expected in zip(together, alone, strict=True):
+                assert (ours[rows] - expected).norm() < 1e-5 * expected.norm()
+    assert bool(nets.captured) == recorded

@@ -10,12 +10,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from config.catalog import ROOT
 from pipelines import diffusers_compat as compat
+from pipelines.control.passes import ControlInputs, ControlNetPass
 from pipelines.sampling.samplers import SAMPLERS
 from tests.support import original_layout
 
@@ -71,6 +72,42 @@ def test_a_controlnet_takes_embedded_maps_once_its_embedder_is_taken(tiny_models
         embedder = compat.take_map_embedder(net)
         *_, mid = net(sample, 1, controlnet_cond=embedder(photo), **arguments)
     assert torch.equal(mid, expected)
+
+
+def test_a_union_controlnet_multiplies_by_scales_and_attends_over_rows(tiny_models: Path) -> None:
+    """So that rows of one pass can have scales of their own, and a mask keeps strangers apart: each is as if alone."""
+    model = ControlNetUnionModel.from_pretrained(tiny_models / "controlnet-sdxl-union").eval()
+    embed = compat.take_map_embedder(model)
+    config, rows, generator = model.config, 2, torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, generator=generator)
+
+    projection = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    sample, embeds = noise(config.in_channels, 8, 8), noise(77, config.cross_attention_dim)
+    added, scales = (noise(projection), torch.ones(rows, 6)), (torch.tensor([0.5, 1.5]), torch.tensor([2.0, 0.0]))
+    downscale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    with torch.inference_mode():
+        maps = tuple(embed(noise(3, 8 * downscale, 8 * downscale)) for _ in scales)
+        strangers = torch.full((rows, rows), -torch.inf).fill_diagonal_(0)
+        inputs = ControlInputs(sample, torch.full((rows,), 300.0), embeds, maps, scales, (strangers,), added)
+        together = ControlNetPass(model, (3, 1)).evaluate(inputs)
+        compat.mask_rows(model, torch.zeros(1, 1))
+        for row in range(rows):
+            one = slice(row, row + 1)
+            down, mid = model(
+                sample[one],
+                inputs.timesteps[one],
+                encoder_hidden_states=embeds[one],
+                controlnet_cond=[image[one] for image in maps],
+                control_type=torch.tensor([[0.0, 1.0, 0.0, 1.0, *(0.0,) * (config.num_control_type - 4)]]),
+                control_type_idx=[3, 1],
+                conditioning_scale=[scale[row].item() for scale in scales],
+                added_cond_kwargs={"text_embeds": added[0][one], "time_ids": added[1][one]},
+                return_dict=False,
+            )
+            for ours, theirs in zip(together, (*down, mid), strict=True):
+                assert (ours[row] - theirs[0]).norm() < 1e-5 * theirs.norm()
 
 
 def test_a_controlnet_names_the_channel_order_of_its_maps(tiny_models: Path) -> None:
