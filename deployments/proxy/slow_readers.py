@@ -60,7 +60,7 @@ class SlowReaders:
         watching = asyncio.create_task(watch())
         try:
             await self._app(scope, receive, counted)
-            while transport.get_write_buffer_size() and not transport.is_closing():
+            while transport.get_write_buffer_size() and not transport.is_closing():  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(LAST_BYTES_S)
         finally:
             watching.cancel()

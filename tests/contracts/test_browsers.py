@@ -7,6 +7,7 @@ import pytest
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments.app import proxy_middlewares
+from deployments.proxy.answers import ProxyAnswers
 from tests.support.http import PATH, check, post
 from tests.support.ingress import ClientFactory
 
@@ -46,9 +47,10 @@ async def test_no_site_by_default(client: httpx.AsyncClient) -> None:
 def test_what_the_proxy_answers_can_be_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CORSMiddleware not in {layer.cls for layer in proxy_middlewares()}
     monkeypatch.setenv("SDGRAPH_CORS_ORIGINS", f"{SITE}/, https://b.example")
-    outermost = proxy_middlewares()[-1]
-    assert outermost.cls is CORSMiddleware
-    assert outermost.kwargs["allow_origins"] == [SITE, "https://b.example"]
+    layers = proxy_middlewares()  # innermost first
+    (cors,) = [layer for layer in layers if layer.cls is CORSMiddleware]
+    assert layers.index(cors) > [layer.cls for layer in layers].index(ProxyAnswers), "around what answers by itself"
+    assert cors.kwargs["allow_origins"] == [SITE, "https://b.example"]
 
 
 @pytest.mark.parametrize(("path", "method"), [(PATH, "POST"), ("/v1/models", "GET"), ("/healthz", "GET")])
