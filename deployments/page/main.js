@@ -49,13 +49,13 @@ async function offers() {
 
 /** Make the form, once the server lets us; a server that wants a key is asked again with it. */
 async function open() {
-  for (let reason = ""; ; ) {
+  for (;;) {
     try {
       form = new Form(await offers());
       break;
     } catch (error) {
       if (error.status !== 401) return fail(error);
-      reason = key.get() ? `The server did not take this key (${error.message}).` : reason;
+      const reason = key.get() ? `The server did not take this key (${error.message}).` : "This server asks for a key.";
       if (!(await askForKey(reason))) return fail(error);
     }
   }
@@ -238,9 +238,11 @@ function download({ blob, request, seed }) {
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
-/** A picture that was dropped on the page or pasted. */
-async function bring(blob) {
-  if (form === null) return;
+/** What was dropped on the page or pasted. */
+async function bring(transfer) {
+  const blob = pictureIn(transfer);
+  if (form === null || !transfer.files.length || document.querySelector("dialog[open]")) return;
+  if (blob === null) return fail(new ApiError("Only PNG, JPEG and WebP pictures can be used."));
   try {
     const [what, request, needs] = await askAbout(blob, form.steers);
     if (what === "start") form.take("image", blob);
@@ -280,10 +282,8 @@ addEventListener("keydown", (event) => {
   }
   if (event.key === "Escape") drawing?.abort();
 });
-addEventListener("paste", (event) => {
-  const blob = pictureIn(event.clipboardData);
-  if (blob && !document.querySelector("dialog[open]")) bring(blob);
-});
+// Office programs put a picture beside copied text.
+addEventListener("paste", ({ clipboardData: data }) => data.types.includes("text/plain") || bring(data));
 addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.toggle("dragging", event.dataTransfer.types.includes("Files"));
@@ -292,8 +292,7 @@ addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.cl
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
-  const blob = pictureIn(event.dataTransfer);
-  if (blob) bring(blob);
+  bring(event.dataTransfer);
 });
 
 // On narrow screens the settings are folded away, so that the picture is in sight.

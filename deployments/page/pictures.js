@@ -7,7 +7,7 @@ const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 /** The first picture of a drop or a paste. */
 export function pictureIn(transfer) {
-  return [...(transfer?.files ?? [])].find(({ type }) => KINDS.includes(type)) ?? null;
+  return [...transfer.files].find(({ type }) => KINDS.includes(type)) ?? null;
 }
 
 /**

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import CHROMIUM, chromium, complaints
 
 OpenPage = Callable[..., Page]
+PATIENCE_MS = 120_000
+"""Only how long a wait in vain lasts: every wait ends with what it waits for."""
+expect.set_options(timeout=PATIENCE_MS)
 
 
 # Of a module: playwright's event loop runs in this thread until it is closed, and other modules have loops of theirs.
@@ -29,7 +32,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
 
     def open_(url: str, form: bool = True, **options: Any) -> Page:
         page = browser.new_context(viewport={"width": 1280, "height": 800}, **options).new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE_MS)
         opened.append((page, complaints(page)))
         page.goto(url)
         if form:
