@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from pipelines.errors import InvalidValueError
 from pipelines.pictures.infotext import infotext, parse_infotext, request_fields
 from pipelines.plan import CompiledSize, GenerationParams, GenerationPlan
 from pipelines.planning import PlanLimits, make_plan
+from pipelines.sampling.latents import Latents
 
 HUB = Catalog.load("hub")
 BASE = GenerationParams(model_name="SDXL1.0-base", prompt="a cat", seed=1, width=1024, height=768, steps=30)
@@ -147,3 +149,14 @@ def test_a_model_for_inpainting_has_none(inpainting_catalog: Catalog) -> None:
     with pytest.raises(InvalidValueError, match="hires is not possible with SD1") as caught:
         make_plan(params, inpainting_catalog)
     assert caught.value.param == "hires"
+
+
+@pytest.mark.parametrize("method", LATENT_METHODS)
+def test_every_interpolation_of_latents(method: str) -> None:
+    """And whatever the first pass drew from its generator, the second begins anew."""
+    values = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    larger = Latents(values, torch.Generator().get_state()).enlarged(method, (1, 4, 9, 10))
+    mode, antialias = LATENT_METHODS[method]
+    expected = torch.nn.functional.interpolate(values, (9, 10), mode=mode, antialias=antialias)
+    assert torch.equal(larger.values, expected)
+    assert larger.generator_state is None
