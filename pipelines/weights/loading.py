@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.catalog import ComponentSpec
@@ -45,8 +46,20 @@ def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
             options = _options(files, subfolder, device)
             model, info = model_class.from_pretrained(files.root, subfolder=subfolder, **options)
     check_loaded(where, info)
-    model = model.to(device)
+    model = _owned(model.to(device))
     check_finite(where, model)
+    return model
+
+
+def _owned(model: nn.Module) -> nn.Module:
+    """The module with tensors in this process' own memory.
+
+    Loaders hand out tensors that are the mapped file: if its volume hangs, a forward pass waits for pages; if the file
+    is written over, the weights change in the middle of a picture; if it is cut, the process dies.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
     return model
 
 
@@ -74,7 +87,7 @@ def load_text_models(spec: ComponentSpec, device: Device) -> Iterator[tuple[str,
             with files.explained(where):
                 model, info = model_class.from_pretrained(files.root, subfolder=name, **_options(files, name, device))
         check_loaded(where, info, text=True)
-        check_finite(where, model.to(device))
+        check_finite(where, _owned(model.to(device)))
         yield name, _load_tokenizer(files, f"tokenizer{suffix}", model), model
 
 

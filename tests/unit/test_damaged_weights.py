@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from config.catalog import Catalog
@@ -19,6 +20,7 @@ from pipelines.errors import WeightsError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import read_config
+from pipelines.weights.loading import load_model, load_text_models
 from tests.support import original_layout
 from tests.unit.test_weights import SMALL, with_source
 
@@ -213,3 +215,22 @@ def test_marks_of_the_schedule_in_a_checkpoint_are_honoured(
     marked = single(catalog, "unet-sd15", tmp_path / "one.safetensors", tiny_models)
     config = {"prediction_type": "epsilon"} | read_config(marked.component("unet-sd15"), "scheduler")
     assert (config["prediction_type"], config.get("rescale_betas_zero_snr", False)) == expected
+
+
+@pytest.mark.parametrize(("component", "file"), [("unet-sd15", UNET), ("vae-sd15", VAE), ("text-encoder-sd15", TEXT)])
+def test_a_file_that_is_written_over_changes_nothing_that_is_loaded(
+    catalog: Catalog, folder: Path, component: str, file: str
+) -> None:
+    """Loaders hand out the mapped file itself: one that is cut would end the process, one that hangs stop it."""
+    spec = with_source(catalog, component, folder=folder).component(component)
+    models: dict[str, Any] = {"unet-sd15": UNet2DConditionModel, "vae-sd15": AutoencoderKL}
+    if component in models:
+        loaded = load_model(models[component], spec, "cpu")
+    else:
+        ((_, _, loaded),) = load_text_models(spec, "cpu")
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    size = (folder / file).stat().st_size
+    with (folder / file).open("r+b") as written:
+        written.write(b"\xff" * size)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
