@@ -29,7 +29,10 @@ const stage = new Stage(
     ["Code", ({ request, seed }) => showCode({ ...request, seed })],
     ["Delete", forget, { className: "quiet" }],
   ],
-  (text) => restore({ prompt: text }) && start(),
+  (text) => {
+    form?.change({ prompt: text });
+    start();
+  },
 );
 
 /** Everything that the form is made of. */

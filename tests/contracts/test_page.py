@@ -11,10 +11,12 @@ import httpx
 import pytest
 
 from config.catalog import Catalog
+from deployments.api.body_limit import BodyLimit
 from deployments.api.page import FOLDER
+from deployments.proxy.answers import ProxyAnswers
 from tests.support.graph import FakeGraph
 from tests.support.http import check
-from tests.support.ingress import open_client
+from tests.support.ingress import make_app, open_client
 
 
 async def addresses(client: httpx.AsyncClient) -> list[str]:
@@ -61,6 +63,16 @@ async def test_head_tells_what_get_would(page: httpx.AsyncClient) -> None:
         got, told = await page.get(path), await page.head(path)
         assert (told.status_code, told.content) == (200, b"")
         assert dict(told.headers) == dict(got.headers)
+
+
+async def test_the_proxys_layers_pass_empty_answers_on(catalog: Catalog) -> None:
+    """An answer without a body must not look like a replica that died."""
+    app = BodyLimit(ProxyAnswers(make_app(graph=FakeGraph(), catalog=catalog)), max_bytes=1000)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        got = await client.get("/")
+        assert (got.status_code, got.headers["content-encoding"]) == (200, "gzip")
+        assert (await client.head("/")).headers["content-length"] == got.headers["content-length"]
+        assert (await client.get("/", headers={"if-none-match": got.headers["etag"]})).status_code == 304
 
 
 async def test_nothing_comes_from_elsewhere(page: httpx.AsyncClient) -> None:

@@ -157,6 +157,17 @@ def test_waiting_and_an_overloaded_server_are_told(open_page: OpenPage, url: str
     expect(page.locator("#announced")).to_have_text("The picture is done")
 
 
+def test_an_example_is_drawn_with_the_settings_as_they_are(open_page: OpenPage, url: str) -> None:
+    page = open_page(url)
+    page.get_by_label("Model").select_option("SD1.5")
+    page.get_by_label("Steps", exact=True).first.fill("4")
+    with page.expect_request(f"**{PATH}") as sent:
+        page.get_by_role("button", name="a penguin in the snow").click()
+    body = sent.value.post_data_json
+    assert (body["model_name"], body["prompt"], body["steps"]) == ("SD1.5", "a penguin in the snow", 4)
+    expect(page.locator("#announced")).to_have_text("The picture is done")
+
+
 def test_a_server_that_is_gone_is_told(open_page: OpenPage, graph: Waiting, catalog: Catalog) -> None:
     with serving(make_app(graph=graph, catalog=catalog)) as address:
         page = open_page(address)
