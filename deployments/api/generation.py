@@ -11,7 +11,7 @@ from pydantic import Discriminator, Tag
 from deployments.api import huggingface, hyperbolic, raw
 from deployments.api.forms import documented, fields_of, validated
 from deployments.api.openai import drawing
-from deployments.api.openai.edits import edit_of
+from deployments.api.openai.edits import edit_of, in_openais_words
 from deployments.api.openai.replies import OpenAIImageResponse
 from deployments.api.openai.requests import EditRequest, ImageRequest
 from deployments.api.schemas import GenerationRequest, GenerationResponse
@@ -68,7 +68,8 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
         """Change a picture, as OpenAI's clients ask for it: a form with files, or JSON."""
         body = validated(EditRequest, await fields_of(request, ingress.limits.max_body_bytes))
         params = edit_of(body, ingress.catalog, ingress.limits.max_image_pixels)
-        return await drawing.draw(ingress, body, params, "image_edit", request)
+        with in_openais_words():
+            return await drawing.draw(ingress, body, params, "image_edit", request)
 
     return router
 

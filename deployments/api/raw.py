@@ -23,11 +23,17 @@ DOCUMENTED: dict[str, Any] = {
     for kind in ("jpeg", "png", "webp")
 }
 SEED_HEADER = "x-seed"
+HUB_CLIENT = "hf_hub/"
+"""In the user agent of huggingface_hub, with its version."""
 
 
 def wants_bytes(request: Request) -> bool:
-    """Whether a picture's bytes are what the client likes best."""
-    return _best(request) in MEDIA_TYPES
+    """Whether a picture's bytes are what the client likes best.
+
+    huggingface_hub sends `Accept: image/png` with everything that draws, whatever its provider reads; those that come
+    to routes which can answer with JSON read JSON. The route that it reads bytes of does not ask here.
+    """
+    return _best(request) in MEDIA_TYPES and HUB_CLIENT not in request.headers.get("user-agent", "")
 
 
 def accepted_format(request: Request) -> OutputFormat | None:

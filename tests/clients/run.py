@@ -1,141 +1,137 @@
-"""Other people's clients against a running graph: each from PyPI in a venv of its own, pointed at our server.
+"""Other people's clients, unchanged, against one running graph: each draws, and its pictures are looked at.
 
-    make clients        # or: python tests/clients/run.py [llm-hyperbolic] [openai] [huggingface_hub] ...
+    make clients        # or: python -m tests.clients.run [openai] [promptfoo] ...
+
+A client comes from its registry in the version that `CLIENTS` names, into a folder of its own under build/clients, and
+runs a script as its own user would write one. The server asks for a key, so that each client's way to send it is used.
 
 Not part of `make test`: it installs packages that this project does not depend on.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-import venv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from deployments.launcher import LOCAL_CONFIG, running_graph
+import numpy as np
+from PIL import Image
 
-# What the client's own user would write; argv: base URL, where to leave the picture.
-LLM_HYPERBOLIC = """
-import glob, shutil, sys
-url, target = sys.argv[1:]
-from llm_hyperbolic import HyperbolicImage
-model = HyperbolicImage("hyperbolic/SDXL1.0-base")
-model.api_base = f"{url}/v1/image/generation"
-model.key = "any"
-print(model.prompt("a photo of an astronaut", height=256, width=256, steps=8, seed=7, cfg_scale=5.0))
-shutil.move(glob.glob("*.png")[0], target)
-"""
+from deployments.launcher import laptop_config, running_graph
+from tests.clients.installing import FOLDER, InstallError, installed
+from tests.support.keys import line
 
-HUGGINGFACE_HUB = """
-import sys
-url, target = sys.argv[1:]
-from huggingface_hub import InferenceClient
-from huggingface_hub.hf_api import InferenceProviderMapping
-from huggingface_hub.inference._providers import PROVIDERS
-from huggingface_hub.inference._providers._common import HARDCODED_MODEL_INFERENCE_MAPPING
-name = "stabilityai/stable-diffusion-xl-base-1.0"
-HARDCODED_MODEL_INFERENCE_MAPPING["hyperbolic"] = {name: InferenceProviderMapping(
-    provider="hyperbolic", hf_model_id=name, providerId="SDXL1.0-base", status="live", task="text-to-image")}
-PROVIDERS["hyperbolic"]["text-to-image"].base_url = url
-client = InferenceClient(provider="hyperbolic", api_key="any")
-image = client.text_to_image("a photo of an astronaut", model=name, seed=7, num_inference_steps=8, guidance_scale=4.0)
-image.save(target)
-"""
+KEY = "a-key-of-the-clients"
+PORT = 8155
+SCRIPTS = Path(__file__).with_name("scripts")
+LONGEST_S = 600
+FLATTEST = 10
+"""Standard deviation of pixel values (0 to 255) that a picture with something on it exceeds."""
 
-HUGGINGFACE_HUB_URL = """
-import io, sys
-url, target = sys.argv[1:]
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
-client = InferenceClient(model=f"{url}/models/SD1.5", token="any")
-size = {"width": 256, "height": 256}
-few = {"num_inference_steps": 8, "guidance_scale": 4.0, "seed": 2}
-image = client.text_to_image("an apple on a teal background", **few, **size)
-assert image.size == (256, 256)
-given = io.BytesIO()
-image.save(given, "PNG")
-changed = client.image_to_image(given.getvalue(), "a cat", strength=0.7, num_inference_steps=8, target_size=size)
-changed.save(target)
-try:
-    client.text_to_image("x", width=100000)
-except HfHubHTTPError as error:
-    assert error.response.status_code == 400, error
-else:
-    raise SystemExit("a wrong width was accepted")
-"""
 
-OPENAI = """
-import base64, io, sys
-url, target = sys.argv[1:]
-import openai
-client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-few = {"steps": 8, "seed": 7}
+@dataclass(frozen=True)
+class Client:
+    """A client and the script that uses it: Python with packages of PyPI, or JavaScript with packages of npm."""
 
-reply = client.images.generate(prompt="a penguin in the snow", n=2, size="256x256", extra_body=few)
-assert [item.seed for item in reply.data] == [7, 8], reply.data
-assert (reply.size, reply.output_format, reply.usage.total_tokens) == ("256x256", "png", 0)
-first = base64.b64decode(reply.data[0].b64_json)
-assert first.startswith(b"\\x89PNG")
+    script: str
+    packages: tuple[str, ...]
+    size: tuple[int, int] = (256, 256)
+    """Of the pictures that the script leaves."""
 
-asked = dict(model="dall-e-3", prompt="a penguin", size="256x256", response_format="url", quality="standard")
-link = client.images.generate(**asked, extra_body=few).data[0].url
-assert link.startswith("data:image/png;base64,"), link[:40]
-
-told = list(client.images.generate(
-    model="gpt-image-1", prompt="a penguin", size="256x256", stream=True, partial_images=2, extra_body=few))
-assert [e.type for e in told] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"], told
-assert [e.partial_image_index for e in told[:2]] == [0, 1]
-assert told[-1].usage.input_tokens_details.text_tokens == 0
-
-few = {**few, "strength": "0.7"}
-edited = client.images.edit(image=("a.png", first), prompt="a cat", size="256x256", extra_body=few)
-told = list(client.images.edit(
-    image=[("a.png", first)], prompt="a cat", stream=True, partial_images=1, extra_body=few))
-assert [e.type for e in told] == ["image_edit.partial_image", "image_edit.completed"], told
-
-try:
-    client.images.generate(prompt="x", background="transparent")
-except openai.BadRequestError as error:
-    assert (error.param, error.code, "['auto', 'opaque']" in error.message) == ("background", "40302", True), error
-else:
-    raise SystemExit("a transparent background was accepted")
-try:
-    client.images.edit(image=[("a.png", first)] * 17, prompt="x")
-except openai.BadRequestError as error:
-    assert "16" in error.message
-else:
-    raise SystemExit("17 pictures were accepted")
-open(target, "wb").write(base64.b64decode(edited.data[0].b64_json))
-"""
-
-WEBUIAPI = Path(__file__).with_name("webuiapi_client.py").read_text()
 
 CLIENTS = {
-    "llm-hyperbolic": (["llm-hyperbolic==0.4.9", "requests"], LLM_HYPERBOLIC),
-    "openai": (["openai==3.57.0"], OPENAI),
-    "huggingface_hub-url": (["huggingface_hub==2.4.0", "pillow"], HUGGINGFACE_HUB_URL),
-    "huggingface_hub": (["huggingface_hub==1.21.0", "pillow"], HUGGINGFACE_HUB),
-    "webuiapi": (["webuiapi==0.9.17", "requests", "pillow"], WEBUIAPI),
+    "openai": Client("openai_sdk.py", ("openai==3.57.0", "pillow==13.0.0")),
+    "litellm": Client("litellm_sdk.py", ("litellm==1.110.2",)),
+    "llm-hyperbolic": Client("llm_hyperbolic.py", ("llm-hyperbolic==0.4.9", "requests==2.34.2")),
+    "huggingface_hub-url": Client("huggingface_hub_url.py", ("huggingface_hub==2.4.0", "pillow==13.0.0")),
+    "huggingface_hub": Client("huggingface_hub_provider.py", ("huggingface_hub==1.21.0", "pillow==13.0.0")),
+    "webuiapi": Client("webuiapi_client.py", ("webuiapi==0.9.17",)),
+    "open-webui": Client("open_webui_requests.py", ("aiohttp==3.14.5",)),
+    "hyperbolic-ai-sdk": Client("ai_sdk.mjs", ("@hyperbolic/ai-sdk-provider@2.0.0", "ai@6.0.326", "zod@4.6.7")),
+    "promptfoo": Client("promptfoo.mjs", ("promptfoo@0.121.20", "@libsql/linux-x64-gnu@0.5.29")),
+    "sillytavern": Client("sillytavern.mjs", ("sillytavern@1.19.0",)),
 }
+"""Open WebUI's package asks for gigabytes: its requests are replayed with the HTTP library that it uses. What promptfoo
+takes if it can get it (SDKs of other services) is more than a gigabyte too; of that it needs its database's library."""
+
+
+class ClientError(Exception):
+    """A client did not get what its user asked for."""
 
 
 def main(names: list[str]) -> None:
-    """Run every named client; the first that gets no picture ends the script with its error."""
-    from PIL import Image
+    """Run every named client; those that fail do not keep others from running, but make the exit status 1."""
+    unknown = set(names) - set(CLIENTS)
+    if unknown:
+        sys.exit(f"no such client: {sorted(unknown)}. There are {list(CLIENTS)}")
+    failed: dict[str, Exception] = {}
+    commands: dict[str, list[str | Path]] = {}
+    for name in names:
+        client = CLIENTS[name]
+        try:
+            commands[name] = [*installed(name, client.packages, SCRIPTS / client.script)]
+        except InstallError as error:
+            failed[name] = error
+    if commands:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            keys = scratch / "api-keys"
+            keys.write_text(line("clients", KEY))
+            environment = {"SDGRAPH_API_KEYS_FILE": str(keys), "SDGRAPH_RATE_LIMIT": ""}
+            config = laptop_config(scratch, PORT, auth="keys")
+            with running_graph(config, PORT, environment, log=FOLDER / "graph.log") as url:
+                failed |= run(commands, url, scratch)
+    for name, error in failed.items():
+        print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
+    sys.exit(1 if failed else 0)
 
-    with tempfile.TemporaryDirectory() as scratch, running_graph(LOCAL_CONFIG) as url:
-        for name in names:
-            packages, script = CLIENTS[name]
-            home = Path(scratch) / name
-            venv.create(home, with_pip=True)
-            python = home / "bin" / "python"
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-            picture = home / "picture.png"
-            subprocess.run([python, "-c", script, url, picture], check=True, cwd=home, env={"HOME": str(home)})
-            with Image.open(picture) as image:
-                image.load()
-                print(f"{name}: {image.format} {image.size[0]}x{image.size[1]}", flush=True)
+
+def run(commands: Mapping[str, list[str | Path]], url: str, scratch: Path) -> dict[str, Exception]:
+    """Run the clients one after the other; returns what went wrong with whom."""
+    failed: dict[str, Exception] = {}
+    for name, command in commands.items():
+        home = scratch / name
+        home.mkdir()
+        environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TMPDIR": str(home)}
+        begun = time.monotonic()
+        try:
+            done = subprocess.run([*command, url, KEY, home], check=False, cwd=home, env=environment, timeout=LONGEST_S)
+            if done.returncode != 0:
+                raise ClientError(f"{CLIENTS[name].script} ended with status {done.returncode}; what it said is above")
+            told = looked_at(home, CLIENTS[name].size)
+        except (ClientError, subprocess.TimeoutExpired) as error:
+            failed[name] = error
+        else:
+            print(f"{name}: {told}, {time.monotonic() - begun:.0f} s", flush=True)
+    return failed
+
+
+def looked_at(folder: Path, size: tuple[int, int]) -> str:
+    """What the pictures in a folder are.
+
+    Raises:
+        ClientError: there is none, or one is of another size or shows nothing.
+    """
+    told = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg", ".webp")):
+        try:
+            image = Image.open(path).convert("RGB")
+        except OSError as error:
+            raise ClientError(f"{path.name} is no picture: {error}") from None
+        if image.size != size:
+            raise ClientError(f"{path.name} is {image.size[0]}x{image.size[1]}, not {size[0]}x{size[1]}")
+        deviation = float(np.asarray(image).std())
+        if deviation < FLATTEST:
+            raise ClientError(f"{path.name} shows nothing: its values deviate by {deviation:.1f}")
+        told.append(path.name)
+    if not told:
+        raise ClientError("it left no picture")
+    return f"{size[0]}x{size[1]}: {', '.join(told)}"
 
 
 if __name__ == "__main__":

@@ -330,6 +330,13 @@ BAD_EDITS: list[tuple[dict[str, Any], int, int, str | None, str]] = [
     ({"files": [("image[]", photo())] * 17, **form()}, 400, 40302, None, "16"),
     ({"files": {"image": photo(), "mask": bytes(2 * 2**20)}, **form()}, 413, 40004, None, "body"),
     ({"files": {"image": photo()}, **form(markup="x")}, 400, 40302, "markup", "markup"),
+    ({"files": {"image": photo(90, 70), "mask": photo(90, 60)}, **form()}, 400, 40302, "mask", "90x60"),
+    (
+        {"files": {"image": photo(), "mask": base64.b64decode(blank(90, 70))}, **form()},
+        *(400, 40302, "mask", "mask is black all over, so nothing would be repainted: make it transparent, or white,"),
+    ),
+    ({"json": {"prompt": "x", "image": encoded(photo()), "mask": "https://x/m.png"}}, 400, 40302, "mask", "itself"),
+    ({"files": {"image": photo()}, **form(mask="https://x/m.png")}, 400, 40302, "mask", "picture itself"),
     ({"files": {"image": b""}, **form()}, 400, 40302, "image", "empty"),
     ({"files": {"image": photo()}, "data": {"size": "128x128"}}, 422, 40001, "prompt", "required"),
 ]

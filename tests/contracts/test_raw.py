@@ -103,6 +103,16 @@ async def test_accept_on_the_main_route(client: httpx.AsyncClient, accept: str, 
         assert opened(reply).format == expected
 
 
+async def test_huggingface_hub_gets_json_of_its_providers_routes(client: httpx.AsyncClient) -> None:
+    """It asks for image/png there too, as 1.21.0's provider for Hyperbolic did, and reads JSON."""
+    headers = {"accept": "image/png", "user-agent": "unknown/None; hf_hub/1.21.0; python/3.11.7"}
+    assert picture(await client.post(PATH, json=SMALL, headers=headers)).format == "PNG"
+    openai = {"model": "SD1.5", "prompt": "a cat", "size": "128x128", "steps": 2}
+    assert "data" in (await client.post("/v1/images/generations", json=openai, headers=headers)).json()
+    by_url = {"inputs": "a cat", "parameters": PARAMETERS}
+    assert opened(await client.post("/models/SD1.5", json=by_url, headers=headers)).format == "PNG"
+
+
 async def test_accept_elsewhere(client: httpx.AsyncClient) -> None:
     bytes_please = {"accept": "image/*"}
     body = {"prompt": "a cat", "size": "128x128", "steps": 2}

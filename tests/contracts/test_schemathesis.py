@@ -73,8 +73,9 @@ def schema(server: str) -> Any:
 def test_what_the_document_promises_holds(schema: Any, mode: GenerationMode) -> None:
     operations = [schema[path][method] for path in schema for method in schema[path]]
     drawing = ("/v1/image/generation", "/v1/images/generations", "/v1/images/edits", "/models/{name}")
-    webui = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/png-info")
-    assert {*drawing, *webui, "/v1/images/info"} <= {
+    pictures = ("/v1/images/info", "/v1/images/upscale", "/controlnet/detect")
+    names = ("txt2img", "img2img", "options", "png-info", "extra-single-image", "extra-batch-images")
+    assert {*drawing, *pictures, *(f"/sdapi/v1/{name}" for name in names)} <= {
         operation.path for operation in operations if operation.method == "post"
     }
     for operation in operations:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from config.catalog import Catalog
 from deployments.api.encoding import decode_base64
 from deployments.api.openai.requests import EditRequest
-from pipelines.errors import InvalidValueError
+from deployments.ray_compat import cause_of
+from pipelines.errors import InvalidValueError, RequestError
 from pipelines.pictures.images import picture_size
 from pipelines.pictures.masks import mask_of_holes
 from pipelines.plan import GenerationParams
@@ -33,6 +36,19 @@ def edit_of(asked: EditRequest, catalog: Catalog, max_pixels: int) -> Generation
         picture_size(mask, "mask", max_pixels)
     edit = asked.for_edit(catalog, source, nearest_size(source, asked.model_name or catalog.default_model(), catalog))
     return replace(edit, mask_image=mask_of_holes(mask, "mask") if mask is not None else None)
+
+
+@contextmanager
+def in_openais_words() -> Iterator[None]:
+    """What is wrong with a mask is told of `mask`, as the client calls it, not of our `mask_image`."""
+    try:
+        yield
+    except Exception as error:
+        cause = cause_of(error)
+        if not isinstance(cause, RequestError) or cause.param != "mask_image":
+            raise
+        message = cause.message.replace("mask_image", "mask").replace("make it white", "make it transparent, or white,")
+        raise type(cause)(message, "mask") from error
 
 
 def nearest_size(source: bytes, model: str, catalog: Catalog) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""What a user of `webuiapi` writes; argv: base URL, where to leave a picture. Run by `run.py` where it is installed."""
+"""webuiapi, which speaks AUTOMATIC1111's API with nearly every field that it has."""
 
 import sys
 import threading
 
-import webuiapi  # type: ignore[import-not-found]
+import webuiapi
 from PIL import Image, ImageDraw
 
-url, target = sys.argv[1:]
-api = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password="key")
+url, key, folder = sys.argv[1:]
+api = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password=key)
 assert api.has_controlnet
 api.util_set_model("SD1.5")
 assert api.util_get_current_model().startswith("SD1.5 [")
@@ -20,6 +20,7 @@ assert [image.size for image in drawn.images] == [(256, 256)] * 2
 assert drawn.info["all_seeds"] == [2, 3]
 assert "Steps: 8, Sampler: Euler a" in drawn.info["infotexts"][0]
 assert drawn.parameters["steps"] == 8
+drawn.image.save(f"{folder}/apple.png")
 
 told = api.png_info(drawn.image)
 assert told.info == drawn.info["infotexts"][0]
@@ -31,7 +32,7 @@ enlarged = api.extra_single_image(drawn.image, upscaler_1=webuiapi.Upscaler.Lanc
 assert enlarged.image.size == (384, 384)
 
 changed = api.img2img(images=[drawn.image], prompt="a cat", denoising_strength=0.7, **small)
-assert changed.image.size == (256, 256)
+changed.image.save(f"{folder}/cat.png")
 mask = Image.new("RGB", (256, 256))
 ImageDraw.Draw(mask).ellipse((60, 60, 190, 190), fill="white")
 repainted = api.img2img(
@@ -39,6 +40,7 @@ repainted = api.img2img(
 )
 assert repainted.image.getpixel((4, 4)) == drawn.image.getpixel((4, 4)), "what is black stays"
 assert repainted.image.tobytes() != drawn.image.tobytes()
+repainted.image.save(f"{folder}/repainted.png")
 
 api.set_options({"CLIP_stop_at_last_layers": 2, "samples_format": "jpeg"})
 options = api.get_options()
@@ -75,4 +77,4 @@ for wrong in ({"sampler_name": "Restart"}, {"prompt": "<lora:Nope:1>"}):
     except RuntimeError as error:
         status = error.args[0]
     assert status == 400, wrong
-steered.image.save(target, "PNG")
+steered.image.save(f"{folder}/steered.png")
