@@ -212,7 +212,7 @@ def placements(repeats: int) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for placement in ("deployment", "colocated"):
-        args = {"catalog": "tiny", "models": ["SD1.5-ControlNet"], "controlnet_placement": placement}
+        args: dict[str, Any] = {"catalog": "tiny", "models": ["SD1.5-ControlNet"], "controlnet_placement": placement}
         with tempfile.TemporaryDirectory() as scratch:
             config = laptop_config(Path(scratch), PORT, **args)
             with running_graph(config, PORT, log=Path(scratch) / "log") as url:

@@ -98,10 +98,11 @@ def running_graph(
             output.close()
 
 
-def laptop_config(folder: Path, port: int, **args: object) -> Path:
-    """A copy of the laptop graph's config in `folder`, on a port of its own, with these `args` instead of its own."""
+def laptop_config(folder: Path, port: int, application: str = "sdgraph", **args: object) -> Path:
+    """A copy of the laptop graph's config in `folder`: port, application's name and `args` of its own."""
     config = yaml.safe_load(LOCAL_CONFIG.read_text())
     config["http_options"]["port"] = port
+    config["applications"][0]["name"] = application
     config["applications"][0]["args"] = {"auth": "none", "grouping": "role"} | args
     path = folder / "graph.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -153,13 +153,17 @@ def transport_of(send: Send) -> asyncio.Transport | None:
 
 
 def ray_processes(*titles: str) -> list[tuple[str, psutil.Process]]:
-    """Ray's processes on this machine whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
+    """Ray's processes below this one whose title begins with one of `titles`, such as `ServeReplica:sdgraph:vae`.
 
-    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment.
+    Ray gives an actor's process its name as title; behind a dot comes what it does at the moment. Those of a graph
+    that somebody else started on this machine are not ours to count or to kill.
     """
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
         if title.startswith(tuple(f"ray::{wanted}" for wanted in titles)):
             found.append((title.removeprefix("ray::").split(".")[0].strip(), process))
     return found
