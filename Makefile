@@ -28,7 +28,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 RAY_TESTS := tests/upstream/test_ray.py
 FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py --ignore=$(RAY_TESTS)
 
-.PHONY: help setup models demo serve compile compile-demo format check fast test slow bench clients train gates k8s lock sbom audit clean
+.PHONY: help setup models demo serve compile compile-demo format check fast test slow image-test bench clients train gates k8s lock sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -80,7 +80,7 @@ build/lock/installed:
 	touch $@
 
 lock: build/lock/installed  ## requirements.txt: what the image installs, exact versions with hashes
-	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --extra upscalers --constraint constraints.txt --generate-hashes --no-annotate \
+	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --extra c2pa --extra upscalers --constraint constraints.txt --generate-hashes --no-annotate \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" --output-file requirements.txt
 
 # Its dependencies contradict ours.
@@ -89,15 +89,18 @@ build/checkov/installed:
 	build/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@
 
-slow: setup build/checkov/installed  ## the slow tests: faults, overload, a cluster with cards that do not exist, checkov
+slow: setup sbom build/checkov/installed  ## the slow tests: faults, overload, a cluster with cards that do not exist, checkov
 	$(BIN)/pytest --durations=20 -m slow
+
+image-test: setup  ## build the image and run it in two pods, without Kubernetes; needs root, buildah, debootstrap, runc, kubectl
+	IMAGE_TEST=1 $(BIN)/pytest --durations=20 tests/image
 
 # CycloneDX of what the image installs, from requirements.txt; nothing is asked of the network.
 sbom: build/lock/installed  ## build/sbom.json: name, version and hashes of every package in the image
 	build/lock/bin/cyclonedx-py requirements --output-reproducible --output-file build/sbom.json requirements.txt
 
 audit: build/lock/installed  ## ask PyPI for known vulnerabilities of what the image installs; needs the network
-	build/lock/bin/pip-audit --requirement requirements.txt --require-hashes --disable-pip
+	build/lock/bin/pip-audit --strict --requirement requirements.txt --require-hashes --disable-pip
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.k8s.conftest import Document, groups, quantity, ray_service
+from tests.support.manifests import Document, groups, quantity, ray_service
 
 
 def availability(docs: list[Document]) -> Iterator[str]:

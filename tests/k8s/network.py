@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tests.k8s.conftest import Document, ray_service
+from tests.support.manifests import Document, ray_service
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from tests.k8s.conftest import Document, environment, groups, quantity
+from tests.support.manifests import Document, environment, groups, quantity
 
 REFUSED_VARIABLES = {"REDIS_PASSWORD", "RAY_REDIS_ADDRESS", "RAY_enable_autoscaler_v2"}
 RAY_CLIENT = 10001

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from config.settings import Settings
-from tests.k8s.conftest import Document, environment
+from tests.support.manifests import Document, environment
 
 LONGEST_PICTURE_S = Settings().deadline_s
 OWNED_BY_KUBERAY = {"app.kubernetes.io/name", "app.kubernetes.io/created-by"}

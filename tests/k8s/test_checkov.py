@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from config.catalog import ROOT
-from tests.k8s.conftest import documents, templates
+from tests.support.manifests import documents, templates
 
 CHECKOV = ROOT / "build" / "checkov" / "bin" / "checkov"
 pytestmark = [

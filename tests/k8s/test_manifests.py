@@ -15,10 +15,10 @@ import yaml
 from config.catalog import ROOT
 from tests.k8s import pod_rules, schema
 from tests.k8s.availability import availability
-from tests.k8s.conftest import OVERLAYS, Document, documents, environment, groups, ray_service, rendered, templates
 from tests.k8s.network import network
 from tests.k8s.operator_rules import operator_rules
 from tests.k8s.references import references
+from tests.support.manifests import OVERLAYS, Document, documents, environment, groups, ray_service, rendered, templates
 
 MUTANTS = sorted((Path(__file__).parent / "mutants").glob("*.yaml"))
 
@@ -92,8 +92,26 @@ def test_workers_have_the_heads_environment_but_for_the_time_to_drain(overlay: s
         }
 
 
-@pytest.mark.parametrize("component", ["tracing", "tvm-compile-job"])
+@pytest.mark.parametrize("component", ["c2pa", "tracing", "tvm-compile-job"])
 def test_components_that_no_overlay_has_fit_production(component: str, tmp_path: Path) -> None:
+    docs = with_component(component, tmp_path)
+    assert docs != documents("prod")
+    assert [error for document in docs for error in schema.errors(document)] == []
+    assert list(complaints_of(docs)) == []
+
+
+def test_only_the_ingress_pods_have_the_signing_key(tmp_path: Path) -> None:
+    """Where the variables of every pod say: the graph is built on any of them."""
+    found = {name: group["template"]["spec"] for name, group in groups(ray_service(with_component("c2pa", tmp_path)))}
+    said = [{name: v for name, v in environment(pod).items() if "_C2PA_" in name} for pod in found.values()]
+    assert said == [said[0]] * 4
+    (folder,) = {str(Path(path).parent) for path in said[0].values()}
+    mounts = {name: {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]} for name, pod in found.items()}
+    assert {name for name, paths in mounts.items() if folder in paths} == {"cpu"}
+
+
+def with_component(component: str, tmp_path: Path) -> list[Document]:
+    """Production's documents with one component more."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     file = tmp_path / "k8s" / "overlays" / "prod" / "kustomization.yaml"
     overlay = yaml.safe_load(file.read_text())
@@ -101,10 +119,7 @@ def test_components_that_no_overlay_has_fit_production(component: str, tmp_path:
     overlay["images"].append({"name": "ghcr.io/sdgraph/sdgraph-compiler", "digest": f"sha256:{'0' * 64}"})
     file.write_text(yaml.safe_dump(overlay))
     done = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True, check=True)
-    docs = [document for document in yaml.safe_load_all(done.stdout) if document]
-    assert len(docs) > len(documents("prod"))
-    assert [error for document in docs for error in schema.errors(document)] == []
-    assert list(complaints_of(docs)) == []
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
 def test_everything_is_denied_that_no_policy_names() -> None:

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from config.catalog import ROOT
-from tests.k8s.conftest import documents, pods
 from tests.k8s.references import SECRETS_FROM_OUTSIDE, references
+from tests.support.manifests import documents, pods
 
 RUNBOOK = (ROOT / "k8s" / "README.md").read_text()
 

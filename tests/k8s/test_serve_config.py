@@ -13,8 +13,8 @@ from config.catalog import ROOT
 from config.settings import Settings
 from deployments.app import AppArgs
 from deployments.strict_config import problems
-from tests.k8s.conftest import documents, groups, ray_service
 from tests.support.bound import deployment_names
+from tests.support.manifests import documents, groups, ray_service
 
 SERVE_CONFIG = ROOT / "serve_config.yaml"
 DEADLINE_S = Settings().deadline_s
