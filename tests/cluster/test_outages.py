@@ -1,4 +1,4 @@
-"""What a cluster can lose while it serves: a proxy, its Redis.
+"""What a cluster can lose while it serves: a proxy, its Redis, its head.
 
 Requests are answered, or refused in the contract's form; pictures are those drawn before; nothing hangs.
 """
@@ -134,3 +134,26 @@ def test_a_redis_that_hangs_delays_nobody_for_long(
 
         wait_for(counts_again)
     recovered("Redis goes on, requests are counted in it", since)
+
+
+def test_a_head_that_comes_back_finds_everything(outages: Outages, expected: np.ndarray, recovered: Recovered) -> None:
+    """Controller, its proxy and Ray's control store are away; replicas serve on through the other node's proxy."""
+    with drawing(outages, outages.workers, expected) as outcomes:
+        some_more(outcomes)
+        outages.nodes.head.kill()
+        some_more(outcomes)
+        wait_for(lambda: "controller has not answered" in httpx.get(f"{outages.workers}/readyz").text)
+        assert is_whole(outages.workers), "what was ready serves on"
+        some_more(outcomes)
+        since = time.monotonic()
+        outages.nodes.start_head()
+        wait_until_whole(outages.heads)
+        recovered("head started anew, its proxy and controller serve", since)
+        some_more(outcomes)
+        kill(outages.nodes.worker, "ServeReplica:sdgraph:vae-sd15")
+        some_more(outcomes)
+        recovered("the same, and a replica that died then was replaced", since)
+    assert set(outcomes) <= {"drawn", "refused"}
+    assert outcomes["refused"] <= 2, "the killed VAE's alone"
+    with outages.client(outages.heads) as client:
+        assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
