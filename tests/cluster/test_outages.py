@@ -1,4 +1,4 @@
-"""What a cluster can lose while it serves: a proxy, its Redis, its head.
+"""What a cluster can lose while it serves: a proxy, its Redis, its head, its disk, the volume of its weights.
 
 Requests are answered, or refused in the contract's form; pictures are those drawn before; nothing hangs.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import redis
 
-from tests.cluster.conftest import Outages
+from tests.cluster.conftest import LORAS, NO_DISK, NO_VOLUME, Outages, compile_into
 from tests.cluster.nodes import Node
+from tests.support.disk import fill
 from tests.support.http import PATH, check, picture, pixels
 from tests.support.live import draw, is_whole, request, wait_for, wait_until_whole
 
@@ -157,3 +159,84 @@ def test_a_head_that_comes_back_finds_everything(outages: Outages, expected: np.
     assert outcomes["refused"] <= 2, "the killed VAE's alone"
     with outages.client(outages.heads) as client:
         assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
+
+
+@pytest.mark.skipif(NO_DISK is not None, reason=str(NO_DISK))
+def test_a_compile_that_filled_its_disk_left_nothing_to_load(outages: Outages, expected: np.ndarray) -> None:
+    """A graph with compiled UNets draws with torch where the disk was full before the first was complete."""
+    compiled = compile_into(outages.programs)
+    assert compiled.returncode != 0
+    assert f"--cache {outages.programs}: no space left on device" in compiled.stderr
+    assert not [folder for folder in outages.programs.iterdir() if folder.is_dir() and folder.suffix != ".partial"]
+    kill(outages.nodes.worker, "ServeReplica:sdgraph:unet-sd15-tvm")
+    with outages.client(outages.workers) as client:
+        sized = BODY | {"width": 512, "height": 512, "steps": 2}
+        reply = client.post(PATH, json=sized | {"backend": "auto"})
+        assert (reply.status_code, reply.headers["x-backend"]) == (200, "torch")
+        assert "compiled" in check(client.post(PATH, json=sized | {"backend": "tvm"}), 400, 40302, "backend")
+
+
+@pytest.mark.skipif(NO_DISK is not None, reason=str(NO_DISK))
+def test_a_full_disk_under_rays_folder_stops_no_picture(
+    outages: Outages, expected: np.ndarray, recovered: Recovered
+) -> None:
+    """Logs are lost, and a replica that dies cannot be started anew; that is said, and it comes when there is room."""
+    full = fill(outages.temp)
+    try:
+        with outages.client(outages.workers) as client:
+            for _ in range(10):
+                assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
+            kill(outages.nodes.worker, "ServeReplica:sdgraph:vae-sd15")
+            reply = client.post(PATH, json=BODY, headers={"x-request-timeout-seconds": "15"})
+            if reply.status_code == 200:
+                assert np.abs(pixels(picture(reply)) - expected).max() <= 1
+            else:
+                assert reply.status_code in (503, 504)
+                check(reply, reply.status_code, {503: 42903, 504: 50006}[reply.status_code], None)
+    finally:
+        full.unlink()
+    since = time.monotonic()
+    wait_until_whole(outages.workers)
+    with outages.client(outages.workers) as client:
+        assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
+    recovered("room on Ray's disk again, a picture", since)
+
+
+@pytest.mark.skipif(NO_VOLUME is not None, reason=str(NO_VOLUME))
+def test_a_volume_that_hangs_stops_only_what_needs_it(
+    outages: Outages, expected: np.ndarray, recovered: Recovered
+) -> None:
+    """A replica starts from it, LoRAs are on it: what needs them waits or is refused, what does not is drawn."""
+    assert outages.server is not None
+    slow = BODY | {"model_name": "Slow"}
+    hurried = {"x-request-timeout-seconds": "8"}
+    with outages.client(outages.workers) as client, ThreadPoolExecutor(12) as pool:
+        assert np.abs(draw(client, **slow)[0] - expected).max() <= 1, "the same weights"
+        known = draw(client, **BODY, loras={LORAS[0]: 1})[0]
+
+        def ask(body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+            return client.post(PATH, json=body, headers=headers)
+
+        outages.server.suspend()
+        try:
+            kill(outages.nodes.worker, "ServeReplica:sdgraph:unet-slow-torch")
+            waiting = [pool.submit(ask, BODY | {"loras": {name: 1}}, hurried) for name in LORAS[1:] * 2]
+            waiting.append(pool.submit(ask, slow, hurried))
+            patient: Future[httpx.Response] = pool.submit(ask, slow, {})
+            assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
+            assert np.abs(draw(client, **BODY, loras={LORAS[0]: 1})[0] - known).max() <= 1, "it is loaded"
+            assert "One" in {entry["name"] for entry in client.get("/v1/loras").json()["data"]}
+            for reply in (future.result() for future in waiting):
+                assert reply.status_code in (503, 504)
+                check(reply, reply.status_code, {503: 42903, 504: 50006}[reply.status_code], None)
+            assert np.abs(draw(client, **BODY)[0] - expected).max() <= 1
+            states = client.get("/readyz").json()["deployments"]
+            assert [name for name, state in states.items() if not state.startswith("HEALTHY")] == ["unet-slow-torch"]
+        finally:
+            outages.server.resume()
+        since = time.monotonic()
+        assert np.abs(pixels(picture(patient.result())) - expected).max() <= 1, "it waited"
+        wait_until_whole(outages.workers)
+        for name in LORAS:
+            assert np.abs(draw(client, **BODY, loras={name: 1})[0] - known).max() <= 1
+        recovered("the volume goes on, everything on it draws", since)
