@@ -26,9 +26,10 @@ PYTEST := $(BIN)/pytest --durations=20 -m "not slow"
 # Two processes with a torch thread each; a file's tests stay together, so that what they share is made once.
 PARALLEL := --numprocesses=2 --dist=loadfile
 RAY_TESTS := tests/upstream/test_ray.py
-FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/test_architecture.py --ignore=$(RAY_TESTS)
+FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/docs tests/test_architecture.py --ignore=$(RAY_TESTS)
+PICTURE_TESTS ?= tests/parity tests/contracts tests/page tests/gpu $(RAY_TESTS)
 
-.PHONY: help setup models demo serve compile compile-demo format check fast test slow image-test bench clients train gates k8s lock sbom audit clean
+.PHONY: help setup models demo serve compile compile-demo format check fast pictures graph test coverage docs slow image-test bench clients train gates k8s lock sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,9 +71,21 @@ fast: check  ## check and the tests that need neither Ray nor whole pictures: un
 	$(PYTEST) $(PARALLEL) $(FAST_TESTS)
 
 # What is cheap fails first.
-test: fast  ## every test but the slow ones
-	$(PYTEST) $(PARALLEL) tests/parity tests/contracts tests/page tests/gpu $(RAY_TESTS)
+test: fast pictures graph  ## every test but the slow ones
+
+pictures: setup  ## tests of whole pictures and of HTTP in one process; PICTURE_TESTS=tests/parity for a part of them
+	$(PYTEST) $(PARALLEL) $(PICTURE_TESTS)
+
+graph: setup  ## tests of the real graph, on one Ray instance
 	$(PYTEST) tests/serve
+
+coverage: setup  ## the fast tests with their coverage, in build/coverage.md and on the screen
+	mkdir -p build
+	$(PYTEST) $(PARALLEL) --cov --cov-report=term --cov-report=markdown:build/coverage.md $(FAST_TESTS)
+
+docs: setup  ## the documentation, build/docs/index.html; a link that leads nowhere ends it
+	$(BIN)/python docs/reference.py
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
 build/lock/installed:
 	$(PYTHON) -m venv build/lock

@@ -14,7 +14,9 @@ from config.sources import TVM_CACHE
 class Settings(BaseSettings):
     """What differs from machine to machine; what differs from graph to graph is in AppArgs."""
 
-    model_config = SettingsConfigDict(env_prefix="SDGRAPH_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="SDGRAPH_", frozen=True, extra="ignore", use_attribute_docstrings=True
+    )
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live; `auto` is CUDA where a replica was given a GPU, else the CPU."""
@@ -43,8 +45,9 @@ class Settings(BaseSettings):
     deadline_s: float = Field(default=600, gt=0)
     """Seconds after which an unfinished request is answered 504."""
     max_body_bytes: int = Field(default=32 * 2**20, gt=0)
+    """Largest body of a request; more is a 413."""
     max_image_pixels: int = Field(default=25_000_000, gt=0)
-    """Largest picture a client may send, in decoded pixels."""
+    """Largest picture a client may send, in decoded pixels; more is a 413."""
     max_pixel_steps: int = Field(default=100 * 2048 * 2048, gt=0)
     """Budget of one request: steps x width x height."""
 

@@ -53,7 +53,7 @@ DEFAULTS: Mapping[str, Any] = {
 class AppArgs(BaseModel):
     """Arguments of the graph: `args` in a Serve config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @field_validator("library", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class Acceleration(BaseModel):
     """`acceleration` in the `args` of a Serve config. On a CPU none of it happens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     graphs: bool = True
     """Record UNet and ControlNet passes of common shapes as CUDA graphs and replay them."""
