@@ -25,7 +25,7 @@ from pydantic_core import PydanticUndefined  # noqa: E402
 from config.catalog import Catalog  # noqa: E402
 from config.settings import Settings  # noqa: E402
 from deployments.api.schemas import GenerationRequest  # noqa: E402
-from deployments.app import AppArgs  # noqa: E402
+from deployments.app import AppArgs, hosted_components  # noqa: E402
 from pipelines.sampling.samplers import SAMPLERS  # noqa: E402
 
 _BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
@@ -84,12 +84,63 @@ def models() -> str:
     return table(["`model_name`", "family", "size", "steps, guidance, sampler", "refiner"], rows)
 
 
+def graph() -> str:
+    """Deployments of the hub's catalog, and the way of a picture through them, as mermaid draws it."""
+    args, catalog = AppArgs(catalog="hub"), Catalog.load("hub")
+    home = {part.id: name for name, parts in hosted_components(args, catalog).items() for part in parts}
+    edges: dict[str, None] = {}
+    for model in catalog.available_models():
+        unet, vae = home[model.unet], home[model.vae]
+        edges[f"{home[model.text_encoder]} --> {unet}"] = None
+        edges[f"{unet} --> {vae}"] = None
+        if model.refiner:
+            edges[f"{unet} --> {home[model.refiner]}"] = None
+            edges[f"{home[model.refiner]} --> {vae}"] = None
+        for net in catalog.controlnets_of(model.unet):
+            edges[f"{home[net]} <-.-> {unet}"] = None
+    starts = sorted({edge.split(" --> ")[0] for edge in edges} - {edge.split(" --> ")[-1] for edge in edges})
+    edges |= {f"ingress --> {name}": None for name in starts if " " not in name}
+    lines = ["client([client]) --> proxy[Serve's proxy] --> ingress", *edges]
+    return "```mermaid\ngraph LR\n" + "\n".join(f"  {line}" for line in lines) + "\n```"
+
+
+def batching_plot() -> str:
+    """Throughput and latency by the rows of a tick, from the table of benchmarks/RESULTS.md."""
+    results = (DOCS.parent / "benchmarks/RESULTS.md").read_text()
+    rows = _numbers(results, "rows in a tick")
+    milliseconds = _numbers(results, "milliseconds")
+    throughput = [round(1000 * count / time) for count, time in zip(rows, milliseconds, strict=True)]
+    return "\n\n".join(
+        _plot(title, "rows in a tick", rows, unit, values)
+        for title, unit, values in (
+            ("Throughput: UNet rows a second", "rows a second", throughput),
+            ("Latency: milliseconds of a tick", "milliseconds", milliseconds),
+        )
+    )
+
+
+def _numbers(text: str, row: str) -> list[float]:
+    """The numbers of the first row of a Markdown table that begins so. ValueError if there is none."""
+    found = re.search(rf"^\| {re.escape(row)} \|(.*)\|$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"benchmarks/RESULTS.md has no row '{row}'")
+    return [float(cell) for cell in found[1].split("|")]
+
+
+def _plot(title: str, x: str, xs: list[float], y: str, ys: list[float]) -> str:
+    labels = ", ".join(f'"{value:g}"' for value in xs)
+    lines = [f'title "{title}"', f'x-axis "{x}" [{labels}]', f'y-axis "{y}"', f"bar {[float(v) for v in ys]}"]
+    return "```mermaid\nxychart-beta\n" + "\n".join(f"  {line}" for line in lines) + "\n```"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "settings": settings,
     "args": args,
     "request-fields": request_fields,
     "samplers": samplers,
     "models": models,
+    "graph": graph,
+    "batching-plot": batching_plot,
 }
 
 
