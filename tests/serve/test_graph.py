@@ -6,12 +6,14 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from config.catalog import Catalog
+from pipelines.control_plan import ControlParams
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.support.http import encoded, photo
@@ -95,6 +97,12 @@ def test_the_refiner_and_a_starting_picture_pass_through_the_graph(
     assert stages == {"text_encoder", "vae_encode", "denoise_unet-sdxl-base", "denoise_refiner-sdxl", "vae_decode"}
 
 
+TWO_CONTROLS: list[dict[str, Any]] = [
+    {"name": "canny", "weight": 0.6, "end": 0.5},
+    {"name": "depth", "start": 0.25, "preprocess": False, "guess": True},
+]
+
+
 @pytest.mark.parametrize("model", ["SD1.5", "SDXL1.0-base"])
 def test_controlled_and_plain_requests_share_the_unet(client: httpx.Client, text2image: Text2Image, model: str) -> None:
     """Residuals come from another process and meet the UNet on its way up, only in the rows that asked for them."""
@@ -107,9 +115,12 @@ def test_controlled_and_plain_requests_share_the_unet(client: httpx.Client, text
     with ThreadPoolExecutor(len(requests)) as pool:
         wire = {"controlnet_image": encoded(given)}
         sent = [r | wire if "controlnet_name" in r else r for r in requests]
+        sent.append(requests[0] | {"controlnets": [control | {"image": encoded(given)} for control in TWO_CONTROLS]})
         answers = list(pool.map(lambda fields: draw(client, **fields), sent))
-    for fields, (pixels, reply) in zip(requests, answers, strict=True):
-        extra = {"controlnet_image": given} if "controlnet_name" in fields else {}
+    for fields, (pixels, reply) in zip([*requests, requests[0]], answers, strict=True):
+        extra: dict[str, Any] = {"controlnet_image": given} if "controlnet_name" in fields else {}
+        if reply is answers[-1][1]:
+            extra = {"controlnets": tuple(ControlParams(**control, image=given) for control in TWO_CONTROLS)}
         expected = text2image.generate(GenerationParams(**fields, **extra)).image
         assert np.abs(pixels - np.asarray(expected)).max() <= 1
         assert ("controlnet_prepare" in reply.headers["server-timing"]) == bool(extra)
