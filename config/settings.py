@@ -14,9 +14,7 @@ from config.sources import TVM_CACHE
 class Settings(BaseSettings):
     """What differs from machine to machine; what differs from graph to graph is in AppArgs."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="SDGRAPH_", frozen=True, extra="ignore", use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(env_prefix="SDGRAPH_", frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live; `auto` is CUDA where a replica was given a GPU, else the CPU."""
