@@ -17,7 +17,6 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from config.catalog import ROOT
-from config.settings import Settings
 from deployments import ray_compat
 from deployments.app import AppArgs
 from deployments.launcher import LOCAL_CONFIG, README_REQUEST
@@ -143,11 +142,6 @@ def test_the_model_card_lists_the_vocabulary() -> None:
         listed = re.search(rf"\*\*{heading}\*\*[^:]*: ([^.]*)\.", card)
         assert listed is not None
         assert listed[1].split(", ") == list(names)
-
-
-def test_every_setting_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert [name for name in Settings.model_fields if f"SDGRAPH_{name.upper()}" not in text] == []
 
 
 def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> None:

@@ -101,7 +101,7 @@ def test_a_lack_of_memory_and_a_lost_device_are_told_apart(
 
 
 def test_a_compiled_module_ignores_hooks_that_come_after_it() -> None:
-    """When this fails, adapters may go by hooks again (ADP-1 in ARCHITECTURE.md)."""
+    """When this fails, adapters may go by hooks again (ADP-1 in docs/decisions.md)."""
     inner = torch.nn.Linear(2, 2)
     compiled = torch.compile(torch.nn.Sequential(inner, torch.nn.Identity()), backend="eager")
     rows = torch.ones(1, 2)
