@@ -93,7 +93,7 @@ build/lock/installed:
 	touch $@
 
 lock: build/lock/installed  ## requirements.txt: what the image installs, exact versions with hashes
-	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --extra c2pa --extra upscalers --constraint constraints.txt --generate-hashes --no-annotate \
+	build/lock/bin/uv pip compile --quiet pyproject.toml --extra otlp --extra c2pa --extra links --extra upscalers --constraint constraints.txt --generate-hashes --no-annotate \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" --output-file requirements.txt
 
 # Its dependencies contradict ours.

@@ -36,6 +36,12 @@ class Settings(BaseSettings):
     """PEM key of that certificate, without a password."""
     c2pa_timestamp_url: str | None = None
     """Timestamp authority (RFC 3161) that is asked for every picture."""
+    picture_store: str | None = Field(default=None, repr=False)
+    """Object store for pictures that are asked for as links (OpenAI's `url`): `s3://bucket/folder`, `gs://...` or
+    `az://...`, with credentials in that store's usual variables; needs the extra `links`. Without it links are data
+    URIs."""
+    picture_link_s: int = Field(default=3600, gt=0, le=7 * 86400)
+    """Seconds that such a link is good for."""
     log_format: Literal["text", "json"] = "text"
     """Log lines for people, or one JSON object each."""
     cors_origins: str = ""

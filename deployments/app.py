@@ -22,7 +22,8 @@ from deployments.api.app import HttpIngress
 from deployments.api.body_limit import BodyLimit
 from deployments.api.browsers import cors
 from deployments.graph import Graph
-from deployments.ingress.ingress import IngressLimits, SigningFiles
+from deployments.ingress.limits import IngressLimits, LinkStore, SigningFiles
+from deployments.ingress.links import PictureLinks
 from deployments.proxy.answers import ProxyAnswers
 from deployments.proxy.slow_readers import SlowReaders
 from deployments.ray_compat import DeploymentStates, as_ingress
@@ -127,6 +128,7 @@ def build_app(args: AppArgs) -> Application:
         readiness=DeploymentStates(),
         log_format=settings.log_format,
         signing=_signing_files(settings),
+        links=_link_store(settings),
     )
 
 
@@ -251,6 +253,14 @@ def _keys_file(args: AppArgs, settings: Settings) -> Path | None:
         )
     read_key_hashes(settings.api_keys_file)  # refused here, before anything is deployed
     return settings.api_keys_file.resolve()
+
+
+def _link_store(settings: Settings) -> LinkStore | None:
+    if settings.picture_store is None:
+        return None
+    store = LinkStore(settings.picture_store, settings.picture_link_s)
+    PictureLinks(store)  # refused here, before anything is deployed
+    return store
 
 
 def _signing_files(settings: Settings) -> SigningFiles | None:

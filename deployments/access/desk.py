@@ -52,6 +52,11 @@ class Desk:
         self._work: dict[str, dict[str, Work]] = {}
         self._shared = _Shared(store) if store.startswith("redis") else None
 
+    async def close(self) -> None:
+        """Let go of the connections to Redis."""
+        if self._shared is not None:
+            await self._shared.close()
+
     async def options(self, key: str | None) -> dict[str, Any]:
         """What a caller said last, here or at another replica."""
         own = self._options.get(_owner(key), {})
@@ -111,6 +116,10 @@ class _Shared:
             address, decode_responses=True, socket_timeout=wait, socket_connect_timeout=wait
         )
         self._rests_until = 0.0
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._redis.aclose()
 
     async def _asked(self, ask: Callable[[], Awaitable[T]], otherwise: T) -> T:
         if time.monotonic() < self._rests_until:

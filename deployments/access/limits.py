@@ -14,6 +14,7 @@ from limits.aio.storage import MemoryStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter
 from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
+from redis.asyncio import ConnectionPool
 
 from pipelines.errors import SdgraphError
 
@@ -57,7 +58,8 @@ class UsageLimiter:
         """
         self._rate = parse(limits.rate) if limits.rate else None
         self._quota = RateLimitItemPerDay(limits.pixel_steps_per_day) if limits.pixel_steps_per_day else None
-        self._shared = _Counters(_store(limits.store))
+        self._pool = _pool(limits.store)
+        self._shared = _Counters(_store(limits.store, self._pool))
         self._own = _Counters(MemoryStorage())
         self._store_rests_until = 0.0
 
@@ -85,6 +87,11 @@ class UsageLimiter:
                 logger.warning("the limits store does not answer; this replica counts on its own: %s", error)
         return await self._own.hit(unit, item, key, cost)
 
+    async def close(self) -> None:
+        """Let go of the connections to Redis."""
+        if self._pool is not None:
+            await self._pool.aclose()
+
 
 class _Counters:
     """The two ways of counting over one store."""
@@ -105,19 +112,29 @@ class _Counters:
         return max(1, math.ceil(reset - time.time()))
 
 
-def _store(uri: str) -> Storage:
+def _pool(uri: str) -> ConnectionPool | None:
+    """The connections to a Redis, which `limits` itself would never close; None for another store."""
+    if not uri.startswith("redis"):
+        return None
+    try:
+        return ConnectionPool.from_url(uri, socket_timeout=STORE_TIMEOUT_S, socket_connect_timeout=STORE_TIMEOUT_S)
+    except ValueError:  # not chained: its words repeat the password
+        raise _refusal(uri) from None
+
+
+def _store(uri: str, pool: ConnectionPool | None) -> Storage:
     if uri.startswith("memory://"):
         return MemoryStorage()
-    options = {
-        "implementation": "redispy",
-        "socket_timeout": STORE_TIMEOUT_S,
-        "socket_connect_timeout": STORE_TIMEOUT_S,
-    }
+    options = {"implementation": "redispy", "connection_pool": pool}
     try:
         store = storage_from_string(f"async+{uri}", wrap_exceptions=True, key_prefix="sdgraph", **options)  # type: ignore[arg-type]
     except (ValueError, ConfigurationError):  # not chained: its words repeat the password
-        raise ValueError(
-            f"limits store {uri.partition('://')[0]!r}: allowed are memory:// and redis://[:password@]host:port"
-        ) from None
+        raise _refusal(uri) from None
     assert isinstance(store, Storage)
     return store
+
+
+def _refusal(uri: str) -> ValueError:
+    return ValueError(
+        f"limits store {uri.partition('://')[0]!r}: allowed are memory:// and redis://[:password@]host:port"
+    )

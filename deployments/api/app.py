@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -48,7 +50,15 @@ class HttpIngress(Ingress):
 
 def create_http_app(ingress: Ingress) -> FastAPI:
     """The application of an ingress: its routes, its error handlers, a body limit and an access log."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await ingress.desk.close()
+        await ingress.usage.close()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="sdgraph",
         version=__version__,
         description="Stable Diffusion as a Ray Serve graph; speaks Hyperbolic's image API.",

@@ -27,7 +27,9 @@ from deployments.ingress.compose import Composition, Preview, Watcher
 from deployments.ingress.health import Health, Readiness
 from deployments.ingress.library import LibraryWatch
 from deployments.ingress.limits import IngressLimits as IngressLimits
+from deployments.ingress.limits import LinkStore as LinkStore
 from deployments.ingress.limits import SigningFiles as SigningFiles
+from deployments.ingress.links import PictureLinks
 from deployments.ingress.upscaling import Upscaling
 from deployments.ingress.wake import Wake
 from deployments.ray_compat import cause_of, replica_died
@@ -97,6 +99,7 @@ class Ingress:
         readiness: Readiness,
         log_format: LogFormat = "text",
         signing: SigningFiles | None = None,
+        links: LinkStore | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
         show_logs(log_format)
@@ -121,6 +124,7 @@ class Ingress:
             sign=self._signed,
             limits=limits,
         )
+        self.links = PictureLinks(links) if links else None
         self._signer = None
         if signing is not None:
             self._signer = ContentSigner(signing.certificates, signing.private_key, signing.timestamp_url)

@@ -1,8 +1,8 @@
-"""What an ingress allows a request, and what it signs pictures with."""
+"""What an ingress allows a request, what it signs pictures with, and where it puts them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.planning import PlanLimits
@@ -27,3 +27,13 @@ class SigningFiles:
     certificates: Path
     private_key: Path
     timestamp_url: str | None = None
+
+
+@dataclass(frozen=True)
+class LinkStore:
+    """Where pictures lie that are sent as links."""
+
+    address: str = field(repr=False)
+    """`s3://bucket/folder`, `gs://...` or `az://...`; credentials are in the environment."""
+    lifetime_s: int
+    """Seconds that a link is good for."""

@@ -32,7 +32,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in (".venv", "models", "config", "deployments", "pipelines"):
         (folder / name).symlink_to(ROOT / name)
-    photo(512, 512).save(folder / "photo.jpg")
+    (folder / "photo.jpg").write_bytes(photo(512, 512, "JPEG"))
     return folder
 
 

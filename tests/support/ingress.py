@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from config.catalog import Catalog
 from deployments.access.limits import KeyLimits
 from deployments.api.app import HttpIngress
 from deployments.graph import Graph
 from deployments.ingress.health import Readiness
-from deployments.ingress.ingress import IngressLimits, SigningFiles
+from deployments.ingress.ingress import IngressLimits, LinkStore, SigningFiles
 from pipelines.acceleration import Acceleration
 from pipelines.planning import PlanLimits
 
@@ -43,7 +43,8 @@ def make_app(
     signing: SigningFiles | None = None,
     cors_origins: tuple[str, ...] = (),
     acceleration: Acceleration | None = None,
-) -> ASGIApp:
+    links: LinkStore | None = None,
+) -> FastAPI:
     """The application of an ingress over `graph`, with limits of the test's own."""
     ingress = HttpIngress(
         graph=graph,
@@ -54,13 +55,16 @@ def make_app(
         readiness=readiness,
         signing=signing,
         acceleration=acceleration,
+        links=links,
     )
-    return cast("ASGIApp", ingress.__serve_build_asgi_app__())
+    app: FastAPI = ingress.__serve_build_asgi_app__()
+    return app
 
 
 @asynccontextmanager
 async def open_client(*, base_url: str = "http://127.0.0.1", **limits: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `make_app(**limits)`."""
-    transport = httpx.ASGITransport(make_app(**limits), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url=base_url) as client:
+    app = make_app(**limits)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url=base_url) as client:
         yield client

@@ -100,7 +100,8 @@ def test_an_engine_measures_itself_when_it_is_told_a_price(small: Catalog, compo
 
 
 def test_a_tick_takes_no_more_rows_than_are_worth_it(small: Catalog) -> None:
-    engine = load_engine(small, "unet-sd15", "cpu", max_rows=8, row_price=1e-9)
+    engine = load_engine(small, "unet-sd15", "cpu", max_rows=8)
+    engine.rows_that_fit = lambda key: 2
     texts = load_text_encoders(small, "text-encoder-sd15", "cpu")
     for seed in range(3):
         params = GenerationParams(model_name="SD1.5", prompt="a fox", width=128, height=128, steps=2, seed=seed)

@@ -204,7 +204,7 @@ def test_pictures_are_the_cpus(inpainting_catalog: Catalog, walk: str) -> None:
         drawn = [np.asarray(p.image) for p in Text2Image(inpainting_catalog, device="cuda").generate_many(WALKS[walk])]
     for params, ours, theirs in zip(WALKS[walk], drawn, expected, strict=True):
         assert theirs.std() > 1, "a flat picture proves nothing"
-        assert np.array_equal(ours, theirs), params
+        assert np.abs(ours.astype(int) - theirs).max() <= 1, params  # where a tensor lies changes a product's last bit
 
 
 def test_pictures_leave_the_vae_without_a_wait(catalog: Catalog) -> None:

@@ -64,7 +64,12 @@ async def draw(
         if raw:
             return bytes_reply(pictures[0])
         # Written here: FastAPI would read megabytes of base64 once more to be sure of their type.
-        reply = Response(whole(asked, pictures).model_dump_json(exclude_none=True), media_type="application/json")
+        links: list[str | None] = []
+        if asked.response_format == "url" and ingress.links is not None:
+            links = await ingress.links.of([picture.image for picture in pictures])
+        reply = Response(
+            whole(asked, pictures, links).model_dump_json(exclude_none=True), media_type="application/json"
+        )
         describe(reply, pictures[0])
         return reply
     watcher = Watcher(asked.partial_images or 0, params.output_format)

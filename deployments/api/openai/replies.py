@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Literal
 
 from pydantic import BaseModel
@@ -57,19 +58,21 @@ class OpenAIImageResponse(BaseModel):
     usage: Usage = Usage()
 
 
-def whole(asked: ImageRequest, pictures: list[Generated]) -> OpenAIImageResponse:
-    """The reply of finished pictures."""
+def whole(asked: ImageRequest, pictures: list[Generated], links: Sequence[str | None] = ()) -> OpenAIImageResponse:
+    """The reply of finished pictures, with the links to those that lie in a store."""
     first = pictures[0].plan
     return OpenAIImageResponse(
         created=int(time.time()),
-        data=[_image(asked, picture) for picture in pictures],
+        data=[_image(asked, *one) for one in zip_longest(pictures, links)],
         output_format=first.output_format,
         quality=asked.quality or "auto",
         size="{}x{}".format(*first.size),
     )
 
 
-def _image(asked: ImageRequest, picture: Generated) -> OpenAIImage:
+def _image(asked: ImageRequest, picture: Generated, link: str | None) -> OpenAIImage:
+    if link is not None:
+        return OpenAIImage(url=link, seed=picture.plan.seed)
     text = base64.b64encode(picture.image.data).decode()
     if asked.response_format == "url":
         return OpenAIImage(url=f"data:image/{picture.image.format};base64,{text}", seed=picture.plan.seed)

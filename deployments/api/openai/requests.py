@@ -42,7 +42,9 @@ class ImageRequest(PictureRequest):
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures have no transparent parts.")
     style: Literal["vivid"] | None = Field(None, description="The default of dall-e-3; see style_preset for styles.")
     response_format: Literal["b64_json", "base64", "url"] | None = Field(
-        None, description="b64_json (default), or url: a data URI. base64 is Together's word for b64_json."
+        None,
+        description="b64_json (default), or url: a signed link that ends by itself where the server has a store for "
+        "pictures, else a data URI. base64 is Together's word for b64_json.",
     )
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP; default 95.")
     stream: bool | None = Field(None, description="Server-sent events: partial images, then each finished picture.")
