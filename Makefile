@@ -25,9 +25,8 @@ export SDGRAPH_TORCH_THREADS ?= 1
 PYTEST := $(BIN)/pytest --durations=20 -m "not slow"
 # Two processes with a torch thread each; a file's tests stay together, so that what they share is made once.
 PARALLEL := --numprocesses=2 --dist=loadfile
-RAY_TESTS := tests/upstream/test_ray.py
-FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/docs tests/test_architecture.py --ignore=$(RAY_TESTS)
-PICTURE_TESTS ?= tests/parity tests/contracts tests/page tests/gpu $(RAY_TESTS)
+FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/docs tests/test_architecture.py
+PICTURE_TESTS ?= tests/parity tests/contracts tests/page tests/gpu
 
 .PHONY: help setup models demo serve compile compile-demo format check fast pictures graph test coverage docs slow image-test bench clients train gates k8s lock sbom audit clean
 
@@ -67,7 +66,7 @@ check: setup  ## lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fast: check  ## check and the tests that need neither Ray nor whole pictures: under two minutes
+fast: check  ## check and the tests that need neither Ray nor whole pictures: four minutes
 	$(PYTEST) $(PARALLEL) $(FAST_TESTS)
 
 # What is cheap fails first.

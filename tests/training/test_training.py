@@ -199,6 +199,7 @@ def test_sharpness_finds_a_true_composite_wherever_it_is(
     assert found.edges > 12
 
 
+@pytest.mark.slow
 def test_sharpness_is_not_flattered_by_blur_nor_by_another_object(
     drawn_sprite: torch.Tensor, sprites: torch.Tensor
 ) -> None:

@@ -89,6 +89,7 @@ def test_adapters_come_and_go_under_compiled_blocks(captured: bool) -> None:
     assert bool(compiled.captured) == captured
 
 
+@pytest.mark.slow
 def test_more_shapes_are_compiled_than_dynamo_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 

@@ -1,7 +1,8 @@
 """What this project assumes of Ray 2.60 and Ray does not promise: one test for each assumption, named after it.
 
 `deployments/ray_compat.py` is where most of them are used. A test that fails after an upgrade names what changed; where
-Ray mended something, what worked round it can go.
+Ray mended something, what worked round it can go. They are slow tests (a small Ray instance of their own, two minutes):
+only another version of Ray makes them fail.
 
 What needs minutes, or a node that is lost, is shown elsewhere:
 
@@ -79,6 +80,8 @@ from tests.support.live import wait_for
 from tests.upstream.replicas import Front, OnPurposeError, ShareHolder, Worker
 
 # --- without a cluster ---
+
+pytestmark = pytest.mark.slow
 
 
 class EndOfTestError(Exception):
