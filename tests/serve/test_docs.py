@@ -16,6 +16,7 @@ from config.catalog import ROOT
 from tests.docs.pages import DOCS, NOT_RUN, PAGES, Block, blocks
 from tests.support.http import photo
 
+pytestmark = pytest.mark.slow  # pictures at the sizes and steps that the pages show
 ADDRESS = "http://127.0.0.1:8000"
 COMMANDS = [block for page in PAGES for block in blocks(page, "bash") if block.runs]
 PYTHON = [
