@@ -85,14 +85,15 @@ def _schedule_steps(steps: int, strength: float, sampler: str) -> int:
 
     A1111 too runs as many steps as were asked for, whatever the denoising strength.
     """
-    whole = max(1, math.floor(steps / strength))
     spec = SAMPLERS[sampler]
+    share = steps / strength  # infinity for a strength near 0
+    whole = max(1, math.floor(min(share, spec.max_steps + 1)))
     while int(whole * strength) < steps and whole <= spec.max_steps:
         whole += 1
     if not spec.min_steps <= whole <= spec.max_steps:
         raise InvalidValueError(
-            f"hires.steps {steps} with hires.strength {strength:g} needs a schedule of {whole} steps, and sampler "
-            f"'{sampler}' takes {spec.min_steps} to {spec.max_steps}: change hires.steps or hires.strength",
+            f"hires.steps {steps} with hires.strength {strength:g} needs a schedule of {max(whole, share):g} steps, "
+            f"and sampler '{sampler}' takes {spec.min_steps} to {spec.max_steps}: change hires.steps or hires.strength",
             "hires",
         )
     return whole

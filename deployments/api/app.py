@@ -83,7 +83,8 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     documented: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
     app.include_router(generation.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     drawing = generation.inference_routes(ingress, route_class)
-    app.include_router(drawing, responses=documented, dependencies=_DOCUMENTED_KEY)
+    # 404: a name with a line break in it is on no route.
+    app.include_router(drawing, responses=documented | {404: {"model": ErrorResponse}}, dependencies=_DOCUMENTED_KEY)
     app.include_router(info.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     app.include_router(upscaling.routes(ingress, route_class), responses=documented, dependencies=_DOCUMENTED_KEY)
     app.include_router(offers.routes(ingress, route_class), dependencies=_DOCUMENTED_KEY)

@@ -83,6 +83,7 @@ def test_tvm_is_asked_of_the_first_pass_and_taken_by_the_second_where_it_can() -
     [
         ({"scale": 3}, {}, "makes 3072x2304 of 1024x768, and a side has at most 2496 pixels: use at most 2.43"),
         ({"steps": 100, "strength": 0.05}, {}, "needs a schedule of 2000 steps"),
+        ({"steps": 1, "strength": 5e-324}, {}, "needs a schedule of inf steps"),
         ({"upscaler": "4x-Magic"}, {}, r"Unexpected hires.upscaler '4x-Magic'. Only \['latent', .*'lanczos'"),
         ({"strength": 0.2}, {"enable_refiner": True}, "use more than 0.2, or leave enable_refiner out"),
         ({}, {"image": b"x", "mask_image": b"x"}, "cannot be used with mask_image"),
