@@ -5,6 +5,7 @@ A plan is frozen, serialisable and complete: the same plan gives the same pictur
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -280,6 +281,11 @@ class SourcePicture(_Plan):
     """Of the file, in hexadecimal."""
     digital_source_type: str | None = None
     """How it says that it was made: a term of IPTC's vocabulary."""
+
+    @classmethod
+    def of(cls, file: bytes, digital_source_type: str | None) -> SourcePicture:
+        """The picture in `file`."""
+        return cls(sha256=hashlib.sha256(file).hexdigest(), digital_source_type=digital_source_type)
 
 
 class GenerationPlan(_Plan):

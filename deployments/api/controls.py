@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat
 
 from deployments.api.encoding import decode_base64
+from deployments.api.nulls import NullsAbsent
 from pipelines.control_plan import MAX_CONTROL_WEIGHT, MIN_CONTROL_WEIGHT, ControlParams
 
 
-class ControlRequest(BaseModel):
+class ControlRequest(NullsAbsent):
     """A control map or a photo it is made of, and how it steers. `null` is absent; unknown fields are mistakes."""
 
     model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     name: str = Field(max_length=200, description="See /v1/controlnets.", examples=["canny"])
     image: str = Field(description="Base64 PNG, JPEG or WebP, or a data URI.")

@@ -6,7 +6,7 @@ import asyncio
 
 from deployments.access.caller import ANONYMOUS, Caller
 from deployments.graph import Graph
-from pipelines.errors import DeadlineError
+from deployments.ingress.deadline import Deadline
 from pipelines.pictures.images import check_image
 
 
@@ -28,14 +28,9 @@ class Annotating:
             DeadlineError: it took longer than the caller waits, or the server.
         """
         await asyncio.to_thread(check_image, photo, "image", self._max_pixels)
-        seconds = min(caller.deadline_s, self._deadline_s)
+        deadline = Deadline(min(caller.deadline_s, self._deadline_s))
         call = self._graph.annotate(component=component, name=name, photo=photo)
         try:
-            async with asyncio.timeout(seconds) as scope:
-                return await call
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise DeadlineError(f"not finished within {seconds:g} seconds") from None
+            return await deadline.bound(call)
         finally:
             call.cancel()

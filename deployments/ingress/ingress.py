@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from deployments.graph import Graph, Progress
 from deployments.ingress.annotating import Annotating
 from deployments.ingress.compiled import CompiledSizes
 from deployments.ingress.compose import Composition, Preview, Watcher
+from deployments.ingress.deadline import Deadline
 from deployments.ingress.health import Health, Readiness
 from deployments.ingress.library import LibraryWatch
 from deployments.ingress.limits import IngressLimits as IngressLimits
@@ -214,12 +214,13 @@ class Ingress:
     ) -> AsyncGenerator[Watched, None]:
         """Admit, compose, and compose once more where that helps; the last item is the picture."""
         begin = time.perf_counter()
-        deadline = _Deadline(min(caller.deadline_s, self.limits.deadline_s))
+        deadline = Deadline(min(caller.deadline_s, self.limits.deadline_s))
+        unets_done_by = _unets_done_by(deadline.seconds)
         plan = await deadline.bound(self._admit(params, caller))
         yield Progress(plan.stages[0].component, 0, 0)
         image: Timed[EncodedImage] | None = None
         for first in (True, False):
-            composition = Composition(self._graph, plan, params, deadline.unets, watcher, self._health)
+            composition = Composition(self._graph, plan, params, unets_done_by, watcher, self._health)
             try:
                 async with aclosing(composition.run()) as items:
                     while (item := await deadline.bound(anext(items, None))) is not None:
@@ -254,8 +255,7 @@ class Ingress:
         for param, data in params.pictures:
             file = await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
             if param == "image":
-                digest = hashlib.sha256(data).hexdigest()
-                source = SourcePicture(sha256=digest, digital_source_type=file.digital_source_type)
+                source = SourcePicture.of(data, file.digital_source_type)
                 plan = plan.model_copy(update={"source": source})
         if params.image is not None and params.mask_image is not None:
             await asyncio.to_thread(check_mask, params.image, params.mask_image)
@@ -320,22 +320,6 @@ class Ingress:
         return again.model_copy(update={"source": plan.source})
 
 
-class _Deadline:
-    """When a request must be finished."""
-
-    def __init__(self, seconds: float) -> None:
-        """Count from now."""
-        self._seconds = seconds
-        self._at = asyncio.get_running_loop().time() + seconds
-        self.unets = time.time() + seconds - min(seconds * DECODING_SHARE, MOST_DECODING_S)
-        """When UNets must be done, in seconds of Unix time."""
-
-    async def bound(self, work: Awaitable[T]) -> T:
-        """Await `work` until then; raises DeadlineError."""
-        try:
-            async with asyncio.timeout_at(self._at) as scope:
-                return await work
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise DeadlineError(f"not finished within {self._seconds:g} seconds") from None
+def _unets_done_by(seconds: float) -> float:
+    """When UNets must be done so that a request is finished in so many seconds, in seconds of Unix time."""
+    return time.time() + seconds - min(seconds * DECODING_SHARE, MOST_DECODING_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,7 @@ from config.catalog import Catalog
 from deployments.access.caller import ANONYMOUS, Caller
 from deployments.access.limits import UsageLimiter
 from deployments.graph import Graph
+from deployments.ingress.deadline import Deadline
 from deployments.ingress.health import Health
 from deployments.ingress.limits import IngressLimits
 from deployments.ingress.pending import Pending
@@ -20,7 +20,6 @@ from deployments.ingress.wake import Wake
 from deployments.ray_compat import cause_of, replica_died
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import StageTime, Timed, stopwatch
-from pipelines.errors import DeadlineError
 from pipelines.pictures.enlarging import enlarged_file
 from pipelines.pictures.images import EncodedImage, check_image
 from pipelines.plan import SourcePicture
@@ -78,21 +77,14 @@ class Upscaling:
         """
         begin = time.perf_counter()
         file = await asyncio.to_thread(check_image, params.image, "image", self._limits.max_image_pixels)
-        digest = hashlib.sha256(params.image).hexdigest()
-        source = SourcePicture(sha256=digest, digital_source_type=file.digital_source_type)
+        source = SourcePicture.of(params.image, file.digital_source_type)
         size = (file.width, file.height)
         plan = plan_upscale(params, size, source, file.infotext, self._catalog(), self._limits.max_image_pixels)
         if caller.key is not None:
             await self._usage.pixel_steps(caller.key, plan.pixel_steps)
-        seconds = min(caller.deadline_s, self._limits.deadline_s)
-        try:
-            async with asyncio.timeout(seconds) as scope:
-                drawn = await self._enlarged(plan, params.image)
-                image = await self._sign(drawn.value, plan, params.image)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise DeadlineError(f"not finished within {seconds:g} seconds") from None
+        deadline = Deadline(min(caller.deadline_s, self._limits.deadline_s))
+        drawn = await deadline.bound(self._enlarged(plan, params.image))
+        image = await deadline.bound(self._sign(drawn.value, plan, params.image))
         seconds = time.perf_counter() - begin
         backend = "pillow" if plan.component is None else "torch"
         metrics().request_seconds.observe(seconds, {"model": plan.upscaler, "backend": backend})

@@ -22,6 +22,7 @@ from pipelines.text2image import Text2Image
 from tests.support.bound import name_of, run_locally
 from tests.support.http import decoded, encoded, events, photo, picture, pixels
 from tests.support.ingress import ClientFactory
+from tests.support.pictures import png
 
 PHOTO = photo()
 FIELDS: dict[str, Any] = {"model_name": "SD1.5-ControlNet", "prompt": "a fox", "width": 128, "height": 128}
@@ -32,12 +33,6 @@ TWO_MAPS: list[dict[str, Any]] = [
     {"name": "canny", "image": PHOTO, "weight": 0.8, "end": 0.5},
     {"name": "softedge", "image": photo(70, 50), "preprocess": False, "guess": True},
 ]
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def wire(fields: dict[str, Any]) -> dict[str, Any]:

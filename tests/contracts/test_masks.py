@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import httpx
 import numpy as np
 import pytest
@@ -18,13 +16,7 @@ from tests.support.bound import run_locally
 from tests.support.http import check as check_error
 from tests.support.http import decoded, encoded, events, picture, pixels, post
 from tests.support.ingress import ClientFactory
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
+from tests.support.pictures import png
 
 SENT = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
 LEFT = Image.new("L", (128, 128))

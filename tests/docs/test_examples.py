@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     assert code
     for block in code:
         exec(compile(block.padded, DOCS / page, "exec"), names)
+
+
+def test_code_is_in_a_language_that_is_run_or_shows_data() -> None:
+    """A fence without a language, or called `sh` or `console`, would escape the tests that run commands."""
+    for page in PAGES:
+        opened = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        languages = {language for language in opened if not language.startswith("{")}  # else a directive of Sphinx
+        assert languages <= {"bash", "python", "json", "yaml", "mermaid"}, page
 
 
 def test_what_does_not_run_says_why() -> None:

@@ -16,14 +16,9 @@ from diffusers import (
 from PIL import Image, ImageDraw, ImageFilter
 
 from tests.parity import oracle
+from tests.support.pictures import png
 
 FIELDS: dict[str, Any] = {"prompt": "a fox", "seed": 5, "steps": 6, "cfg_scale": 5.0, "strength": 0.7}
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def picture(photo: bytes, side: int) -> Image.Image:

@@ -26,11 +26,6 @@ SD = "SD1.5-ControlNet"
 
 
 @pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
-@pytest.fixture(scope="module")
 def annotators(catalog: Catalog) -> Annotators:
     return Annotators(catalog, "cpu")
 

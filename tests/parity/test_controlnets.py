@@ -15,7 +15,6 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteScheduler
 from PIL import Image
 
-from config.catalog import Catalog
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -29,24 +28,6 @@ PIPELINES = {
     PLAIN_XL: ("StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
 }
 MODES = {"openpose": 0, "depth": 1, "softedge": 2, "canny": 3}
-
-
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
-@pytest.fixture(scope="module")
-def plain_xl(catalog: Catalog) -> Text2Image:
-    """The tiny catalog with a plain ControlNet in the place of SDXL's union one."""
-    data = catalog.model_dump()
-    for component in data["components"]:
-        if component["id"] == "controlnet-sdxl-union":
-            component |= {"union": False, "source": {"folder": "models/tiny/controlnet-sdxl"}}
-    for control in data["controlnets"]:
-        if control["component"] == "controlnet-sdxl-union":
-            control["mode"] = None
-    return Text2Image(Catalog.model_validate(data))
 
 
 def control_map(data: bytes, side: int, canny: bool) -> Image.Image:

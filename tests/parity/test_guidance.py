@@ -20,11 +20,6 @@ SIZE = {"SD1.5": 128, "SD2": 128, "SDXL1.0-base": 256}
 WINDOWS = [(0.0, 0.5), (0.3, 1.0), (0.25, 0.7)]
 
 
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
 def fields(model: str, **changes: Any) -> dict[str, Any]:
     base = {"prompt": "a fox", "seed": 3, "steps": 6, "cfg_scale": 6.0, "sampler": "Euler a"}
     return {"model_name": model, "width": SIZE[model], "height": SIZE[model]} | base | changes

@@ -24,11 +24,6 @@ from tests.parity.repainting import picture, png
 SIZE = {"SD1.5": 128, "SDXL1.0-base": 256}
 
 
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
 def fields(model: str, photo: bytes, **changes: Any) -> dict[str, Any]:
     return repainting.fields(model, photo, SIZE[model], **changes)
 

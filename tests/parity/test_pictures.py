@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config.catalog import Catalog
 from pipelines.plan import GenerationParams
 from pipelines.sampling.samplers import SAMPLERS
 from pipelines.text2image import Text2Image
@@ -17,11 +16,6 @@ from tests.parity import oracle
 OWN_SAMPLERS: set[str] = set()
 """Names whose solver diffusers does not have; each has a test of its own elsewhere."""
 SIZE = {"SD1.5": 128, "SD2": 128, "SDXL1.0-base": 256, "SSD": 256, "SDXL-turbo": 256}
-
-
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
 
 
 def request(model: str, **changes: Any) -> dict[str, Any]:

@@ -21,11 +21,6 @@ LONG = "a fox, " * 11 + "unbroken words that no comma parts from each other at a
 BROKEN = "a fox BREAK a boat on the (sea:1.3) BREAK snow"
 
 
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
 def fields(model: str, **changes: Any) -> dict[str, Any]:
     base = {"seed": 1234, "steps": 4, "cfg_scale": 5.0, "sampler": "DPM++ 2M SDE Karras"}
     return {"model_name": model, "width": MODELS[model], "height": MODELS[model]} | base | changes

@@ -14,42 +14,18 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel, StableDiffusionXLImg2ImgPipeline
 from PIL import Image, ImageDraw
 
-from config.catalog import Catalog
 from pipelines.control_plan import ControlParams
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity import oracle
 from tests.parity.test_pictures import assert_same
+from tests.support.pictures import png
 
 SD, XL, UNION = "StableDiffusion", "StableDiffusionXL", "StableDiffusionXL union"
 SIDE = {SD: 128, XL: 256, UNION: 256}
 MODES = {"openpose": 0, "depth": 1, "softedge": 2, "canny": 3}
 TWO: list[dict[str, Any]] = [{"name": "canny", "weight": 0.7, "end": 0.6}, {"name": "depth", "start": 0.3}]
 GUESSES = [control | {"guess": True} for control in TWO]
-
-
-@pytest.fixture(scope="module")
-def text2image(catalog: Catalog) -> Text2Image:
-    return Text2Image(catalog)
-
-
-@pytest.fixture(scope="module")
-def plain_xl(catalog: Catalog) -> Text2Image:
-    """The tiny catalog with a plain ControlNet in the place of SDXL's union one."""
-    data = catalog.model_dump()
-    for component in data["components"]:
-        if component["id"] == "controlnet-sdxl-union":
-            component |= {"union": False, "source": {"folder": "models/tiny/controlnet-sdxl"}}
-    for control in data["controlnets"]:
-        if control["component"] == "controlnet-sdxl-union":
-            control["mode"] = None
-    return Text2Image(Catalog.model_validate(data))
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def control_map(position: int, side: int) -> Image.Image:

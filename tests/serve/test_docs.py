@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from config.catalog import ROOT
-from tests.docs.pages import DOCS, NOT_RUN, PAGES, Block, blocks
+from tests.docs.pages import DOCS, PAGES, Block, blocks
 from tests.support.http import photo
 
 pytestmark = pytest.mark.slow  # pictures at the sizes and steps that the pages show
@@ -61,9 +61,3 @@ def test_python_runs(block: Block, checkout: Path, url: str, monkeypatch: pytest
     monkeypatch.chdir(checkout)
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(block.padded.replace(ADDRESS, url), block.page, "exec"), names)
-
-
-def test_every_command_of_the_first_pages_is_run_or_says_why_not() -> None:
-    for page in (ROOT / "README.md", DOCS / "quickstart.md"):
-        for block in blocks(page, "bash"):
-            assert block in COMMANDS or block.code.startswith(NOT_RUN)

@@ -10,12 +10,7 @@ from PIL import Image
 
 from pipelines.errors import InvalidValueError
 from pipelines.pictures.fitting import Fit, fitted
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.support.pictures import png
 
 
 def halves(width: int, height: int) -> bytes:

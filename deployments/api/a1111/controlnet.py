@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from fastapi.routing import APIRoute
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from config.catalog import Catalog
 from config.choices import Choices, UnknownChoiceError
@@ -15,6 +15,7 @@ from deployments.api.a1111.units import NO_MODULE
 from deployments.api.admission import caller_of
 from deployments.api.connection import until_disconnect
 from deployments.api.encoding import decode_base64
+from deployments.api.nulls import NullsAbsent
 from deployments.ingress.ingress import Ingress
 from pipelines.errors import InvalidValueError
 
@@ -24,15 +25,10 @@ MOST_PHOTOS = 10
 """Of one `detect`."""
 
 
-class DetectRequest(BaseModel):
+class DetectRequest(NullsAbsent):
     """Photos to make control maps of. `processor_res` and thresholds are fixed here."""
 
     model_config = ConfigDict(extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     controlnet_module: str = Field(NO_MODULE, max_length=200, description="See /controlnet/module_list.")
     controlnet_input_images: list[str] = Field(

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from deployments.api.a1111.options import Options
 from deployments.api.admission import caller_of
 from deployments.api.connection import until_disconnect
 from deployments.api.encoding import decode_base64
+from deployments.api.nulls import NullsAbsent
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.upscaling import Upscaled
 from pipelines.enlargement import MAX_SCALE, MIN_SCALE
@@ -35,15 +36,10 @@ class PictureRequest(BaseModel):
     image: str | None = Field(None, description="Base64 PNG, JPEG or WebP, or a data URI.")
 
 
-class EnlargeRequest(BaseModel):
+class EnlargeRequest(NullsAbsent):
     """How pictures are enlarged. `null` is absent."""
 
     model_config = ConfigDict(extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     resize_mode: Literal[0, 1] = Field(0, description="0: by upscaling_resize. 1: to a size of the picture's shape.")
     upscaling_resize: FiniteFloat = Field(2.0, ge=MIN_SCALE, le=MAX_SCALE)
