@@ -43,3 +43,16 @@ def test_every_alert_has_a_section_and_links_to_it() -> None:
     assert {alert["alert"] for alert in alerts} == headings
     for alert in alerts:
         assert alert["annotations"]["runbook_url"].endswith(f"docs/operations.md#{alert['alert'].lower()}")
+
+
+def test_cited_decisions_exist_and_no_two_share_an_id() -> None:
+    ids = re.findall(r"^### ([A-Z0-9]{3}-\d+): ", (DOCS / "decisions.md").read_text(), re.MULTILINE)
+    assert len(ids) == len(set(ids))
+    rooms = "|".join({name.partition("-")[0] for name in ids})
+    folders = ("config", "pipelines", "deployments", "models", "training", "benchmarks", "k8s", "tests")
+    files = [
+        path for folder in folders for kind in ("py", "yaml", "js", "md") for path in (ROOT / folder).rglob(f"*.{kind}")
+    ]
+    cited = {id_ for path in files for id_ in re.findall(rf"\b(?:{rooms})-\d+\b", path.read_text())}
+    assert cited
+    assert cited <= set(ids)
