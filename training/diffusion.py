@@ -116,7 +116,9 @@ def noised(
     conditions = {name: value.to(device) for name, value in bank.rows(rows).items()}
     context = conditions.pop("encoder_hidden_states")
     latents = latents.to(device)
-    times = ((before - 1) * (1 - torch.rand(batch) ** lean)).round().long().to(device)
+    # Evenly spread over 0..1 from a random start (Kingma et al. 2021, arXiv:2107.00630): less noise between batches.
+    spread = (torch.rand(1) + torch.arange(batch) / batch) % 1
+    times = ((before - 1) * (1 - spread**lean)).round().long().to(device)
     noise = torch.randn(latents.shape).to(device)
     noisy = DDIMScheduler(**NOISE).add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
     return Noised(rows, latents, noise, times, noisy, context, conditions or None)
@@ -132,16 +134,39 @@ CLEAREST = 4.0
 """Signal-to-noise ratio above which a time's weight falls: there most of the loss is noise nobody can foretell."""
 
 
-def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int) -> Tensor:
-    """Squared error of v, at low noise as if of the picture alone.
+def loss_of(unet: nn.Module, pool: Pool, bank: CaptionBank, batch: int, balance: Tensor | None = None) -> Tensor:
+    """Mean of `losses` over a random batch, each time's by its weight in `balance` [1000] where that is given."""
+    drawn = noised(pool, bank, batch, next(unet.parameters()).device)
+    each = losses(unet, drawn)
+    return (each if balance is None else each * balance.to(each.device)[drawn.times]).mean()
+
+
+def losses(unet: nn.Module, drawn: Noised) -> Tensor:
+    """Squared error of v for each row, at low noise as if of the picture alone: `[n]`.
 
     v's error is the picture's times SNR + 1; the factor is cut at CLEAREST + 1, in the manner of min-SNR (Hang et al.
     2023, arXiv:2303.09556), which weighs epsilon's error.
     """
-    device = next(unet.parameters()).device
-    drawn = noised(pool, bank, batch, device)
+    device = drawn.latents.device
     with torch.autocast(device.type, torch.bfloat16):
         answer = drawn.ask(unet)
     alphas: Tensor = DDIMScheduler(**NOISE).alphas_cumprod.to(device)[drawn.times]
     weight = ((CLEAREST + 1) * (1 - alphas)).clamp(max=1)  # SNR + 1 = 1 / (1 - alphas)
-    return (weight * (answer.float() - drawn.velocity).square().mean((1, 2, 3))).mean()
+    return weight * (answer.float() - drawn.velocity).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def balance(unet: nn.Module, pool: Pool, bank: CaptionBank, batches: int = 24, bins: int = 10) -> Tensor:
+    """Weights of the 1000 times, mean 1: one over the root of the loss that a trained `unet` has there.
+
+    At high noise most of the loss is what the caption leaves open, and drowns the rest. Karras et al. (2024,
+    arXiv:2312.02696) divide by the loss itself; the root is half of that way, for backgrounds are decided there too.
+    """
+    torch.manual_seed(0)
+    device = next(unet.parameters()).device
+    drawn = [noised(pool, bank, 32, device, lean=1.0) for _ in range(batches)]
+    each = torch.cat([losses(unet, few) for few in drawn]).cpu()
+    part = torch.cat([few.times for few in drawn]).cpu() * bins // 1000
+    means = torch.stack([each[part == number].mean() for number in range(bins)])
+    curve = nn.functional.interpolate(means[None, None], 1000, mode="linear")[0, 0].rsqrt()
+    return curve / curve.mean()

@@ -85,10 +85,12 @@ class Models(Workshop):
         bank = self._sd_bank(pool)
         kept = self._build / "unet-warm"
         unet = load(UNet2DConditionModel, kept) if kept.exists() else diffusion.sd_unet()
+        unet = unet.to(self._device, memory_format=torch.channels_last)
+        balance = diffusion.balance(unet, pool, bank) if kept.exists() else None
         average = train(
             "unet",
-            unet.to(self._device, memory_format=torch.channels_last),
-            lambda model: diffusion.loss_of(model, pool, bank, 32),
+            unet,
+            lambda model: diffusion.loss_of(model, pool, bank, 32, balance),
             Schedule(self._steps(10_000), 5e-4, warmup=200, average=0.999),
             self._build / "unet.checkpoint",
             compiled=shutil.which("g++") is not None,
