@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.precision import WantedPrecision
 from config.sources import TVM_CACHE
 
 
@@ -22,6 +23,9 @@ class Settings(BaseSettings):
     """CPU threads of each replica's torch; the machine's cores by default."""
     tvm_cache: Path = TVM_CACHE
     """Folder of compiled UNets, which `make compile` fills."""
+    tvm_precision: WantedPrecision = "auto"
+    """Numbers that UNets on CPUs multiply, compiled ones and torch's; `auto` is bfloat16 where the processor multiplies
+    it, else float32."""
     api_keys_file: Path | None = None
     """Lines `<name> <sha256 of the key in hex>`; needed unless the graph says `auth: none`."""
     rate_limit: str | None = "60/minute"

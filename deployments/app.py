@@ -107,7 +107,7 @@ def build_app(args: AppArgs) -> Application:
     _check_checkout()
     settings = Settings()
     catalog = _catalog(args)
-    runtime = Runtime(settings.device, settings.torch_threads, settings.log_format)
+    runtime = Runtime(settings.device, settings.torch_threads, settings.log_format, settings.tvm_precision)
     limits = IngressLimits(
         plan=PlanLimits(max_pixel_steps=settings.max_pixel_steps),
         max_body_bytes=settings.max_body_bytes,

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from config.precision import WantedPrecision
 from deployments.ray_compat import gpu_share, raised_elsewhere
 from deployments.replicas.worker import Worker
 from deployments.telemetry.logs import LogFormat, show_logs
@@ -27,6 +28,8 @@ class Runtime:
     torch_threads: int | None = None
     """CPU threads, the machine's cores if None. Ray sets OMP_NUM_THREADS to 1 on a fraction of a CPU."""
     log_format: LogFormat = "text"
+    precision: WantedPrecision = "float32"
+    """Of UNets on a CPU."""
 
     def apply(self) -> Literal["cpu", "cuda"]:
         """Set this process up; returns the device.

@@ -94,6 +94,7 @@ def outages(short: Path, tiny_models: Path) -> Iterator[Outages]:
             "SDGRAPH_LIMITS_STORE": f"{redis.url}/1",
             "SDGRAPH_RATE_LIMIT": "100000/minute",
             "SDGRAPH_TVM_CACHE": str(programs),
+            "SDGRAPH_TVM_PRECISION": "float32",
         }
         nodes = stack.enter_context(running(temp, redis, environment, logs))
         made = Outages(nodes, redis, temp, programs, server)

@@ -116,7 +116,13 @@ def client(cluster: Cluster, folder: Path) -> Iterator[httpx.Client]:
     config.write_text(yaml.safe_dump(for_one_machine()))
     try:
         with (
-            running_graph(config, PORT, {"RAY_ADDRESS": cluster.address}, timeout_s=500, log=log) as url,
+            running_graph(
+                config,
+                PORT,
+                {"RAY_ADDRESS": cluster.address, "SDGRAPH_TVM_PRECISION": "float32"},
+                timeout_s=500,
+                log=log,
+            ) as url,
             httpx.Client(base_url=url, timeout=200, headers={"authorization": "Bearer secret"}) as opened,
         ):
             yield opened

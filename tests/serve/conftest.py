@@ -93,6 +93,7 @@ def url(
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     environment = {"SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
+    environment |= {"SDGRAPH_TVM_PRECISION": "float32"}  # pictures are compared to the bit or nearly, on any machine
     environment |= {"RAY_metrics_report_interval_ms": "1000"}  # ten seconds by default
     environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {

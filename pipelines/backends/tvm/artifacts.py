@@ -19,6 +19,8 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines.processor import processor_flags
+
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
@@ -85,15 +87,6 @@ class Artifact(BaseModel):
     """`(name in the state dict, layout kind, panel, tile)` of every argument after the inputs, in order."""
     compile_seconds: float
     """How long it took to compile."""
-
-
-def processor_flags() -> frozenset[str]:
-    """Instruction set extensions of this machine, as Linux names them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
 
 
 def needed_flags(level: str) -> tuple[str, ...]:
