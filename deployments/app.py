@@ -34,6 +34,7 @@ from deployments.replicas.text_encoder import TextEncoderDeployment
 from deployments.replicas.upscaler import UpscalerDeployment
 from deployments.replicas.vae import VAEDeployment
 from pipelines.acceleration import Acceleration
+from pipelines.compiling import CompileMode, Compiling
 from pipelines.library.library import extend
 from pipelines.planning import PlanLimits
 
@@ -84,6 +85,11 @@ class AppArgs(BaseModel):
     """Deploy compiled UNets beside torch's; `make compile` makes them. On GPUs torch is what `auto` means."""
     tvm_models: tuple[str, ...] = ()
     """Models whose UNets are deployed so; every one with a table of sizes if empty."""
+    compile: CompileMode = "ahead"
+    """`ahead`: what `make compile` made. `on_demand`: a size is also compiled, beside serving, when a request asks for
+    it, which torch answers meanwhile. `tables`: so are the models' tables of sizes, from the start on."""
+    compile_sizes: int = Field(default=12, ge=1)
+    """Most sizes that a UNet may have compiled then; others are left to torch."""
     reproducible: Literal["rounding", "strict"] = "rounding"
     """`rounding`: a picture may differ by 1/255 with the requests it shares ticks with. `strict`: not by a byte."""
     acceleration: Acceleration = Acceleration()
@@ -129,6 +135,7 @@ def build_app(args: AppArgs) -> Application:
         log_format=settings.log_format,
         signing=_signing_files(settings),
         links=_link_store(settings),
+        compiles_on_demand=args.compile != "ahead",
     )
 
 
@@ -224,7 +231,7 @@ def bind_compiled(
             max_rows=args.max_rows,
             controlnets=None if colocated else _control_of(ids, catalog, bound),
             strict=args.reproducible == "strict",
-            compiled=cache,
+            compiled=Compiling(cache, args.compile, args.compile_sizes),
         )
         compiled |= dict.fromkeys(ids, app)
     return compiled

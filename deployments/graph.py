@@ -15,11 +15,12 @@ from pipelines.upscale import UpscalePlan
 
 if TYPE_CHECKING:
     from deployments.telemetry.stages import Timed
+    from pipelines.compiling import CompileReport, WantedProgram
     from pipelines.control.residuals import PackedResiduals
     from pipelines.control.types import ControlBatch, ControlHint
     from pipelines.pictures.images import EncodedImage
     from pipelines.pictures.upscaling import Pixels
-    from pipelines.plan import CompiledSize, GenerationPlan, OutputFormat, StagePlan
+    from pipelines.plan import GenerationPlan, OutputFormat, StagePlan
     from pipelines.sampling.latents import Latents
     from pipelines.text.conditioning import Conditioning
 
@@ -223,9 +224,9 @@ class Graph:
         """A small file of a picture in the making."""
         return Call(self._handles[plan.vae].preview.remote(plan=plan, latents=latents, file_format=file_format))
 
-    def compiled_sizes(self, component: str) -> Call[tuple[CompiledSize, ...]]:
-        """What the replica of a compiled UNet can draw, with what was measured when it started."""
-        return Call(self._compiled[component].compiled_sizes.remote())
+    def compile_report(self, *, component: str, wanted: tuple[WantedProgram, ...] = ()) -> Call[CompileReport]:
+        """What the replica of a compiled UNet can draw and what it works on, after it has been asked for more."""
+        return Call(self._compiled[component].compile_report.remote(component=component, wanted=wanted))
 
     def device(self, component: str) -> Call[str]:
         """Where torch runs a UNet: `cpu` or `cuda`."""

@@ -24,6 +24,7 @@ from pipelines.adapters.reading import AdapterFile, read_adapter
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.compiling import Compiling
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
@@ -48,7 +49,7 @@ from pipelines.weights.files import ComponentFiles, embedding_path, lora_path, r
 from pipelines.weights.loading import Device, load_model, load_text_models
 
 if TYPE_CHECKING:
-    from pipelines.backends.tvm.artifacts import ArtifactCache
+    from pipelines.backends.tvm.on_demand import OnDemand
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class CompiledUNet:
 
     engine: StepEngine
     sizes: tuple[CompiledSize, ...]
+    on_demand: OnDemand | None = None
+    """What has further sizes compiled; None where all are compiled ahead."""
 
 
 def load_engine(
@@ -130,18 +133,29 @@ def _text_shapes(catalog: Catalog, component_id: str, denoiser: Denoiser) -> tup
 def load_compiled(
     catalog: Catalog,
     component_id: str,
-    cache: ArtifactCache,
+    compiling: Compiling,
     max_rows: int = 16,
     strict: bool = False,
     control: ControlSource | None = None,
 ) -> CompiledUNet | None:
-    """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is."""
+    """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is and will be.
+
+    Args:
+        catalog: says what it is.
+        component_id: the UNet.
+        compiling: where programs are kept, and whether further ones come while it serves.
+        max_rows: most rows of a tick.
+        strict: equal bytes whatever the neighbours.
+        control: what steers it, if anything.
+    """
     # tvm takes a second to import, and only replicas that run it need to have it.
-    from pipelines.backends.tvm.artifacts import BATCHES
+    from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache
     from pipelines.backends.tvm.loading import load_denoiser
+    from pipelines.backends.tvm.on_demand import OnDemand, table_of
 
     load_unet = functools.partial(load_model, UNet2DConditionModel, catalog.component(component_id), "cpu")
-    compiled = load_denoiser(catalog, component_id, cache, load_unet)
+    cache = ArtifactCache(compiling.folder)
+    compiled = load_denoiser(catalog, component_id, cache, load_unet, grows=compiling.mode != "ahead")
     if compiled is None:
         return None
 
@@ -150,7 +164,12 @@ def load_compiled(
 
     rows = min(max_rows, max(BATCHES))
     engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict, control)
-    return CompiledUNet(engine, compiled.sizes)
+    if compiling.mode == "ahead":
+        return CompiledUNet(engine, compiled.sizes)
+    on_demand = OnDemand(catalog, component_id, cache, compiled, load_unet, compiling.most_sizes)
+    if compiling.mode == "tables":
+        on_demand.want(*table_of(catalog, component_id))
+    return CompiledUNet(engine, compiled.sizes, on_demand)
 
 
 def engine_over(

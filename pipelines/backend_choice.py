@@ -32,8 +32,8 @@ class BackendChoice:
     def create(
         cls, name: str, model: ModelSpec, width: int, height: int, compiled: Collection[CompiledSize]
     ) -> BackendChoice:
-        """Of one of `BACKENDS`; an explicit `tvm` must be on the model's size table."""
-        sizes = [str(s) for s in model.tvm_sizes]
+        """Of one of `BACKENDS`; an explicit `tvm` must be on the model's size table, or compiled all the same."""
+        sizes = list(dict.fromkeys([*map(str, model.tvm_sizes), *_compiled_for(model, compiled)]))
         if name == "tvm" and f"{width}x{height}" not in sizes:
             raise InvalidValueError(
                 f"backend 'tvm' does not serve {model.name} at {width}x{height}. Only {sizes} allowed", "backend"
@@ -62,7 +62,12 @@ class BackendChoice:
             return "compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
         if here is not None:
             return None
-        sizes = list(dict.fromkeys(str(c) for c in self.compiled if c.component == self.model.unet))
+        sizes = _compiled_for(self.model, self.compiled)
         if not sizes:
             return "not compiled on this server. Only ['auto', 'torch'] allowed now"
         return f"not compiled for this size and ControlNet on this server. Only {sizes} are compiled"
+
+
+def _compiled_for(model: ModelSpec, compiled: Collection[CompiledSize]) -> list[str]:
+    """Sizes that a model's UNet is compiled for."""
+    return list(dict.fromkeys(str(size) for size in compiled if size.component == model.unet))

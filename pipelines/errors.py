@@ -3,7 +3,7 @@
 SdgraphError
 ├── RequestError            the caller's fault; `param` names the request field
 │   ├── InvalidValueError       out of range, or not allowed for this model
-│   │   └── UncompiledPromptError   a prompt longer than the compiled UNets read
+│   │   └── UncompiledError         what compiled UNets cannot do, and torch can
 │   ├── NonFiniteError          values that are not finite numbers, where a picture should be
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
@@ -40,8 +40,11 @@ class InvalidValueError(RequestError):
     """A value out of range or not allowed for this model."""
 
 
-class UncompiledPromptError(InvalidValueError):
-    """A prompt longer than compiled UNets read: the caller's fault only where backend tvm was asked for by name."""
+class UncompiledError(InvalidValueError):
+    """What compiled UNets cannot do, and torch can, such as a prompt that is longer than they read.
+
+    It is the caller's fault only where backend tvm was asked for by name.
+    """
 
 
 class NonFiniteError(RequestError):

@@ -42,6 +42,11 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
                 for entry in compiled
                 if entry.component == model.unet and entry.control == model.requires_controlnet
             ],
+            "tvm_compiling": [
+                {"size": str(entry), "state": entry.state}
+                for entry in ingress.compiled.pending()
+                if entry.component == model.unet and entry.control == model.requires_controlnet
+            ],
             "on_a_gpu": ingress.acceleration.model_dump(),
             "refiner": model.refiner is not None,
             "inpainting": catalog.component(model.unet).inpainting,

@@ -42,7 +42,7 @@ from pipelines.errors import (
     DeadlineError,
     OverloadedError,
     RequestError,
-    UncompiledPromptError,
+    UncompiledError,
     UnstartableError,
 )
 from pipelines.pictures.images import EncodedImage, check_image
@@ -101,6 +101,7 @@ class Ingress:
         signing: SigningFiles | None = None,
         links: LinkStore | None = None,
         acceleration: Acceleration | None = None,
+        compiles_on_demand: bool = False,
     ) -> None:
         show_logs(log_format)
         self.acceleration = acceleration or Acceleration()
@@ -110,7 +111,7 @@ class Ingress:
         self.usage = UsageLimiter(key_limits)
         self.desk = Desk(key_limits.store)
         self.readiness = readiness
-        self.compiled = CompiledSizes(graph)
+        self.compiled = CompiledSizes(graph, compiles_on_demand)
         self.annotating = Annotating(graph, limits.max_image_pixels, limits.deadline_s)
         self._graph = graph
         self._wake = Wake(graph)
@@ -252,6 +253,8 @@ class Ingress:
     async def _admit(self, params: GenerationParams, caller: Caller) -> GenerationPlan:
         """Decide; check the pictures, which must not fail on a GPU replica after they queued there; charge; wake."""
         plan = await self._plan(params)
+        if params.backend.lower() == "auto":
+            self.compiled.want_what_lacks(plan)
         for param, data in params.pictures:
             file = await asyncio.to_thread(check_image, data, param, self.limits.max_image_pixels)
             if param == "image":
@@ -283,8 +286,8 @@ class Ingress:
     def _second_try(self, params: GenerationParams, plan: GenerationPlan, error: Exception) -> GenerationPlan:
         """How to go on after the graph failed; the seed is decided, so it is the same picture.
 
-        What ran on tvm and may run on torch does, also where only the prompt was too long for it. A replica that died,
-        of whatever kind, is worth another try: Serve sends it to another one, or to its successor.
+        What ran on tvm and may run on torch does, also where only the request was more than is compiled. A replica that
+        died, of whatever kind, is worth another try: Serve sends it to another one, or to its successor.
 
         Raises:
             BackendError: the request asked for tvm by name.
@@ -292,8 +295,8 @@ class Ingress:
         """
         cause = cause_of(error)
         named = params.backend.lower() == "tvm"
-        if isinstance(cause, UncompiledPromptError) and not named:
-            logger.info("the prompt is longer than what is compiled, torch takes over: %s", cause)
+        if isinstance(cause, UncompiledError) and not named:
+            logger.info("torch takes over: %s", cause)
             return self._on_torch(params, plan)
         if isinstance(cause, RequestError | DeadlineError | OverloadedError | UnstartableError | BackPressureError):
             raise error

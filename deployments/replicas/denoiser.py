@@ -7,8 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from config.catalog import Catalog
 from deployments.autoscaling import OUTSTANDING, PACE
@@ -21,10 +20,12 @@ from deployments.replicas.sealing import seal, unseal
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.acceleration import Acceleration
-from pipelines.errors import SdgraphError
+from pipelines.compiling import CompileReport, Compiling, CompilingState, WantedProgram
+from pipelines.errors import SdgraphError, UncompiledError
 from pipelines.plan import CompiledSize, StagePlan
 
 if TYPE_CHECKING:
+    from pipelines.backends.tvm.on_demand import OnDemand
     from pipelines.control.nets import ControlNets
     from pipelines.control.types import ControlHint, ControlSource
     from pipelines.engine.engine import StepEngine, TickReport
@@ -44,7 +45,7 @@ class DenoiserDeployment(Replica):
         max_rows: int,
         controlnets: Mapping[str, Any] | None = None,
         strict: bool = False,
-        compiled: Path | None = None,
+        compiled: Compiling | None = None,
         row_price: float | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
@@ -57,7 +58,7 @@ class DenoiserDeployment(Replica):
             max_rows: most rows of a tick; memory may allow fewer.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
             strict: equal bytes whatever the neighbours.
-            compiled: run the programs of this folder (backend tvm), of the UNets that have some; None runs torch.
+            compiled: run compiled programs (backend tvm), of the UNets that have some; None runs torch.
             row_price: what a row more may cost on a GPU, see `assembly.load_engine`; a CPU is busy with one row.
             acceleration: what is done on a GPU; its defaults if None.
         """
@@ -67,7 +68,8 @@ class DenoiserDeployment(Replica):
 
         acceleration = acceleration or Acceleration()
         self._capturer = capturer_for(self._device, acceleration.graphs)
-        self._compiled: tuple[CompiledSize, ...] = ()
+        self._compiled: dict[str, tuple[CompiledSize, ...]] = {}
+        self._on_demand: dict[str, OnDemand] = {}
         self._colocated: dict[str, ControlNets] = {}
         control = {component: self._control_of(component, catalog, controlnets) for component in components}
         if compiled is None:
@@ -93,15 +95,20 @@ class DenoiserDeployment(Replica):
         self._loop = EngineLoop(self._engines, self._worker, on_tick=self._count, unwrap=_death_or_error)
 
     def _load_compiled(
-        self, catalog: Catalog, folder: Path, max_rows: int, strict: bool, control: Mapping[str, ControlSource | None]
+        self,
+        catalog: Catalog,
+        compiling: Compiling,
+        max_rows: int,
+        strict: bool,
+        control: Mapping[str, ControlSource | None],
     ) -> dict[str, StepEngine]:
         from pipelines.assembly import load_compiled
-        from pipelines.backends.tvm.artifacts import ArtifactCache
 
-        cache = ArtifactCache(folder)
-        loaded = {c: load_compiled(catalog, c, cache, max_rows, strict, source) for c, source in control.items()}
-        self._compiled = tuple(size for unet in loaded.values() if unet for size in unet.sizes)
-        return {component: unet.engine for component, unet in loaded.items() if unet}
+        loaded = {c: load_compiled(catalog, c, compiling, max_rows, strict, source) for c, source in control.items()}
+        unets = {component: unet for component, unet in loaded.items() if unet}
+        self._compiled = {component: unet.sizes for component, unet in unets.items()}
+        self._on_demand = {component: unet.on_demand for component, unet in unets.items() if unet.on_demand}
+        return {component: unet.engine for component, unet in unets.items()}
 
     def _control_of(self, component: str, catalog: Catalog, handles: Mapping[str, Any] | None) -> ControlSource | None:
         """Where a UNet's residuals come from: this process, another deployment, or nowhere."""
@@ -122,7 +129,11 @@ class DenoiserDeployment(Replica):
         for component in self._engines:
             labels = {"component": component}
             metrics().outstanding.set(self._loop.outstanding(component), labels)
-            metrics().programs.set(sum(size.component == component for size in self._compiled), labels)
+            report = self._report(component)
+            metrics().programs.set(len(report.sizes), labels)
+            states = [size.state for size in report.pending]
+            for state in get_args(CompilingState) if component in self._on_demand else ():
+                metrics().compiling.set(states.count(state), labels | {"state": state})
             self._tell_acceleration(component)
 
     def _record_common_passes(self, catalog: Catalog) -> None:
@@ -154,9 +165,30 @@ class DenoiserDeployment(Replica):
         """`cpu` or `cuda`."""
         return self._device
 
-    async def compiled_sizes(self) -> tuple[CompiledSize, ...]:
-        """What this replica's programs can draw, with what was measured when it started."""
-        return self._compiled
+    async def compile_report(self, *, component: str, wanted: tuple[WantedProgram, ...] = ()) -> CompileReport:
+        """What this replica's programs of a UNet can draw, with what was measured, after it has been asked for more."""
+        if component in self._on_demand:
+            self._on_demand[component].want(*wanted)
+        return self._report(component)
+
+    def _report(self, component: str) -> CompileReport:
+        if component in self._on_demand:
+            return self._on_demand[component].report()
+        return CompileReport(self._compiled.get(component, ()), ())
+
+    def _check_is_compiled(self, stage: StagePlan) -> None:
+        """Another replica may have what this one has not yet.
+
+        Raises:
+            UncompiledError: it will have it soon.
+        """
+        on_demand, wanted = self._on_demand.get(stage.component), WantedProgram.of(stage)
+        if on_demand is not None and not on_demand.holds(wanted):
+            on_demand.want(wanted)
+            raise UncompiledError(
+                f"backend 'tvm': {stage.width}x{stage.height} is being loaded. Only ['auto', 'torch'] allowed now",
+                "backend",
+            )
 
     async def prepare(
         self, *, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
@@ -183,6 +215,7 @@ class DenoiserDeployment(Replica):
         expires: float = math.inf,
     ) -> Timed[Latents]:
         """Run one stage; see `EngineLoop.submit`."""
+        self._check_is_compiled(stage)
         work = _work(stage, conditioning, latents, hints, expires)
         with stopwatch("denoise", stage.component) as watch:
             result = await self._loop.submit(work, watch.start_work)
@@ -199,6 +232,7 @@ class DenoiserDeployment(Replica):
         previews: bool = False,
     ) -> AsyncGenerator[Progress | Sealed[Timed[Latents]], None]:
         """The same, telling its progress on the way; tensors are sealed, for the items pass through the ingress."""
+        self._check_is_compiled(stage)
         begin = unseal(latents) if latents is not None else None
         work = _work(stage, conditioning, begin, hints, expires)
         result: Latents | None = None

@@ -53,6 +53,11 @@ class Metrics:
             "sdgraph_cache_lookups", "Cache lookups by result.", ("cache", *component, "result")
         )
         self.programs = Gauge("sdgraph_compiled_programs", "Compiled UNet programs in use, by component.", component)
+        self.compiling = Gauge(
+            "sdgraph_compiling_sizes",
+            "Sizes whose program is compiled while the server serves, by state: waiting, compiling, loading or failed.",
+            (*component, "state"),
+        )
         self.passes = Gauge(
             "sdgraph_accelerated_passes",
             "Of a network on a GPU: passes captured as CUDA graphs, kinds of passes whose capture failed, and blocks "

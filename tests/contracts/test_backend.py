@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,6 +20,7 @@ from deployments.replicas.base import Runtime
 from pipelines.backends.tvm.artifacts import ArtifactCache, best_level
 from pipelines.backends.tvm.compile import compile_unet
 from pipelines.backends.tvm.shapes import artifact_key
+from pipelines.compiling import CompileReport, WantedProgram
 from pipelines.plan import CompiledSize, StagePlan
 from pipelines.weights.files import read_config
 from tests.support.bound import name_of, options_of, run_locally
@@ -55,18 +57,19 @@ def compiled(sized: Catalog, handles: dict[str, Any], tmp_path_factory: pytest.T
 def claiming(compiled: Graph, speedup: float, **edges: Any) -> FakeGraph:
     """A graph that says how fast its compiled UNet was: a measurement on a busy machine is no test's business."""
 
-    async def sizes(component: str) -> tuple[CompiledSize, ...]:
-        return tuple(replace(size, speedup=speedup) for size in await compiled.compiled_sizes(component))
+    async def report(component: str, wanted: tuple[WantedProgram, ...]) -> CompileReport:
+        told = await compiled.compile_report(component=component, wanted=wanted)
+        return replace(told, sizes=tuple(replace(size, speedup=speedup) for size in told.sizes))
 
-    return FakeGraph(compiled, compiled_sizes=sizes, **edges)
+    return FakeGraph(compiled, compile_report=report, **edges)
 
 
 def broken(handles: dict[str, Any]) -> FakeGraph:
     """A graph whose compiled UNet says it can draw, and then cannot; torch can."""
     graph = Graph(handles, {UNET: handles[UNET]})
 
-    async def sizes(component: str) -> tuple[CompiledSize, ...]:
-        return (CompiledSize(component, 128, 128, False, 3.0),)
+    async def report(component: str, wanted: tuple[WantedProgram, ...]) -> CompileReport:
+        return CompileReport((CompiledSize(component, 128, 128, False, 3.0),), ())
 
     async def denoise(stage: StagePlan, **arguments: Any) -> Any:
         if stage.backend == "tvm":
@@ -80,7 +83,7 @@ def broken(handles: dict[str, Any]) -> FakeGraph:
             async for item in items:
                 yield item
 
-    return FakeGraph(graph, compiled_sizes=sizes, denoise=denoise, denoise_watched=denoise_watched)
+    return FakeGraph(graph, compile_report=report, denoise=denoise, denoise_watched=denoise_watched)
 
 
 Connect = Callable[..., Any]
@@ -210,7 +213,7 @@ async def test_nobody_waits_for_replicas_that_do_not_answer(
     with_compiled: Connect, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.ingress.compiled.ANSWER_S", 0.05)
-    async with with_compiled(FakeGraph(graph, [UNET], compiled_sizes=never)) as client:
+    async with with_compiled(FakeGraph(graph, [UNET], compile_report=never)) as client:
         assert await backend(client) == "torch"
 
 
@@ -218,4 +221,82 @@ async def test_a_replica_with_nothing_compiled_loads_nothing(sized: Catalog, tmp
     args, runtime = AppArgs(tvm=True, grouping="role"), Runtime("cpu", torch_threads=1)
     bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), tmp_path)
     assert {name_of(app) for app in bound.values()} == {"unet-tvm"}
-    assert await run_locally(bound, "nothing")[UNET].compiled_sizes.remote() == ()
+    assert (await run_locally(bound, "nothing")[UNET].compile_report.remote(component=UNET)).sizes == ()
+
+
+@pytest.fixture(scope="module")
+def growing(sized: Catalog, handles: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The graph with a compiled UNet that has no program yet, and room for one size."""
+    args, runtime = AppArgs(tvm=True, compile="on_demand", compile_sizes=1), Runtime("cpu", torch_threads=1)
+    bound = bind_compiled(
+        args, sized, runtime, bind_components(args, sized, runtime), tmp_path_factory.mktemp("growing")
+    )
+    return Graph(handles, run_locally(bound, "growing"))
+
+
+async def until(client: httpx.AsyncClient, key: str, expected: Any = None) -> list[dict[str, Any]]:
+    """What `/v1/models` says of SD1.5 under a key, as soon as it says that, or anything."""
+    while True:
+        models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
+        if (told := models["SD1.5"][key]) and expected in (None, told):
+            return list(told)
+        await asyncio.sleep(0.2)
+
+
+async def test_the_first_request_of_a_size_has_it_compiled(
+    connect: ClientFactory, sized: Catalog, growing: Graph
+) -> None:
+    """Compiled in a process of its own while torch draws; 144 x 144 is on no table."""
+    fields = {"width": 144, "height": 144, "output_format": "png"}
+    async with connect(catalog=sized, graph=claiming(growing, 2.0), compiles_on_demand=True) as client:
+        refused = await post(client, **fields, backend="tvm")
+        assert "Only ['128x128', '256x256'] allowed" in check(refused, 400, 40302, "backend")
+        first = await post(client, **fields)
+        assert first.headers["x-backend"] == "torch"
+        (pending,) = await until(client, "tvm_compiling")
+        assert pending["size"] == "144x144"
+        assert pending["state"] in ("waiting", "compiling", "loading")
+        assert await until(client, "tvm_compiled") == [{"size": "144x144", "speedup": 2.0}]
+        later = await post(client, **fields)
+        assert later.headers["x-backend"] == "tvm"
+        assert np.abs(pixels(picture(first)) - pixels(picture(later))).max() <= 2
+        assert await backend(client, **fields, backend="tvm") == "tvm", "by name, as it is compiled"
+        assert await backend(client) == "torch"
+        report = await growing.compile_report(component=UNET)
+    assert report.pending == (), "128x128 would be one size too many"
+
+
+async def test_a_compile_that_fails_is_told_and_torch_goes_on(
+    connect: ClientFactory, sized: Catalog, handles: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    args, runtime = AppArgs(tvm=True, compile="on_demand"), Runtime("cpu", torch_threads=1)
+    bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), tmp_path / "file" / "tvm")
+    async with connect(
+        catalog=sized, graph=Graph(handles, run_locally(bound, "failing")), compiles_on_demand=True
+    ) as client:
+        assert await backend(client) == "torch"
+        await until(client, "tvm_compiling", [{"size": "128x128", "state": "failed"}])
+        assert await backend(client) == "torch"
+    assert "cannot be compiled" in caplog.text
+    assert "Not a directory" in caplog.text
+
+
+async def test_a_replica_that_lacks_what_another_has_is_not_blamed(
+    connect: ClientFactory, sized: Catalog, handles: dict[str, Any], tmp_path: Path
+) -> None:
+    """The ingress has heard of a size from one replica, and the request comes to another."""
+    args, runtime = AppArgs(tvm=True, compile="on_demand"), Runtime("cpu", torch_threads=1)
+    (tmp_path / "file").touch()
+    bound = bind_compiled(args, sized, runtime, bind_components(args, sized, runtime), tmp_path / "file" / "tvm")
+
+    async def report(component: str, wanted: tuple[WantedProgram, ...]) -> CompileReport:
+        return CompileReport((CompiledSize(component, 128, 128, False, 2.0),), ())
+
+    graph = FakeGraph(Graph(handles, run_locally(bound, "late")), compile_report=report)
+    async with connect(catalog=sized, graph=graph, compiles_on_demand=True) as client:
+        for _ in range(2):
+            assert await backend(client) == "torch"
+        message = check(await post(client, backend="tvm"), 400, 40302, "backend")
+    assert "128x128 is being loaded. Only ['auto', 'torch'] allowed now" in message
+    assert [call["stage"].backend for call in graph.named("denoise")] == ["tvm", "torch", "tvm", "torch", "tvm"]

@@ -21,9 +21,10 @@ from pipelines.backends.tvm.artifacts import ArtifactCache, ArtifactKey, best_le
 from pipelines.backends.tvm.compile import compile_all
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
+from pipelines.compiling import Compiling
 from pipelines.control.residuals import ReadyResiduals, Residuals
 from pipelines.control.types import ControlledRows
-from pipelines.errors import DenoiseError, UncompiledPromptError
+from pipelines.errors import DenoiseError, UncompiledError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from pipelines.weights.files import read_config
@@ -188,7 +189,7 @@ def test_a_fresh_process_loads_what_another_compiled(
 
 @pytest.fixture(scope="module")
 def text2image(sized: Catalog, cache: ArtifactCache) -> Text2Image:
-    loaded = [load_compiled(sized, component, cache) for component in SIZE]
+    loaded = [load_compiled(sized, component, Compiling(cache.folder)) for component in SIZE]
     assert all(loaded)
     return Text2Image(sized, compiled=[unet for unet in loaded if unet])
 
@@ -227,7 +228,7 @@ def test_a_unet_for_inpainting(inpainting_catalog: Catalog, photo: bytes, tmp_pa
     small = inpainting_catalog.model_copy(update={"models": (model, *others)})
     cache, key = ArtifactCache(tmp_path), artifact_key(small, model.unet, 128, 128, 2, False, best_level())
     assert all(made for _, _, made in compile_all(cache, {key: read_config(small.component(model.unet))}, 1))
-    compiled = load_compiled(small, model.unet, cache)
+    compiled = load_compiled(small, model.unet, Compiling(cache.folder))
     assert compiled is not None
     text2image, request = Text2Image(small, compiled=[compiled]), repainting.fields(name, photo, 128)
     ours, theirs = (text2image.generate(GenerationParams(**request, backend=b)) for b in ("tvm", "torch"))
@@ -251,6 +252,6 @@ def test_a_prompt_longer_than_a_program_reads_runs_on_torch(text2image: Text2Ima
     common: dict[str, Any] = {"model_name": "SD1.5", "width": 128, "height": 128, "steps": 2, "prompt": long, "seed": 1}
     picture = text2image.generate(GenerationParams(**common))
     assert [stage.backend for stage in picture.plan.stages] == ["torch"]
-    with pytest.raises(UncompiledPromptError, match=r"compiled UNets read 77 tokens, .* take 231") as caught:
+    with pytest.raises(UncompiledError, match=r"compiled UNets read 77 tokens, .* take 231") as caught:
         text2image.generate(GenerationParams(backend="tvm", **common))
     assert caught.value.param == "backend"

@@ -114,8 +114,8 @@ class FakeGraph(Graph):
     def preview(self, **arguments: Any) -> Call[Any]:
         return self.call("preview", **arguments)
 
-    def compiled_sizes(self, component: str) -> Call[Any]:
-        return self.call("compiled_sizes", component=component)
+    def compile_report(self, **arguments: Any) -> Call[Any]:
+        return self.call("compile_report", **arguments)
 
     def device(self, component: str) -> Call[Any]:
         return self.call("device", component=component)

@@ -44,6 +44,7 @@ def make_app(
     cors_origins: tuple[str, ...] = (),
     acceleration: Acceleration | None = None,
     links: LinkStore | None = None,
+    compiles_on_demand: bool = False,
 ) -> FastAPI:
     """The application of an ingress over `graph`, with limits of the test's own."""
     ingress = HttpIngress(
@@ -56,6 +57,7 @@ def make_app(
         signing=signing,
         acceleration=acceleration,
         links=links,
+        compiles_on_demand=compiles_on_demand,
     )
     app: FastAPI = ingress.__serve_build_asgi_app__()
     return app

@@ -131,7 +131,7 @@ EDGES: dict[str, tuple[type, ...]] = {
     "denoise_watched": (DenoiserDeployment,),
     "decode": (VAEDeployment,),
     "preview": (VAEDeployment,),
-    "compiled_sizes": (DenoiserDeployment,),
+    "compile_report": (DenoiserDeployment,),
     "device": (DenoiserDeployment,),
     "residuals": (ControlNetDeployment,),
     "ping": (TextEncoderDeployment, ControlNetDeployment, DenoiserDeployment, VAEDeployment, UpscalerDeployment),

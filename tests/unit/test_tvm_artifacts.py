@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from config.catalog import ROOT
+from pipelines.backends.tvm.apart import CompileFailedError, compile_apart
 from pipelines.backends.tvm.artifacts import (
     COMPILER_SOURCES,
     DESCRIPTION,
@@ -129,6 +130,28 @@ def test_a_compile_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:
         cache.make(KEY, broken)
     assert cache.find(KEY, V3) is None
     assert [p.name for p in tmp_path.iterdir()] == [f"{KEY.id}.lock"]
+
+
+def test_what_a_process_that_died_left_is_never_found_and_goes_with_the_next(tmp_path: Path) -> None:
+    cache, left = ArtifactCache(tmp_path), tmp_path / f"{KEY.id}.xyz.partial"
+    left.mkdir()
+    (left / PROGRAM).write_bytes(b"half")
+    assert cache.find(KEY, V3) is None
+    cache.make(KEY, build)
+    assert not left.exists()
+
+
+def test_a_compiling_process_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    """It takes longer to start than it is given."""
+    cache = ArtifactCache(tmp_path)
+    with pytest.raises(CompileFailedError, match="ended with -9"):
+        compile_apart(cache, {}, KEY, seconds=0)
+    assert cache.find(KEY, V3) is None
+
+
+def test_a_compiling_process_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CompileFailedError, match=r"(?s)ended with 1: .*no-level"):
+        compile_apart(ArtifactCache(tmp_path), {}, KEY.model_copy(update={"level": "no-level"}))
 
 
 def test_nothing_is_found_while_it_is_being_written(tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ class ArtifactCache:
                     return found, False
             except ArtifactError as error:
                 logger.warning("%s: making it anew", error)
+            for stale in self.folder.glob(f"{key.id}.*.partial"):  # of a process that died
+                shutil.rmtree(stale, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=f"{key.id}.", suffix=".partial", dir=self.folder))
             try:
                 artifact = build(scratch / PROGRAM)

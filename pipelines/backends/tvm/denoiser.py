@@ -7,11 +7,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import tvm
 import tvm_ffi
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from tvm import relax
@@ -22,7 +25,7 @@ from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactEr
 from pipelines.backends.tvm.packing import Layout, aligned
 from pipelines.backends.tvm.shapes import example_inputs
 from pipelines.control.buffers import spread
-from pipelines.errors import DenoiseError, UncompiledPromptError
+from pipelines.errors import DenoiseError, UncompiledError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class PackedWeights:
     """A model's weights in the layouts that programs ask for, each made once."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        """Pack from a state dict, which `forget` lets go of."""
+        """Pack from a state dict, which `forget` lets go of and `remember` brings back."""
         self._state: Mapping[str, Tensor] = state
         self._packed: dict[tuple[str, Layout], Any] = {}
         self.seconds = 0.0
@@ -47,6 +50,10 @@ class PackedWeights:
                 self._packed[name, layout] = tvm_ffi.from_dlpack(layout.pack(self._state[name]))
         self.seconds += time.perf_counter() - begin
         return [self._packed[name] for name in names]
+
+    def remember(self, state: Mapping[str, Tensor]) -> None:
+        """The same weights again, for programs that ask for layouts which are not packed yet."""
+        self._state = state
 
     def forget(self) -> None:
         """Let go of the unpacked weights; plain ones live on in the packed copy."""
@@ -92,10 +99,15 @@ class TvmDenoiser:
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._programs: dict[Shape, dict[int, Program]] = {}
+        self._programs: Mapping[Shape, Mapping[int, Program]] = {}
         for program in programs:
-            key = program.artifact.key
-            self._programs.setdefault(Shape(key.height, key.width, key.control), {})[key.rows] = program
+            self.add(program)
+
+    def add(self, program: Program) -> None:
+        """Take one more program; on any thread, between or beside evaluations."""
+        key = program.artifact.key
+        shape = Shape(key.height, key.width, key.control)
+        self._programs = {**self._programs, shape: {**self._programs.get(shape, {}), key.rows: program}}
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -108,7 +120,7 @@ class TvmDenoiser:
 
         Raises:
             DenoiseError: a row brings LoRAs, or nothing is compiled for this shape.
-            UncompiledPromptError: the rows' context is longer than the programs'.
+            UncompiledError: the rows' context is longer than the programs'.
         """
         if any(batch.loras):
             raise DenoiseError("backend tvm takes no LoRAs")
@@ -119,7 +131,7 @@ class TvmDenoiser:
             )
         read = next(iter(self._programs[shape].values())).artifact.key.tokens
         if (tokens := batch.prompt_embeds.shape[1]) != read:
-            raise UncompiledPromptError(
+            raise UncompiledError(
                 f"backend 'tvm': compiled UNets read {read} tokens, the prompts of this request take {tokens}. "
                 "Only ['auto', 'torch'] allowed with them, or send long_prompt 'cut'",
                 "backend",
@@ -171,6 +183,18 @@ class TvmDenoiser:
 def _shape_of(batch: StepBatch) -> Shape:
     *_, height, width = batch.sample.shape
     return Shape(height, width, batch.controlled is not None)
+
+
+def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> None:
+    """Run the program at `path` once on zeros, which take no memory: what ends a process shall end another one's."""
+    with init_empty_weights():
+        shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
+    weights = [
+        tvm_ffi.from_dlpack(torch.zeros(Layout(kind, panel, tile).shape(tuple(shapes[name]))))  # type: ignore[arg-type]
+        for name, kind, panel, tile in artifact.weights
+    ]
+    inputs = [tvm_ffi.from_dlpack(tensor) for tensor in example_inputs(config, artifact.key)]
+    relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"](*inputs, *weights)
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from diffusers import UNet2DConditionModel
 
 from config.catalog import Catalog, Size
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
 from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
 from pipelines.backends.tvm.shapes import artifact_key
+from pipelines.diffusers_compat import with_defaults
 from pipelines.plan import CompiledSize
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from pipelines.weights.files import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,17 @@ class CompiledDenoiser:
 
     denoiser: TvmDenoiser
     sizes: tuple[CompiledSize, ...]
+    weights: PackedWeights
 
 
 def load_denoiser(
-    catalog: Catalog, component_id: str, cache: ArtifactCache, load_unet: Callable[[], UNet2DConditionModel]
+    catalog: Catalog,
+    component_id: str,
+    cache: ArtifactCache,
+    load_unet: Callable[[], UNet2DConditionModel],
+    grows: bool = False,
 ) -> CompiledDenoiser | None:
-    """Everything that is compiled of a UNet, None if nothing is.
+    """Everything that is compiled of a UNet, None if nothing is or this processor is too old.
 
     Args:
         catalog: says what the UNet is and which sizes its models want compiled.
@@ -39,6 +44,7 @@ def load_denoiser(
         cache: where programs are kept.
         load_unet: loads torch's copy, on the CPU; called only if something is compiled. It serves to pack the weights
             and to be measured against; then it goes.
+        grows: whether programs may come later, so that having none is no reason to return None.
     """
     try:
         level = best_level()
@@ -47,16 +53,20 @@ def load_denoiser(
         return None
     keys = {
         artifact_key(catalog, component_id, size.width, size.height, rows, control, level): size
-        for size, control in _table(catalog, component_id)
+        for size, control in size_table(catalog, component_id)
         for rows in BATCHES
     }
+    nothing = None
+    if grows:
+        config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
+        nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}))
     if not any((cache.folder / key.id).is_dir() for key in keys):
-        return None
+        return nothing
     unet = load_unet()
     weights = PackedWeights(unet.state_dict())
     programs = load_programs(cache, list(keys), weights)
     if not programs:
-        return None
+        return nothing
     denoiser, torch_denoiser = TvmDenoiser(dict(unet.config), programs), TorchDenoiser(unet)
     ratios: dict[tuple[int, int], float] = {}
     for program in sorted(programs, key=lambda p: (abs(p.artifact.key.rows - 2), p.artifact.key.control)):
@@ -79,10 +89,10 @@ def load_denoiser(
         {str(size): round(size.speedup, 2) for size in sizes.values()},
     )
 
-    return CompiledDenoiser(denoiser, tuple(sizes.values()))
+    return CompiledDenoiser(denoiser, tuple(sizes.values()), weights)
 
 
-def _table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:
+def size_table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:
     """Sizes, without and with a ControlNet, that the models of a UNet want compiled."""
     table: dict[tuple[Size, bool], None] = {}
     for model in catalog.models:

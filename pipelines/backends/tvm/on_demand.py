@@ -1,0 +1,169 @@
+"""Programs that one UNet gets while it serves: by the first request of a size, or by its models' tables.
+
+A thread of its own takes one wish after the other: the program is compiled apart, loaded here, measured against torch,
+and only then among those that `TvmDenoiser` chooses from. Requests go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config.catalog import Catalog
+from pipelines.backends.base import StepBatch
+from pipelines.backends.torch_backend import TorchDenoiser
+from pipelines.backends.tvm.apart import compile_apart
+from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactKey, best_level
+from pipelines.backends.tvm.denoiser import TvmDenoiser, load_programs, speedup, trial_batch
+from pipelines.backends.tvm.loading import CompiledDenoiser, size_table
+from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
+from pipelines.compiling import CompileReport, CompilingSize, CompilingState, WantedProgram
+from pipelines.control.residuals import ReadyResiduals, Residuals
+from pipelines.control.types import ControlledRows
+from pipelines.plan import CompiledSize
+from pipelines.weights.files import read_config
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+logger = logging.getLogger(__name__)
+
+Compile = Callable[[ArtifactCache, Mapping[str, Any], ArtifactKey], Artifact]
+
+
+class OnDemand:
+    """What one UNet has compiled and gets compiled; thread-safe."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        component_id: str,
+        cache: ArtifactCache,
+        compiled: CompiledDenoiser,
+        load_unet: Callable[[], UNet2DConditionModel],
+        most_sizes: int,
+        compile_program: Compile = compile_apart,
+    ) -> None:
+        """Nothing is compiled before the first wish.
+
+        Args:
+            catalog: says what the UNet is.
+            component_id: the UNet.
+            cache: where programs are kept.
+            compiled: what there is already, and will have them.
+            load_unet: loads torch's copy, for as long as a program is measured.
+            most_sizes: sizes there may be, those included; a wish for one more is ignored.
+            compile_program: makes an artifact; raises if it cannot.
+        """
+        self._catalog = catalog
+        self._component = component_id
+        self._cache = cache
+        self._denoiser = compiled.denoiser
+        self._weights = compiled.weights
+        self._load_unet = load_unet
+        self._most = most_sizes
+        self._compile = compile_program
+        self._sizes = {(size.width, size.height, size.control): size for size in compiled.sizes}
+        self._states: dict[WantedProgram, CompilingState] = {}
+        self._lock = threading.Lock()
+        self._working = False
+
+    def want(self, *programs: WantedProgram) -> None:
+        """Have programs made, unless they are there, on their way, have failed before, or are of one size too many."""
+        with self._lock:
+            for wanted in programs:
+                if wanted not in self._states and not self._holds(wanted) and self._has_room(wanted):
+                    self._states[wanted] = "waiting"
+            if not self._working and "waiting" in self._states.values():
+                self._working = True
+                threading.Thread(target=self._work, name="on-demand", daemon=True).start()
+
+    def holds(self, wanted: WantedProgram) -> bool:
+        """Whether this UNet can run it now."""
+        with self._lock:
+            return self._holds(wanted)
+
+    def report(self) -> CompileReport:
+        """What can be run, and what is on its way."""
+        with self._lock:
+            sizes = tuple(self._sizes.values())
+            states = {(w.width, w.height, w.control): state for w, state in self._states.items()}
+        pending = (CompilingSize(self._component, *size, state) for size, state in states.items())
+        return CompileReport(sizes, tuple(pending))
+
+    def _holds(self, wanted: WantedProgram) -> bool:
+        return (wanted.width, wanted.height, wanted.control) in self._sizes
+
+    def _has_room(self, wanted: WantedProgram) -> bool:
+        sizes = {(w, h) for w, h, _ in self._sizes} | {(w.width, w.height) for w in self._states}
+        if (wanted.width, wanted.height) in sizes or len(sizes) < self._most:
+            return True
+        logger.info("%s: %s sizes are compiled already, %s is left to torch", self._component, self._most, wanted)
+        return False
+
+    def _work(self) -> None:
+        while (wanted := self._next()) is not None:
+            try:
+                size = self._make(wanted)
+            except Exception as error:  # whatever it is, torch draws
+                logger.warning("%s: %s cannot be compiled: %s", self._component, wanted, error)
+                self._tell(wanted, "failed")
+                continue
+            with self._lock:
+                self._sizes[size.width, size.height, size.control] = size
+                del self._states[wanted]
+            logger.info("%s: %s is compiled, %.2f times as fast as torch", self._component, wanted, size.speedup)
+
+    def _next(self) -> WantedProgram | None:
+        with self._lock:
+            waiting = next((wanted for wanted, state in self._states.items() if state == "waiting"), None)
+            self._working = waiting is not None
+            return waiting
+
+    def _tell(self, wanted: WantedProgram, state: CompilingState) -> None:
+        with self._lock:
+            self._states[wanted] = state
+
+    @torch.inference_mode()
+    def _make(self, wanted: WantedProgram) -> CompiledSize:
+        """A program, from the compiler to the denoiser."""
+        self._tell(wanted, "compiling")
+        rows, control, level = wanted.rows, wanted.control, best_level()
+        key = artifact_key(self._catalog, self._component, wanted.width, wanted.height, rows, control, level)
+        config = read_config(self._catalog.component(self._component))
+        artifact = self._compile(self._cache, config, key)
+        self._tell(wanted, "loading")
+        unet = self._load_unet()
+        self._weights.remember(unet.state_dict())
+        try:
+            (program,) = load_programs(self._cache, [key], self._weights)
+            batch = controlled_trial(self._denoiser.config, artifact)
+            ratio = speedup(TvmDenoiser(self._denoiser.config, [program]), TorchDenoiser(unet), batch)
+        finally:
+            self._weights.forget()
+        self._denoiser.add(program)
+        return CompiledSize(self._component, wanted.width, wanted.height, control, ratio)
+
+
+def table_of(catalog: Catalog, component_id: str) -> tuple[WantedProgram, ...]:
+    """What the tables of a UNet's models want."""
+    models = [model for model in catalog.models if component_id in (model.unet, model.refiner)]
+    rows = 2 if any(model.defaults.cfg_scale > 1 for model in models) else 1
+    table = size_table(catalog, component_id)
+    return tuple(WantedProgram(size.width, size.height, control, rows) for size, control in table)
+
+
+def controlled_trial(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:
+    """`trial_batch`, with residuals of zero for a program that takes some."""
+    batch, key = trial_batch(config, artifact), artifact.key
+    if not key.control:
+        return batch
+    shapes = residual_shapes(config, key.height, key.width)
+    residuals = Residuals(tuple(torch.zeros(key.rows, *shape) for shape in shapes))
+    controlled = ControlledRows(tuple(range(key.rows)), ReadyResiduals(residuals))
+    return dataclasses.replace(batch, controlled=controlled)
