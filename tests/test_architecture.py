@@ -149,6 +149,7 @@ def test_the_laptop_graphs_listen_on_loopback_only_and_differ_in_tvm_alone() -> 
     assert local["http_options"]["host"] == "127.0.0.1"
     assert local["applications"][0]["args"]["auth"] == "none"
     assert compiled["applications"][0]["args"].pop("tvm") is True
+    assert compiled["applications"][0]["args"].pop("compile") == "on_demand"
     assert compiled == local
 
 

@@ -149,9 +149,11 @@ def test_a_compiling_process_that_is_ended_leaves_nothing(tmp_path: Path) -> Non
     assert cache.find(KEY, V3) is None
 
 
+@pytest.mark.slow
 def test_a_compiling_process_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(CompileFailedError, match=r"(?s)ended with 1: .*no-level"):
-        compile_apart(ArtifactCache(tmp_path), {}, KEY.model_copy(update={"level": "no-level"}))
+    with pytest.raises(CompileFailedError, match=r"(?s)ended with 1: .*NoSuchBlock"):
+        compile_apart(ArtifactCache(tmp_path), {"down_block_types": ["NoSuchBlock"]}, KEY)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_nothing_is_found_while_it_is_being_written(tmp_path: Path) -> None:

@@ -104,8 +104,7 @@ def _work() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from pipelines.backends.tvm.compile import compile_unet
-    from pipelines.backends.tvm.denoiser import try_program
+    from pipelines.backends.tvm.compile import compile_unet, try_program
 
     torch.set_num_threads(1)
 

@@ -21,10 +21,12 @@ from typing import Any, cast
 
 import torch
 import tvm
+import tvm_ffi
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
+from tvm import relax
 
 from config.catalog import Catalog
 from config.sources import TVM_CACHE
@@ -37,6 +39,7 @@ from pipelines.backends.tvm.artifacts import (
 )
 from pipelines.backends.tvm.convert import Converters, import_graph
 from pipelines.backends.tvm.lower import lower
+from pipelines.backends.tvm.packing import Layout
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
 from pipelines.weights.files import read_config
@@ -100,6 +103,18 @@ def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> 
         ),
         compile_seconds=round(time.perf_counter() - begin, 2),
     )
+
+
+def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> None:
+    """Run the program at `path` once on zeros, which take no memory: what ends a process shall end another one's."""
+    with init_empty_weights():
+        shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
+    weights = [
+        tvm_ffi.from_dlpack(torch.zeros(Layout(kind, panel, tile).shape(tuple(shapes[name]))))  # type: ignore[arg-type]
+        for name, kind, panel, tile in artifact.weights
+    ]
+    inputs = [tvm_ffi.from_dlpack(tensor) for tensor in example_inputs(config, artifact.key)]
+    relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"](*inputs, *weights)
 
 
 def wanted_keys(

@@ -7,14 +7,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tvm
 import tvm_ffi
-from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from tvm import relax
@@ -183,18 +180,6 @@ class TvmDenoiser:
 def _shape_of(batch: StepBatch) -> Shape:
     *_, height, width = batch.sample.shape
     return Shape(height, width, batch.controlled is not None)
-
-
-def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> None:
-    """Run the program at `path` once on zeros, which take no memory: what ends a process shall end another one's."""
-    with init_empty_weights():
-        shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
-    weights = [
-        tvm_ffi.from_dlpack(torch.zeros(Layout(kind, panel, tile).shape(tuple(shapes[name]))))  # type: ignore[arg-type]
-        for name, kind, panel, tile in artifact.weights
-    ]
-    inputs = [tvm_ffi.from_dlpack(tensor) for tensor in example_inputs(config, artifact.key)]
-    relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"](*inputs, *weights)
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:

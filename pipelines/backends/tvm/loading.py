@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from diffusers import UNet2DConditionModel
+from typing import TYPE_CHECKING
 
 from config.catalog import Catalog, Size
 from pipelines.backends.torch_backend import TorchDenoiser
@@ -16,6 +15,9 @@ from pipelines.backends.tvm.shapes import artifact_key
 from pipelines.diffusers_compat import with_defaults
 from pipelines.plan import CompiledSize
 from pipelines.weights.files import read_config
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ def load_denoiser(
     }
     nothing = None
     if grows:
+        from diffusers import UNet2DConditionModel
+
         config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
         nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}))
     if not any((cache.folder / key.id).is_dir() for key in keys):
