@@ -101,11 +101,11 @@ build/checkov/installed:
 	build/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@
 
-slow: setup sbom build/checkov/installed  ## the slow tests: faults, overload, a cluster with cards that do not exist, checkov
+slow: setup sbom build/checkov/installed  ## the slow tests: faults, overload, a cluster with cards that do not exist, the image, checkov
 	$(BIN)/pytest --durations=20 -m slow
 
-image-test: setup  ## build the image and run it in two pods, without Kubernetes; needs root, buildah, debootstrap, runc, kubectl
-	IMAGE_TEST=1 $(BIN)/pytest --durations=20 tests/image
+image-test: setup  ## build the image and run it in two pods, without Kubernetes: as root, with buildah, debootstrap, runc, kubectl; part of slow
+	$(BIN)/pytest --durations=20 tests/image
 
 # CycloneDX of what the image installs, from requirements.txt; nothing is asked of the network.
 sbom: build/lock/installed  ## build/sbom.json: name, version and hashes of every package in the image

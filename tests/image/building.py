@@ -20,22 +20,20 @@ PACKAGES = "python3.11,python3.11-venv,python3,python3-distutils,ca-certificates
 FOLDERS = ("config", "pipelines", "deployments", "models")
 CARD_PACKAGES = ("cuda-", "nvidia-", "triton")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy")
-TOOLS = ("buildah", "debootstrap", "runc", "ip", "kubectl")
+MIRROR = "http://deb.debian.org/debian"
 
 
-def missing_tools() -> list[str]:
-    """What is lacking of what builds and runs images."""
-    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if not lacking and subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
-        lacking.append("the right to make namespaces, which root has outside of containers")
-    return lacking
+def base_exists() -> bool:
+    """Whether an earlier build has left the base."""
+    return _id(BASE) != ""
 
 
 def build(folder: Path) -> str:
     """Name of the image of the target `dev`, whose context is made in `folder`, on the repository's file system."""
     folder.mkdir(parents=True, exist_ok=True)
-    if buildah("images", "--quiet", "--filter", f"reference={BASE}") == "":
+    if not base_exists():
         _make_base(folder / "base")
+    before = _id(IMAGE)
     context = _context(folder / "context")
     settings = folder / "pip.conf"
     mounts = _pip_settings(settings)
@@ -45,7 +43,14 @@ def build(folder: Path) -> str:
         *("bud", "--isolation=chroot", "--layers", "--format=docker", "--target=dev", f"--tag={IMAGE}"),
         *(f"--build-arg=BASE={BASE}", *arguments, str(context)),
     )
+    if before not in ("", _id(IMAGE)):  # and the layers that no image has any more
+        buildah("rmi", before)
     return IMAGE
+
+
+def _id(image: str) -> str:
+    """Id of the image that has this name; empty without one."""
+    return buildah("images", "--quiet", "--filter", f"reference={image}")
 
 
 def buildah(*arguments: str) -> str:
@@ -57,7 +62,7 @@ def buildah(*arguments: str) -> str:
 
 def _make_base(root: Path) -> None:
     """Debian's Python 3.11, for the image that the Dockerfile's users take from a registry."""
-    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root)]
+    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root), MIRROR]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     (root / "usr" / "bin" / "python").symlink_to("python3")

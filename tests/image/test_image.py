@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import signal
 import threading
@@ -24,8 +23,9 @@ import pytest
 import yaml
 
 from config.catalog import ROOT
-from tests.image.building import build, buildah, missing_tools
+from tests.image.building import build, buildah
 from tests.image.containers import Container, container, enter, network, root_of
+from tests.image.machine import why_not
 from tests.support.http import picture
 from tests.support.manifests import Document, documents, groups, quantity, ray_service
 
@@ -33,9 +33,7 @@ T = TypeVar("T")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("IMAGE_TEST" not in os.environ, reason="`make image-test` runs it"),
     pytest.mark.timeout(2400),  # the first build fetches every package
-    pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}"),
 ]
 CLIENT, HEAD, WORKER = "10.77.0.254", "10.77.0.1", "10.77.0.2"
 ADDRESSES = {"client": CLIENT, "head": HEAD, "worker": WORKER}
@@ -137,6 +135,8 @@ def ray_environment(token: str, kind: str) -> dict[str, str]:
 def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     """Both run and are joined, and Serve has the overlay's config from the dashboard."""
     folder = tmp_path_factory.mktemp("image")
+    if reason := why_not(folder / "trial"):
+        pytest.skip(reason)
     name = build(ROOT / "build" / "image")
     configuration = json.loads(buildah("inspect", "--type=image", name))["OCIv1"]["config"]
     service = ray_service(documents("dev-cpu"))
@@ -263,7 +263,7 @@ def test_log_lines_are_what_kubectl_logs_shows(pods: Pods) -> None:
         lines = [
             line[line.index("{") :] for line in pods.worker.printed().splitlines() if request_id in line and "{" in line
         ]
-        return {json.loads(line)["name"] for line in lines}
+        return {json.loads(line)["logger"] for line in lines}
 
     until(lambda: {"deployments.api.access_log", "deployments.telemetry.stages"} <= said(), pods.worker)
 
