@@ -28,7 +28,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 FAST_TESTS := tests/unit tests/training tests/k8s tests/upstream tests/docs tests/test_architecture.py
 PICTURE_TESTS ?= tests/parity tests/contracts tests/page tests/gpu
 
-.PHONY: help setup models demo serve compile compile-demo format check fast pictures graph test coverage docs slow image-test bench clients train gates k8s lock sbom audit clean
+.PHONY: help setup models demo serve compile compile-demo format check fast pictures graph test coverage docs slow image-test release bench clients train gates k8s lock sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -113,6 +113,9 @@ sbom: build/lock/installed  ## build/sbom.json: name, version and hashes of ever
 
 audit: build/lock/installed  ## ask PyPI for known vulnerabilities of what the image installs; needs the network
 	build/lock/bin/pip-audit --strict --requirement requirements.txt --require-hashes --disable-pip
+
+release:  ## write VERSION=1.2.3 into code, manifests and changelog; CONTRIBUTING.md says what follows
+	python3 .github/release.py prepare $(VERSION)
 
 bench: setup  ## every benchmark; the results are recorded in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.overhead --real

@@ -1,1 +1,1 @@
-"""What this server offers and how this process is set up: data, checked once. No torch, no ray."""
+"""The server's catalog and the settings of a process, validated when they are loaded. Imports neither torch nor ray."""

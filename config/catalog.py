@@ -42,7 +42,7 @@ class CatalogError(ValueError):
 
 
 class ModelDefaults(Spec):
-    """Values of absent request fields: the wire's, unless the wire's cannot work for a model."""
+    """Values of absent request fields: the API's defaults, or a model's own where those do not work for it."""
 
     width: int = 1024
     height: int = 1024
@@ -73,7 +73,7 @@ class ModelSpec(Spec):
     max_prompt_chunks: int = Field(default=16, ge=1)
     """A text longer than a text encoder's context is read in chunks of it; more than these are refused."""
     requires_controlnet: bool = False
-    """A name of the wire that is made for one control map; other models take any number of them, or none."""
+    """True for the API's names that require exactly one control map; other models take any number of them, or none."""
     unavailable: str | None = None
     """Why this server does not serve the name, when it does not."""
 
@@ -104,7 +104,7 @@ def _aliases(entries: Iterable[ModelSpec | LoraSpec | StylePreset | UpscalerSpec
 
 
 def in_a_line(error: ValidationError) -> str:
-    """What is wrong and where, without pydantic's own address for each."""
+    """A validation error in one line: the location and the problem of each entry."""
     told = error.errors(include_url=False)
     parts = (".".join(str(part) for part in e["loc"]) + ": " * bool(e["loc"]) + e["msg"] for e in told)
     return "; ".join(part.replace("Value error, ", "") for part in parts)
@@ -133,7 +133,7 @@ class Catalog(Spec):
     library: tuple[Path, ...] = ()
     """Folders of the library that this catalog was extended by."""
     unserved: tuple[UnservedFile, ...] = ()
-    """Of the library: what is listed with its reason and otherwise left alone."""
+    """Files of the library that are not served, each with the reason."""
 
     @classmethod
     def load(cls, name: str | Path) -> Catalog:
@@ -160,7 +160,7 @@ class Catalog(Spec):
             raise ValueError("two components share an id")
         self.model_choices()  # two names that differ by case alone fail here, and aliases of nothing
         if self.model_names.default not in (None, *(m.name for m in self.models)):
-            raise ValueError(f"model_names: the default '{self.model_names.default}' is no model")
+            raise ValueError(f"model_names: the default '{self.model_names.default}' is not a model")
         self.style_choices()
         self.lora_choices()
         self.embedding_choices()
@@ -184,7 +184,7 @@ class Catalog(Spec):
         for upscaler in self.upscalers:
             found = components.get(upscaler.component)
             if found is None or found.kind != "upscaler":
-                raise ValueError(f"upscaler {upscaler.name}: '{upscaler.component}' is no upscaler component")
+                raise ValueError(f"upscaler {upscaler.name}: '{upscaler.component}' is not an upscaler component")
         for kind, entries in (("lora", self.loras), ("embedding", self.embeddings)):
             for entry in entries:
                 if unknown := set(entry.bases) - set(components):
@@ -294,7 +294,7 @@ class Catalog(Spec):
         return _named(f"base of lora '{name}'", {b: weights for weights in spec.weights for b in weights.bases}, base)
 
     def library_path(self, weights: LoraWeights) -> str | None:
-        """Where a LoRA's file lies in the library, None for the catalog's own."""
+        """Path of a LoRA's file in the library; None for a LoRA of the catalog itself."""
         if weights.version is None or not isinstance(weights.source, FolderSource):
             return None
         file = weights.source.folder / weights.file

@@ -1,4 +1,4 @@
-"""What may stand beside the files of a library, and what is said of those that are not served."""
+"""The optional YAML file beside a file of a library, and the entry of a file that is not served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DefaultsOverride(Spec):
 
 
 class Override(Spec):
-    """`NAME.yaml` beside a file `NAME.safetensors`: what is said of it instead of what would follow from it."""
+    """`NAME.yaml` beside a file `NAME.safetensors`: values that replace those that follow from the file."""
 
     name: str | None = None
     aliases: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Override(Spec):
 
 
 class UnservedFile(Spec):
-    """A file of a library that nothing is served of, and why."""
+    """A file of a library that is not served, and the reason."""
 
     name: str
     kind: str

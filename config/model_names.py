@@ -1,4 +1,4 @@
-"""What clients of other services call models, and what answers a request that names none."""
+"""Names that clients of other services use for models, and the default model of a catalog."""
 
 from __future__ import annotations
 

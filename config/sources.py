@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 TVM_CACHE = Path(__file__).resolve().parents[1] / "build" / "tvm"
-"""Where compiled UNets are kept unless somebody says otherwise."""
+"""The default folder of compiled UNets."""
 
 
 class Spec(BaseModel):

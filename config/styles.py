@@ -1,4 +1,4 @@
-"""Style presets: what is put around a prompt."""
+"""Style presets: templates around a prompt."""
 
 from __future__ import annotations
 

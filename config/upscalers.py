@@ -1,4 +1,4 @@
-"""What enlarges pictures, by name: what needs no weights, and models."""
+"""The names of methods and models that enlarge pictures."""
 
 from __future__ import annotations
 

@@ -67,33 +67,34 @@ class AppArgs(BaseModel):
     catalog: str = "embedded"
     """A folder under config/catalogs, or an absolute path."""
     library: tuple[Path, ...] = ()
-    """Folders of checkpoints, LoRAs and the like, or one, whose models and LoRAs are served beside the catalog's; a
-    relative one is relative to the repository's root."""
+    """One folder, or a list of folders, of checkpoints, LoRAs and other files that are served beside the catalog's;
+    relative paths start at the repository's root."""
     grouping: Literal["component", "role"] = "component"
-    """A deployment for each component, or one for each kind: a laptop runs the graph in six replicas,
-    seven with upscalers."""
+    """`component`: one deployment for each component. `role`: one for each kind, so that a laptop runs the graph in six
+    replicas, seven with upscalers."""
     models: tuple[str, ...] = ()
-    """Serve only these; every available model of the catalog if empty."""
+    """Serve only these models; if empty, every available model of the catalog."""
     max_rows: int = Field(default=16, ge=2)
-    """Most rows of a tick of every denoiser; fewer where memory does not hold them."""
+    """Most rows in a tick of each denoiser; fewer if memory does not suffice."""
     row_price: float | None = Field(default=None, gt=0, le=10)
-    """On GPUs, denoisers measure at start how a tick's time grows with its rows, for the sizes of their models, and
-    take more as long as one costs less than this share of what each of the first two does. None: up to `max_rows`."""
+    """On GPUs, denoisers measure at start how a tick's time grows with its rows, and add a row only while it costs less
+    than this share of what each of the first two costs. Without a value, ticks take up to `max_rows`."""
     controlnet_placement: Literal["deployment", "colocated"] = "deployment"
-    """ControlNets in deployments of their own, or in the replicas of the UNets they steer, for hosts with one GPU."""
+    """`deployment`: ControlNets have deployments of their own. `colocated`: they run in the replicas of the UNets they
+    steer, for hosts with one GPU."""
     tvm: bool = False
-    """Deploy compiled UNets beside torch's; `make compile` makes them. On GPUs torch is what `auto` means."""
+    """Deploy compiled UNets (made by `make compile`) beside torch's. On GPUs, `backend: auto` still means torch."""
     tvm_models: tuple[str, ...] = ()
-    """Models whose UNets are deployed so; every one with a table of sizes if empty."""
+    """Models whose compiled UNets are deployed; if empty, every model with a table of sizes."""
     compile: CompileMode = "ahead"
-    """`ahead`: what `make compile` made. `on_demand`: a size is also compiled, beside serving, when a request asks for
-    it, which torch answers meanwhile. `tables`: so are the models' tables of sizes, from the start on."""
+    """`ahead`: only UNets that `make compile` made. `on_demand`: a size is also compiled, while serving, when a request
+    asks for it; torch answers meanwhile. `tables`: the models' tables of sizes are compiled too, from the start on."""
     compile_sizes: int = Field(default=12, ge=1)
-    """Most sizes that a UNet may have compiled then; others are left to torch."""
+    """Most sizes that are compiled for a UNet while serving; torch draws the others."""
     reproducible: Literal["rounding", "strict"] = "rounding"
-    """`rounding`: a picture may differ by 1/255 with the requests it shares ticks with. `strict`: not by a byte."""
+    """`rounding`: a picture may differ by 1/255, depending on what shares its ticks. `strict`: equal bytes."""
     acceleration: Acceleration = Acceleration()
-    """What is done to be faster on GPUs."""
+    """How networks are accelerated on GPUs."""
 
 
 def deployment_name(component: ComponentSpec, refiners: set[str], grouping: str) -> str:
@@ -243,7 +244,7 @@ def _control_of(unets: list[str], catalog: Catalog, bound: Mapping[str, Applicat
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's HTTP proxies put in front of the graph; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it."""
+    """The middlewares of Serve's HTTP proxies; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
     settings = Settings()
     layers = [Middleware(ProxyAnswers), Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]  # innermost first
     if settings.sites():  # here too: what a proxy answers by itself must be readable

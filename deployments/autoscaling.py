@@ -16,13 +16,13 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 OUTSTANDING = "outstanding_work"
-"""What a denoiser replica reports: rows x ticks to come x pixels of its jobs."""
+"""Metric of a denoiser replica: rows x remaining ticks x pixels of its jobs."""
 PACE = "work_per_second"
-"""What it reports of its speed: rows x pixels a second in its last ticks; 0 until the first."""
+"""Metric of its throughput: rows x pixels a second in its last ticks; 0 until the first."""
 
 
 class OutstandingWork:
-    """As many replicas as finish the work at hand in `target_s` seconds."""
+    """Asks for as many replicas as finish the outstanding work in `target_s` seconds (ENG-10)."""
 
     def __init__(self, target_s: float = 3.0) -> None:
         """Aim at an empty deployment after `target_s` seconds without further requests."""

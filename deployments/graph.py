@@ -29,7 +29,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Call(Generic[T_co]):
-    """A call under way."""
+    """A call in flight."""
 
     def __init__(self, response: Awaitable[T_co]) -> None:
         """Wrap Serve's response, whose type says nothing of its result."""
@@ -46,7 +46,7 @@ class Call(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Sealed(Generic[T_co]):
-    """Pickled tensors on their way through the ingress, which hands them on and never opens them.
+    """Pickled tensors that pass through the ingress, which never opens them (GRA-10).
 
     Opening would import torch into a process that serves without it: 160 MB instead of 540.
     """
@@ -108,7 +108,7 @@ class Graph:
         return {name: _Ping(handle) for name, handle in handles.items()}
 
     def encode_text(self, *, component: str, stage: StagePlan) -> Call[Timed[Conditioning]]:
-        """What the text of a stage says to its UNet."""
+        """The conditioning of a stage."""
         return Call(self._handles[component].encode.remote(component=component, stage=stage))
 
     def encode(self, *, plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Call[Timed[Latents]]:
@@ -168,7 +168,7 @@ class Graph:
         hints: Call[Timed[tuple[ControlHint, ...]]] | None,
         expires: float,
     ) -> Call[Timed[Latents]]:
-        """Run a stage; `expires` is when nobody waits for the picture any more, in seconds of Unix time."""
+        """Run a stage; `expires` is the time (Unix, in seconds) at which the caller stops waiting."""
         return Call(
             self._denoiser(stage).denoise.remote(
                 stage=stage,
@@ -221,7 +221,7 @@ class Graph:
         return Call(vae.decode.remote(plan=plan, latents=_handed_on(latents), image=image, mask=mask))
 
     def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> Call[bytes]:
-        """A small file of a picture in the making."""
+        """A small file of an unfinished picture."""
         return Call(self._handles[plan.vae].preview.remote(plan=plan, latents=latents, file_format=file_format))
 
     def compile_report(self, *, component: str, wanted: tuple[WantedProgram, ...] = ()) -> Call[CompileReport]:
@@ -272,5 +272,5 @@ def _name(handle: Any) -> str:
 
 
 def _handed_on(value: Call[T] | Sealed[T] | None) -> Any:
-    """Serve's own response, which it replaces by its result on the way."""
+    """Serve's own response, which Serve replaces by its result when the call is made."""
     return value.response if isinstance(value, Call) else value

@@ -1,6 +1,6 @@
-"""The strict checker of Serve configs: Ray's own takes typos at nearly every level, and finds others half deployed.
+"""A strict checker of Serve configs: Ray accepts typos at nearly every level, or finds them when half is deployed.
 
-`make serve` and the launcher refuse a config that it has something to say about; by itself:
+`make serve` and the launcher refuse a config in which it finds a problem. It also runs by itself:
 
     python -m deployments.strict_config serve_config.yaml
 """
@@ -87,7 +87,7 @@ def check(file: Path) -> Config:
     """The config in a file.
 
     Raises:
-        ValueError: it is no YAML, or something is wrong with it; every complaint is a line.
+        ValueError: it is not YAML, or has problems, each of which is a line of the message.
     """
     try:
         config = yaml.safe_load(file.read_text())

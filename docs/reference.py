@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,19 @@ def _numbers(text: str, row: str) -> list[float]:
     return [float(cell) for cell in found[1].split("|")]
 
 
+_PLOT_COLOUR = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#4a7fd1"}}}}%%'
+
+
 def _plot(title: str, x: str, xs: list[float], y: str, ys: list[float]) -> str:
     labels = ", ".join(f'"{value:g}"' for value in xs)
-    lines = [f'title "{title}"', f'x-axis "{x}" [{labels}]', f'y-axis "{y}"', f"bar {[float(v) for v in ys]}"]
-    return "```mermaid\nxychart-beta\n" + "\n".join(f"  {line}" for line in lines) + "\n```"
+    top = 20 * ceil(max(ys) / 20)  # bars must begin at 0, which mermaid's own axis does not
+    lines = [
+        f'title "{title}"',
+        f'x-axis "{x}" [{labels}]',
+        f'y-axis "{y}" 0 --> {top}',
+        f"bar {[float(v) for v in ys]}",
+    ]
+    return f"```mermaid\n{_PLOT_COLOUR}\nxychart-beta\n" + "\n".join(f"  {line}" for line in lines) + "\n```"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

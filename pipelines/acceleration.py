@@ -1,4 +1,4 @@
-"""What a graph does to be faster on GPUs; needs neither torch nor ray."""
+"""How networks are accelerated on GPUs; needs neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Acceleration(BaseModel):
     graphs: bool = True
     """Record UNet and ControlNet passes of common shapes as CUDA graphs and replay them."""
     channels_last: bool = False
-    """Keep convolutions' weights in NHWC order: faster for SD1.5, slower for SDXL on the card that was tried."""
+    """Keep the weights of convolutions in NHWC order: faster for SD1.5, slower for SDXL on the card that was tried."""
     compiled_blocks: bool = False
-    """Compile the UNet's repeated blocks with torch.compile: faster ticks, and minutes more at start."""
+    """Compile the UNet's repeated blocks with torch.compile: faster ticks, but a start that takes minutes longer."""

@@ -82,7 +82,7 @@ def load_engine(
         component_id: the UNet.
         device: where it runs.
         max_rows: most rows of a tick; memory may allow fewer.
-        strict: equal bytes whatever the neighbours.
+        strict: equal bytes whatever else is in the tick.
         control: what steers it, if anything.
         row_price: measure now how many rows of a tick are worth their time, each at less than this share of what the
             first ones cost (`engine/curve.py`); None takes `max_rows` at their word.

@@ -1,4 +1,4 @@
-"""A cache that forgets what was not used for longest, and counts."""
+"""An LRU cache that counts hits and misses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LruCache(Generic[K, V]):
         """Lookups that found nothing."""
 
     def get(self, key: K) -> V | None:
-        """The value, None if it is not here; counted."""
+        """The value, or None; counted as a hit or a miss."""
         value = self._entries.get(key)
         if value is None:
             self.misses += 1

@@ -7,7 +7,7 @@ SdgraphError
 │   ├── NonFiniteError          values that are not finite numbers, where a picture should be
 │   ├── UnavailableModelError   unknown or unserved model
 │   └── TooLargeError           a body or a picture over the limit
-├── OverloadedError         it would not be finished in time; `retry_after` is whole seconds
+├── OverloadedError         the request would not finish in time; `retry_after` is whole seconds
 ├── UnstartableError        a deployment the request needs keeps failing to start
 ├── SilentLibraryError      the volume of a library does not answer
 ├── DeadlineError           it took longer than the server allows
@@ -63,7 +63,7 @@ class TooLargeError(RequestError):
 
 
 class OverloadedError(SdgraphError):
-    """More work is waiting than can be done before a request's deadline: refused at once instead of late."""
+    """The queue is too long to finish a request before its deadline, so it is refused at once."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after)
@@ -93,11 +93,11 @@ class WeightsError(SdgraphError):
 
 
 class LostDeviceError(SdgraphError):
-    """The driver gives this process nothing but errors any more; a new process may do better."""
+    """The GPU's driver answers every call of this process with an error; only a new process can recover."""
 
 
 class BackendError(SdgraphError):
-    """A backend that was asked for by name failed; another may not."""
+    """A backend that the request named failed; the request may succeed on another one."""
 
 
 class DenoiseError(SdgraphError):

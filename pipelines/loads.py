@@ -17,8 +17,8 @@ V = TypeVar("V")
 class Loads(Generic[K, V]):
     """Loaded values by key, the least recently used leaving when their cost exceeds the budget.
 
-    Thread-safe: values are loaded on the thread that asks, each once; who wants another one does not wait for it. What
-    somebody still holds is found after it left, too.
+    Thread-safe: each value is loaded once, on the calling thread, and loading one does not block another. A value that
+    left the cache is still found while somebody holds it.
     """
 
     def __init__(self, load: Callable[[K], V], cache: LruCache[K, V]) -> None:
@@ -58,7 +58,7 @@ class Loads(Generic[K, V]):
 
 @dataclass(frozen=True)
 class Needed:
-    """A value that some work will look for: whoever holds it while the work runs spares that the reading."""
+    """A value that some work will need: holding it while the work runs saves reading it again."""
 
     loads: Loads[Any, Any]
     key: Hashable

@@ -50,7 +50,7 @@ def _weights(name: str, given: float | PartWeights, model: ModelSpec) -> tuple[f
 def _use(
     catalog: Catalog, model: ModelSpec, name: str, unet: float, text_encoder: float, text_encoder_2: float
 ) -> LoraUse:
-    """One weight where one is enough, so that equal requests make equal plans."""
+    """One LoRA of the plan; one weight for all parts if they are equal, so that equal requests make equal plans."""
     weights = catalog.lora_weights(name, model.unet)
     use = LoraUse(name=name, weight=unet, file=catalog.library_path(weights), version=weights.version)
     if text_encoder == text_encoder_2 == unet:

@@ -1,4 +1,4 @@
-"""What is asked (GenerationParams) and what was decided (GenerationPlan): no tensors, no decisions here.
+"""The types of a request (GenerationParams) and of the decisions about it (GenerationPlan), without tensors.
 
 A plan is frozen, serialisable and complete: the same plan gives the same picture. The refiner is the second StagePlan.
 """

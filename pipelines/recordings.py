@@ -35,7 +35,7 @@ Part = Callable[[], None]
 
 
 class Capturer(Protocol):
-    """What turns a pass into a recording."""
+    """Turns a pass into a recording that can be replayed."""
 
     def capture(
         self, parts: Sequence[Part], reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
@@ -132,7 +132,7 @@ class Recorder(Generic[T]):
         return len(self._recordings)
 
     def due(self, kind: Hashable, at_once: bool = False) -> bool:
-        """Whether a pass of this kind is to be a recorded one; asked once for each.
+        """Whether a pass of this kind should be recorded; called once for each pass.
 
         Args:
             kind: shapes, and whatever else is known before the pass.
@@ -163,7 +163,7 @@ class Recorder(Generic[T]):
             self.failures[type(error).__name__] += 1
         # Outside of the except block, whose traceback holds the memory of the pass that failed.
         self._failed.add(kind)
-        logger.warning("passes of %s are not recorded any more: %s", kind, problem)
+        logger.warning("passes of %s are no longer recorded: %s", kind, problem)
         return None
 
     def forget(self) -> None:

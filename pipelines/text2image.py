@@ -1,4 +1,4 @@
-"""The whole way of a request in one process, without Ray. Read this first: deployments do the same, a step each."""
+"""A request from parameters to picture in one process, without Ray. Read this first: deployments do the same."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass
 class _Work:
-    """One request, and how far it is."""
+    """One request and its state."""
 
     plan: GenerationPlan
     params: GenerationParams

@@ -1,4 +1,4 @@
-"""Copies between host and device that neither of them waits for.
+"""Copies between host and device that block neither of them.
 
 A GPU copies from and to page-locked memory by itself; any other copy stops the host until everything that is queued
 before it is done. On a CPU nothing is copied and nothing is ever waited for.
@@ -53,7 +53,7 @@ class Mark:
 
 
 class Fetching(Generic[R]):
-    """Something that a device computes, and its way to the host."""
+    """A result that a device computes and copies to the host."""
 
     def __init__(self, device: torch.device, finish: Callable[[], R]) -> None:
         """`finish` makes it of copies that `fetch` began, when they are there."""

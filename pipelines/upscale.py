@@ -1,4 +1,4 @@
-"""Enlarging a picture that was sent: what is asked, what was decided, and the decisions."""
+"""Enlarging a picture that was sent: its request, its plan, and the decisions between them."""
 
 from __future__ import annotations
 

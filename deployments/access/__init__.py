@@ -1,1 +1,1 @@
-"""Who may ask, and for how much."""
+"""Access control: API keys, rates and quotas."""

@@ -1,4 +1,4 @@
-"""Who asks, and how long they wait."""
+"""The caller of a request and the caller's own deadline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caller:
-    """What the HTTP layer knows of a request beside its body."""
+    """The name of the caller's key, and the seconds the caller waits."""
 
     key: str | None = None
     """Name of the caller's key, None where the server asks for none."""

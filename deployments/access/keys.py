@@ -61,10 +61,10 @@ def read_key_hashes(path: Path) -> list[tuple[str, str]]:
 
 
 def _check_access(path: Path) -> None:
-    """Who writes the file lets himself in; who reads it can guess short keys from their hashes."""
+    """Whoever can write the file can add a key; whoever can read it can guess short keys from their hashes."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is no file. Name a file of lines '<name> <sha256 of the key in hex>'")
+        raise ValueError(f"{path} is not a file. Name a file of lines '<name> <sha256 of the key in hex>'")
     if mode & stat.S_IWOTH:
         raise ValueError(f"every user of this machine may write {path} and so add a key: chmod o-rwx {path}")
     if mode & stat.S_IROTH:
@@ -87,7 +87,7 @@ class KeyRing:
     def identify(self, scope: Scope) -> str:
         """Name of the key of a request, given its ASGI scope.
 
-        What is looked up is the key's hash: how long that takes says nothing of a key that one could choose by.
+        The key's hash is looked up, so the time of the look-up tells nothing useful about the keys (SEC-3).
 
         Raises:
             UnauthorizedError: no key or a wrong one.
@@ -108,7 +108,7 @@ class KeyRing:
                 self._names, self._stamp = _names_by_hash(self._path), stamp
                 logger.info("key file changed: %d keys read", len(self._names))
         except (OSError, ValueError) as error:  # who could ask before still can
-            logger.error("key file not readable, the keys stay as they were: %s", error)
+            logger.error("the key file cannot be read, so the previous keys remain valid: %s", error)
 
     def _stamp_now(self) -> tuple[int, int, int, int]:
         status = self._path.stat()
@@ -138,7 +138,7 @@ def _names_by_hash(path: Path) -> dict[str, str]:
 
 
 class Loopback:
-    """No keys (`auth: none`): everybody on this machine may ask, nobody else."""
+    """No keys (`auth: none`): only connections to loopback addresses are accepted."""
 
     def identify(self, scope: Scope) -> None:
         """Accept a connection that was made to a loopback address.

@@ -1,4 +1,4 @@
-"""How much a key may ask for: requests a minute, pixel-steps a day."""
+"""Limits of a key: requests a minute, pixel-steps a day."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Unit = Literal["requests", "pixel-steps"]
 
 
 class RateLimitedError(SdgraphError):
-    """Too much asked for; `retry_after` is whole seconds."""
+    """A rate or quota is exceeded; `retry_after` is whole seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message, retry_after)
@@ -37,7 +37,7 @@ class RateLimitedError(SdgraphError):
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What each key may ask for."""
+    """The limits of each key."""
 
     rate: str | None = None
     """Requests, in `limits` notation such as `60/minute`; None or empty for any number."""
@@ -48,7 +48,7 @@ class KeyLimits:
 
 
 class UsageLimiter:
-    """Counts what keys ask for, in a moving window (requests) and by the day (pixel-steps)."""
+    """Counts the requests of keys in a moving window and their pixel-steps by the day (API-5)."""
 
     def __init__(self, limits: KeyLimits) -> None:
         """Count by `limits`.
@@ -78,13 +78,13 @@ class UsageLimiter:
             )
 
     async def _count(self, unit: Unit, item: RateLimitItem, key: str, cost: int) -> int:
-        """Seconds to wait, 0 if it was counted. If the store is unreachable, this process counts in memory."""
+        """Seconds to wait, 0 if it was counted. If the store is unreachable, this process counts in memory (API-6)."""
         if time.monotonic() >= self._store_rests_until:
             try:
                 return await self._shared.hit(unit, item, key, cost)
             except StorageError as error:
                 self._store_rests_until = time.monotonic() + STORE_REST_S
-                logger.warning("the limits store does not answer; this replica counts on its own: %s", error)
+                logger.warning("the limits store does not answer, so this replica counts on its own: %s", error)
         return await self._own.hit(unit, item, key, cost)
 
     async def close(self) -> None:

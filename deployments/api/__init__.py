@@ -1,1 +1,1 @@
-"""What a client meets: routes, bodies, answers."""
+"""The HTTP API: routes, requests, replies."""

@@ -1,4 +1,4 @@
-"""One log line a request, and one count."""
+"""One log line and one count for each request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.telemetry.metrics import metrics
 logger = logging.getLogger(__name__)
 
 QUIET = ("/healthz", "/readyz", "/page/{asked}/{name}")
-"""Asked every few seconds by probes, or many at once by a browser; their lines would bury the others."""
+"""Routes that are logged at DEBUG only: probes and browsers request them so often that other lines would be lost."""
 CLIENT_LEFT = 499
 """Status noted for a request whose client left before there was an answer (nginx's number)."""
 

@@ -21,7 +21,7 @@ Answer = Callable[[BaseException, str], Response]
 
 
 class Admission:
-    """Who may pass: the owner of a key that is within its rate; without keys, whoever is on this machine."""
+    """Admits requests with a valid key within its rate; without keys, connections to loopback addresses."""
 
     def __init__(self, keys: KeyRing | Loopback, limiter: UsageLimiter) -> None:
         self._keys = keys
@@ -42,7 +42,7 @@ class Admission:
     def route_class(self, answer: Answer = answer) -> type[APIRoute]:
         """A route that asks this admission first; FastAPI's own dependencies come after the body is parsed.
 
-        `answer` makes a dialect's reply of what went wrong.
+        `answer` makes the dialect's reply to an exception.
         """
         admission = self
 
@@ -74,7 +74,7 @@ def _as_json(request: Request) -> Request:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who asks, and the seconds they allow in the header that Serve's proxy reads too, unless it is nonsense."""
+    """The caller, with the timeout of the header that Serve's proxy also reads; an invalid timeout is ignored."""
     try:
         seconds = float(request.headers.get("x-request-timeout-seconds", "inf"))
     except ValueError:

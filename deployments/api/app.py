@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from deployments import __version__
 from deployments.api import generation, info, offers, page, upscaling
 from deployments.api.a1111 import routes as a1111
-from deployments.api.a1111.failures import WebuiError
+from deployments.api.a1111.errors import WebuiError
 from deployments.api.access_log import AccessLog
 from deployments.api.admission import Admission
 from deployments.api.body_limit import BodyLimit
@@ -54,7 +54,7 @@ def create_http_app(ingress: Ingress) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await ingress.desk.close()
+        await ingress.caller_state.close()
         await ingress.usage.close()
 
     app = FastAPI(

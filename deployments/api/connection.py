@@ -1,4 +1,4 @@
-"""What every dialect does with its client's connection."""
+"""Handling of a client's connection, shared by all dialects."""
 
 from __future__ import annotations
 

@@ -109,12 +109,12 @@ class _ErrorBody(JSONResponse):
 
 
 def answer(error: BaseException, request_id: str) -> JSONResponse:
-    """The contract's answer to whatever went wrong; what is the server's fault is logged."""
+    """The contract's reply to an exception; errors of the server are logged."""
     return told(error, request_id).response()
 
 
 def told(error: BaseException, request_id: str) -> Failure:
-    """What a client is told of whatever went wrong; what is the server's fault is logged."""
+    """The error that a client receives for an exception; errors of the server are logged."""
     cause = cause_of(error)
     failure = failure_of(cause, request_id)
     if failure.code == ErrorCode.INTERNAL or isinstance(cause, RayActorError | WeightsError):

@@ -72,7 +72,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _no_json(error.pos, error.msg) from None
     except (UnicodeDecodeError, RecursionError):
-        raise _no_json(0, "neither UTF-8 nor of a depth that can be read") from None
+        raise _no_json(0, "not UTF-8, or nested too deeply") from None
     if not isinstance(fields, dict):
         told = {"type": "model_attributes_type", "loc": ("body",), "msg": "Input should be a JSON object or a form"}
         raise RequestValidationError([told])
@@ -80,7 +80,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
 
 
 def _no_json(position: int, reason: str) -> RequestValidationError:
-    """What FastAPI raises for such a body."""
+    """The error that FastAPI raises for such a body."""
     told = {"type": "json_invalid", "loc": ("body", position), "msg": "JSON decode error", "ctx": {"error": reason}}
     return RequestValidationError([told])
 
@@ -94,7 +94,7 @@ def validated(schema: type[M], fields: Mapping[str, Any]) -> M:
 
 
 def documented(schema: type[BaseModel], files: Iterable[str], required: Iterable[str] = ()) -> Mapping[str, Any]:
-    """What /openapi.json says of such a body: `schema` as JSON, or a form of it with these files."""
+    """The entry of /openapi.json for such a body: `schema` as JSON, or as a form with these files."""
     described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
     form = {k: v for k, v in described.items() if k != "$defs"}
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}

@@ -22,7 +22,9 @@ class InferenceRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    inputs: str = Field(description="The prompt; with parameters.prompt, the picture to start from, in base64.")
+    inputs: str = Field(
+        description="The prompt; or, if parameters.prompt is given, the picture to start from, in base64."
+    )
     parameters: dict[str, Any] | None = Field(
         None, description="Every field of /v1/image/generation; scheduler is a sampler or a class of diffusers."
     )

@@ -1,4 +1,4 @@
-"""`POST /v1/images/info`: what a picture's file tells of itself, and the request that draws it again."""
+"""`POST /v1/images/info`: the metadata of a picture's file, and the request that draws it again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class InfoRequest(BaseModel):
 
 
 class InfoResponse(BaseModel):
-    """What its file tells. What it does not tell is null."""
+    """The metadata of a picture's file; what it lacks is null."""
 
     format: OutputFormat
     width: int
@@ -92,7 +92,7 @@ def picture_in(fields: dict[str, Any]) -> bytes:
 
 
 def described(file: PictureFile, catalog: Catalog) -> InfoResponse:
-    """What a client is told of a file."""
+    """The reply for a file."""
     plan, parsed = _plan(file.plan), parse_infotext(file.infotext) if file.infotext else None
     request: dict[str, Any] | None = None
     needs: list[str] = []

@@ -1,4 +1,4 @@
-"""What this server offers, read from the tables that validate requests; whether it lives and can serve."""
+"""Lists of models, samplers and other names, from the tables that validate requests; health routes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ HUB_CLIENT = "hf_hub/"
 
 
 def wants_bytes(request: Request) -> bool:
-    """Whether a picture's bytes are what the client likes best.
+    """Whether the client prefers the bytes of a picture.
 
     huggingface_hub sends `Accept: image/png` with everything that draws, whatever its provider reads; those that come
     to routes which can answer with JSON read JSON. The route that it reads bytes of does not ask here.
@@ -37,7 +37,7 @@ def wants_bytes(request: Request) -> bool:
 
 
 def accepted_format(request: Request) -> OutputFormat | None:
-    """The format that `Accept` names, None if it names none or something else is liked better."""
+    """The format that `Accept` names, None if it names none or prefers something else."""
     return MEDIA_TYPES.get(_best(request) or "")
 
 

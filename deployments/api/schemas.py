@@ -1,4 +1,4 @@
-"""What a client may say and what it hears: the wire contract, field by field."""
+"""Requests and replies of Hyperbolic's API, field by field."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LoraWeight = Annotated[
     Annotated[FiniteFloat, Tag("weight")] | Annotated[PartWeights, Tag("weights")],
     Discriminator(lambda given: "weights" if isinstance(given, dict | PartWeights) else "weight"),
 ]
-"""A number, or one for each part; told apart first, so that an error is about what was meant."""
+"""A number, or one for each part. The form is decided first, so that an error is about the one that was sent."""
 RANDOM_SEED = -1
 """What A1111, ComfyUI and their clients send for a random seed."""
 
@@ -63,7 +63,7 @@ def _without_unset(data: Any, empty_is_unset: frozenset[str]) -> Any:
 
 
 class PictureRequest(BaseModel):
-    """What any dialect may say of a picture. Unknown fields are ignored, `null` is absent: real clients send both."""
+    """The fields that all dialects share. Unknown fields are ignored and `null` means absent: real clients do so."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
@@ -73,38 +73,38 @@ class PictureRequest(BaseModel):
         return _without_unset(data, _HYPERBOLIC_UNSET)
 
     model_name: str = Field(max_length=200, examples=["SDXL1.0-base"], description="See /v1/models.")
-    prompt: str = Field(min_length=1, max_length=20_000, description="What is to be seen.")
+    prompt: str = Field(min_length=1, max_length=20_000, description="What the picture shows.")
     prompt_2: str | None = Field(None, max_length=20_000, description="For the second text encoder; SDXL family only.")
-    negative_prompt: str | None = Field(None, max_length=20_000, description="What guidance leads away from.")
+    negative_prompt: str | None = Field(None, max_length=20_000, description="What the picture should not show.")
     negative_prompt_2: str | None = Field(None, max_length=20_000, description="SDXL family only.")
     prompt_syntax: str | None = Field(
         None,
         max_length=200,
         examples=list(get_args(PromptSyntax)),
-        description="plain (default): the prompts are read as they stand. weighted: as A1111 reads them: (x), [x], "
+        description="plain (default): the prompts are read literally. weighted: A1111's syntax applies: (x), [x], "
         "(x:1.3), a backslash before a bracket that is text, BREAK, <lora:name:weight>; weights are -100 to 100.",
     )
     emphasis: str | None = Field(
         None,
         max_length=200,
         examples=list(get_args(Emphasis)),
-        description="What weights do: Original (default) scales each chunk back to its mean, No norm does not, "
-        "Ignore leaves them out.",
+        description="How weights of words act: Original (default) scales each chunk back to its mean, No norm does "
+        "not, Ignore drops the weights.",
     )
     long_prompt: str | None = Field(
         None,
         max_length=200,
         examples=list(get_args(LongPrompt)),
-        description="chunk (default): a prompt longer than the text encoder's context is read in pieces. cut: its end "
-        "is left out. The header x-prompt-tokens tells.",
+        description="chunk (default): a prompt longer than the text encoder's context is read in chunks. cut: its end "
+        "is dropped. The header x-prompt-tokens has the length.",
     )
     clip_skip: int | None = Field(
         None,
         ge=MIN_CLIP_SKIP,
         le=MAX_CLIP_SKIP,
-        description="Which hidden state of the text encoder is read, from its end, as A1111 counts: 1 (default) is the "
-        "last. SDXL reads the one before it, so 1 and 2 are the same there. diffusers counts 1 less, with SDXL 2 "
-        "less.",
+        description="Which hidden state of the text encoder is read, counted from its end as in A1111: 1 (default) is "
+        "the last. SDXL reads the one before it, so 1 and 2 are the same there. The same value of diffusers is "
+        "smaller by 1, with SDXL by 2.",
     )
     width: int | None = Field(
         None, ge=MIN_SIDE, le=MAX_SIDE, description="Pixels; the model's default if absent (1024)."
@@ -121,52 +121,62 @@ class PictureRequest(BaseModel):
     )
     mask_image: str | None = Field(
         None,
-        description="Of the size of `image`: white is repainted, black stays to the bit. Base64 or a data URI.",
+        description="A mask of the size of `image`: white is repainted, black is returned bit for bit. Base64 or a "
+        "data URI.",
     )
     mask_blur: FiniteFloat | None = Field(
-        None, ge=0, le=MAX_MASK_BLUR, description="Blurs the mask's edge by so many pixels; default 0."
+        None, ge=0, le=MAX_MASK_BLUR, description="Blur of the mask's edge in pixels; default 0."
     )
     inpaint_area: str | None = Field(
         None,
         max_length=200,
         examples=list(get_args(InpaintArea)),
-        description="whole (default): the picture is drawn at width x height. masked: what is masked is cut out, drawn "
-        "at width x height and laid into the picture, which keeps its own size.",
+        description="whole (default): the picture is drawn at width x height. masked: the masked area is cut out, "
+        "drawn at width x height and pasted into the picture, which keeps its own size.",
     )
     inpaint_padding: int | None = Field(
-        None, ge=0, le=MAX_INPAINT_PADDING, description="Pixels cut out around a masked area; default 32."
+        None,
+        ge=0,
+        le=MAX_INPAINT_PADDING,
+        description="Margin in pixels that is cut out around a masked area; default 32.",
     )
     inpaint_fill: str | None = Field(
         None,
         max_length=200,
         examples=list(get_args(InpaintFill)),
-        description="What is repainted begins from: original (default), noise, surroundings, nothing.",
+        description="What the repainted area starts from: original (default), noise, surroundings, nothing.",
     )
-    seed: int | None = Field(None, ge=RANDOM_SEED, lt=SEED_LIMIT, description="-1 or absent: random; always returned.")
+    seed: int | None = Field(
+        None,
+        ge=RANDOM_SEED,
+        lt=SEED_LIMIT,
+        description="-1 or absent means random; the reply contains the seed that was used.",
+    )
     cfg_scale: FiniteFloat | None = Field(
         None,
         ge=MIN_CFG_SCALE,
         le=MAX_CFG_SCALE,
         validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
-        description="How strongly the prompt guides; default 5, none at 1 and below.",
+        description="How strongly the prompt guides; default 5. At 1 and below there is no guidance.",
     )
     guidance_rescale: FiniteFloat | None = Field(
         None,
         ge=MIN_GUIDANCE_RESCALE,
         le=MAX_GUIDANCE_RESCALE,
-        description="How far guidance is scaled back to the contrast it had without (arXiv:2305.08891); default 0.",
+        description="How far the guided prediction is scaled back to the contrast without guidance (arXiv:2305.08891); "
+        "default 0.",
     )
     guidance_start: FiniteFloat | None = Field(
         None,
         ge=0,
         le=1,
-        description="Guidance begins here: a share of the noise schedule, 0 (default) being pure noise.",
+        description="Where guidance begins, as a share of the noise schedule; 0 (default) is pure noise.",
     )
     guidance_end: FiniteFloat | None = Field(
-        None, ge=0, le=1, description="Guidance ends here; default 1. Steps outside the window cost half as much."
+        None, ge=0, le=1, description="Where guidance ends; default 1. Steps outside the window cost half as much."
     )
     eta: FiniteFloat | None = Field(
-        None, ge=MIN_ETA, le=MAX_ETA, description="Noise that the steps of sampler DDIM draw anew; default 0."
+        None, ge=MIN_ETA, le=MAX_ETA, description="How much new noise each step of the sampler DDIM adds; default 0."
     )
     sampler: str | None = Field(None, max_length=200, description="See /v1/samplers; default DPM++ 2M SDE Heun Karras.")
     steps: int | None = Field(
@@ -180,12 +190,14 @@ class PictureRequest(BaseModel):
     enable_refiner: bool | None = Field(None, description="The SDXL refiner runs the last fifth of the schedule.")
     hires: HiresParams | None = Field(
         None,
-        description="A second pass over the picture, larger (A1111's hires fix). Noise begins anew from `seed`; the "
-        "refiner draws in the second pass alone.",
+        description="A second pass that redraws the picture larger (A1111's hires fix). Its noise starts anew from "
+        "`seed`; the refiner draws only in the second pass.",
     )
     controlnet_name: str | None = Field(None, max_length=200, description="See /v1/controlnets.")
     controlnet_image: str | None = Field(None, description="Base64 or a data URI: the photo that steers the picture.")
-    controlnet_preprocess: bool | None = Field(None, description="False: controlnet_image already is the control map.")
+    controlnet_preprocess: bool | None = Field(
+        None, description="False if controlnet_image already is the control map."
+    )
     controlnets: list[ControlRequest] | None = Field(
         None,
         description=f"Up to {MAX_CONTROLS} controls at once, with any model that has ControlNets; in place of "
@@ -195,8 +207,8 @@ class PictureRequest(BaseModel):
     loras: dict[str, LoraWeight] | None = Field(
         None,
         validation_alias=AliasChoices("loras", "lora"),
-        description="Name: weight, or name: {unet, text_encoder, text_encoder_2}, of which absent ones are 1; "
-        "text_encoder counts for both of SDXL's where text_encoder_2 is absent.",
+        description="Each name maps to a weight, or to {unet, text_encoder, text_encoder_2}, where an absent weight "
+        "is 1; text_encoder applies to both of SDXL's if text_encoder_2 is absent.",
     )
     output_format: OutputFormat | None = Field(None, description="Default jpeg.")
 
@@ -247,7 +259,7 @@ class GenerationRequest(PictureRequest):
     """Hyperbolic's image request."""
 
     stream: bool | None = Field(None, description="Answer server-sent events: progress, then the reply.")
-    preview: bool | None = Field(None, description="With stream: small JPEGs of the picture in the making.")
+    preview: bool | None = Field(None, description="With stream: also send small JPEGs of the unfinished picture.")
 
 
 _HYPERBOLIC_UNSET = frozenset(
@@ -255,7 +267,10 @@ _HYPERBOLIC_UNSET = frozenset(
     | {"controlnet_name", "controlnet_image", "output_format", "prompt_syntax", "emphasis", "long_prompt"}
     | {"mask_image", "inpaint_area", "inpaint_fill"}
 )
-"""Not `negative_prompt`: an empty one differs from none where the model embeds none as zeros."""
+"""Optional fields of which an empty string means absent.
+
+`negative_prompt` is not among them: SDXL base embeds an absent one as zeros.
+"""
 
 
 class GeneratedImage(BaseModel):
@@ -268,7 +283,7 @@ class GeneratedImage(BaseModel):
 
 
 class GenerationResponse(BaseModel):
-    """Hyperbolic's image reply: these fields, always all of them."""
+    """Hyperbolic's image reply; every field is always present."""
 
     images: list[GeneratedImage]
     inference_time: float
@@ -276,7 +291,7 @@ class GenerationResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What every error says."""
+    """The fields of every error."""
 
     message: str
     type: str
@@ -285,7 +300,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(ErrorDetail):
-    """One body that every known client can read: some look at the top, some under `error`."""
+    """The body of an error. The fields are repeated under `error`, because some clients read them there."""
 
     object: Literal["error"] = "error"
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""What the layers of the application leave for each other in a request's ASGI scope."""
+"""Values that layers of the application pass to each other in a request's ASGI scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/images/upscale`: a picture, larger. `GET /v1/upscalers`: what can do it."""
+"""`POST /v1/images/upscale` enlarges a picture; `GET /v1/upscalers` lists the upscalers."""
 
 from __future__ import annotations
 

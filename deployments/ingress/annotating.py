@@ -1,4 +1,4 @@
-"""Control maps for who wants to see them."""
+"""Control maps for clients that want to see them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Annotating:
         """The control map of a photo, made where ControlNet `component` is: a PNG of the photo's size.
 
         Raises:
-            InvalidValueError: it is no picture.
+            InvalidValueError: it is not a picture.
             TooLargeError: it has too many pixels.
             DeadlineError: it took longer than the caller waits, or the server.
         """

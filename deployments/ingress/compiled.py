@@ -1,4 +1,4 @@
-"""What the replicas of compiled UNets can draw, as far as they have said."""
+"""The sizes that the replicas of compiled UNets have reported."""
 
 from __future__ import annotations
 

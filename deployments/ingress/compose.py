@@ -1,4 +1,4 @@
-"""One plan composed over the graph: the same calls for a plain request and for a watched one."""
+"""Composes the calls of one plan, the same for a plain request and for a watched one (GRA-9)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Watcher:
-    """What a watched request is told of, beside its progress."""
+    """The previews that a watched request wants."""
 
     previews: int | None = 0
     """Most previews, spread over the first stage's steps from the first one on; None for one of each step."""
@@ -38,7 +38,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Preview:
-    """A small picture of one in the making."""
+    """A small picture of an unfinished one."""
 
     data: bytes
     format: OutputFormat
@@ -48,7 +48,7 @@ class Preview:
 
 
 class Composition:
-    """One try at one plan."""
+    """One attempt at one plan."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Composition:
         self._health = health
 
     async def run(self) -> AsyncGenerator[Progress | Preview | Timed[EncodedImage], None]:
-        """Progress and previews, if somebody watches, and at last the file. Closing it cancels what is under way."""
+        """Yield progress and previews, if the request is watched, and at last the file. Closing cancels all calls."""
         graph, plan, photo, mask = self._graph, self._plan, self._params.image, self._params.mask_image
         visits = graph.visits(plan)
         async with Pending(lambda: self._health.check(visits)) as pending:

@@ -1,4 +1,4 @@
-"""Whether deployments can answer; those that keep failing to start are not waited for."""
+"""The health of deployments: requests do not wait for those that keep failing to start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ingress: a request is decided and admitted, drawn over the graph, and drawn once more if the graph failed it."""
+"""The ingress: it plans and admits a request, runs it over the graph, and retries it once if need be (GRA-3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError
 
 from config.catalog import Catalog
 from deployments.access.caller import ANONYMOUS, Caller
-from deployments.access.desk import Desk
+from deployments.access.caller_state import CallerState
 from deployments.access.keys import KeyRing, Loopback
 from deployments.access.limits import KeyLimits, UsageLimiter
 from deployments.graph import Graph, Progress
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHANGES_BEFORE_A_PLAN = 2
-"""Times that a library may change under a request before it takes it as it is."""
+"""How often a request is planned anew because the library changed meanwhile."""
 DECODING_SHARE, MOST_DECODING_S = 0.1, 5.0
 """UNets must be done this share of the time before the deadline, but never more than these seconds before it: after
 them the picture is decoded and sent."""
@@ -75,14 +75,14 @@ class Generated:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The graph failed the request, which begins again: steps count from 1 once more. The picture is the same."""
+    """A replica failed and the request starts again: steps count from 1. The picture is the same (API-8)."""
 
     stage: str
     """The component that begins."""
 
 
 Watched = Progress | Restarted | Preview | Generated
-"""What a watched request tells: progress, a new beginning, previews, and at last the picture."""
+"""The items of a watched request: progress, a restart, previews, and at last the picture."""
 
 
 class Ingress:
@@ -109,7 +109,7 @@ class Ingress:
         self.limits = limits
         self.keys = KeyRing(keys_file) if keys_file else Loopback()
         self.usage = UsageLimiter(key_limits)
-        self.desk = Desk(key_limits.store)
+        self.caller_state = CallerState(key_limits.store)
         self.readiness = readiness
         self.compiled = CompiledSizes(graph, compiles_on_demand)
         self.annotating = Annotating(graph, limits.max_image_pixels, limits.deadline_s)
@@ -133,7 +133,7 @@ class Ingress:
 
     @property
     def catalog(self) -> Catalog:
-        """What is on offer now."""
+        """The catalog as it is now, including new files of the library."""
         return self.library.catalog
 
     async def generate(self, params: GenerationParams, caller: Caller = ANONYMOUS) -> Generated:
@@ -155,7 +155,7 @@ class Ingress:
     def watch(
         self, params: GenerationParams, watcher: Watcher, caller: Caller = ANONYMOUS
     ) -> AsyncGenerator[Watched, None]:
-        """The same, telling progress on the way; closing it ends the work.
+        """Draw one picture and yield its progress; closing the generator cancels the work.
 
         The request is decided and admitted before the first item, so a bad one is refused at once. What goes from
         stage to stage passes through this process, sealed, which that of `generate` does not: a watcher costs that.
@@ -176,7 +176,7 @@ class Ingress:
     async def watch_series(
         self, params: GenerationParams, count: int, watcher: Watcher, caller: Caller = ANONYMOUS
     ) -> AsyncGenerator[tuple[int, Watched], None]:
-        """The same, told of on the way; an item says of which picture it is. One that fails ends all."""
+        """The same as a stream; each item has the picture's position. A picture that fails ends all."""
         told: asyncio.Queue[tuple[int, Watched] | Exception | None] = asyncio.Queue()
 
         async def watch(index: int, request: GenerationParams) -> None:
@@ -313,7 +313,7 @@ class Ingress:
             raise error
         if named:
             raise BackendError(f"backend 'tvm' failed: {cause}. Send backend 'auto' or 'torch'") from error
-        logger.warning("backend tvm failed, torch takes over: %s", cause)
+        logger.warning("backend tvm failed, so torch takes over: %s", cause)
         metrics().retries.inc(1, {"reason": "tvm failed"})
         return self._on_torch(params, plan)
 

@@ -1,4 +1,4 @@
-"""The catalog of an ingress, which changes with the folders of the library beside it."""
+"""The catalog of an ingress, which follows the folders of its library."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RESCAN_S = 1.0
-"""Least seconds between two walks through the folders that nobody asked for."""
-PATIENCE_S = 3.0
+"""Least seconds between two automatic readings of the folders."""
+FOLDERS_TIMEOUT_S = 3.0
 """Seconds that a request waits for the folders; a volume that hangs may take for ever."""
 
 
 class LibraryWatch:
-    """Reads the library again when somebody might miss what is new in it: nothing runs in between.
+    """Reads the library again when a request may need a new file; nothing runs in between (GRA-21).
 
     A request that names what is not there, one whose LoRA's file has changed, and whoever reads a listing sees the
     folders as they are, at most `RESCAN_S` old. Every ingress does so for itself; the other replicas are told by the
     plan which file is meant.
 
-    Where the volume does not answer, what was known of it is served, and nobody waits for it but who asks first.
+    Where the volume does not answer, the last known catalog is served, and only the first request waits (GRA-20).
     """
 
     def __init__(self, built: Catalog) -> None:
@@ -48,7 +48,7 @@ class LibraryWatch:
         self._thread = ThreadPoolExecutor(1, "library")
         if built.library:
             first = self._thread.submit(self._read)
-            wait([first], timeout=PATIENCE_S)
+            wait([first], timeout=FOLDERS_TIMEOUT_S)
             if first.done():
                 first.result()
 
@@ -109,11 +109,11 @@ class LibraryWatch:
         if not answer.done():
             if self._silent:
                 raise SilentLibraryError
-            await asyncio.wait((answer,), timeout=PATIENCE_S)
+            await asyncio.wait((answer,), timeout=FOLDERS_TIMEOUT_S)
         if answer.done():
             return answer.result()
         self._silent = True
-        logger.warning("the library's folders have not answered for %g s", PATIENCE_S)
+        logger.warning("the library's folders have not answered for %g s", FOLDERS_TIMEOUT_S)
         answer.add_done_callback(self._answered)
         raise SilentLibraryError
 

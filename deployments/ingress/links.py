@@ -66,5 +66,7 @@ class PictureLinks:
                 link: str = await self._obstore.sign_async(self._store, "GET", name, self._lifetime)
                 return link
         except (self._error, TimeoutError) as error:
-            logger.warning("the picture store took no picture, which is sent inline: %s", str(error).partition("\n")[0])
+            logger.warning(
+                "the picture store did not accept a picture, so it is sent inline: %s", str(error).partition("\n")[0]
+            )
             return None

@@ -27,7 +27,7 @@ class Pending:
     """
 
     def __init__(self, healthy: Callable[[], Awaitable[bool]]) -> None:
-        """Ask `healthy` now and then whether what the calls visit can answer; it raises where waiting is in vain."""
+        """Call `healthy` from time to time; it raises if a deployment that the calls visit cannot answer."""
         self._healthy = healthy
         self._calls: list[Call[Any]] = []
         self._checked: dict[int, asyncio.Future[Any]] = {}

@@ -13,8 +13,8 @@ from deployments.graph import Call, Graph
 from pipelines.plan import GenerationPlan
 from pipelines.upscale import UpscalePlan
 
-SURELY_AWAKE_S = 60.0
-"""Seconds after a visit in which a deployment is not pinged: less than any delay before it scales to zero."""
+PING_AFTER_S = 60.0
+"""Seconds after a visit before a deployment is pinged again; less than any delay before it scales to zero."""
 
 
 class Wake:
@@ -29,7 +29,7 @@ class Wake:
         """Wake what a plan will visit, unless it was visited a moment ago. Nothing is waited for."""
         now = asyncio.get_running_loop().time()
         for name, ping in self._graph.ping(plan).items():
-            if now - self._visited.get(name, -SURELY_AWAKE_S) >= SURELY_AWAKE_S:
+            if now - self._visited.get(name, -PING_AFTER_S) >= PING_AFTER_S:
                 task = asyncio.create_task(_send(ping))
                 self._pings.add(task)
                 task.add_done_callback(self._pings.discard)

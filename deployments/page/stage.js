@@ -30,7 +30,7 @@ export class Stage {
     );
   }
 
-  /** Places for `count` pictures of about `width` x `height` pixels. */
+  /** ModuleNames for `count` pictures of about `width` x `height` pixels. */
   begin(count, { width, height }) {
     this.#element.replaceChildren(this.#tiles, this.#below);
     this.#below.replaceChildren();

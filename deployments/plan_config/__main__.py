@@ -1,4 +1,4 @@
-"""A Serve config for a catalog and the cards at hand: deployments, shares of cards, autoscaling, what sleeps.
+"""A Serve config for a catalog and the cards at hand: deployments, shares of cards, autoscaling, scale to zero.
 
     python -m deployments.plan_config --catalog hub > serve_config.yaml          # the shipped one; then `make k8s`
     python -m deployments.plan_config --catalog hub --gpus 2x80,1x24             # two cards of 80 GB and one of 24

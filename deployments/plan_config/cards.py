@@ -38,7 +38,7 @@ def parse_cards(text: str) -> tuple[Cards, Cards]:
     for part in text.split(","):
         said = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,3})", part.strip())
         if said is None:
-            raise PlanError(f"--gpus '{part}': say how many cards of how many GB, such as 2x80 or 2x80,1x24")
+            raise PlanError(f"--gpus '{part}': write the number of cards and their GB, such as 2x80 or 2x80,1x24")
         kinds.append((int(said[2]), int(said[1])))
     if len(kinds) > 2 or len(kinds) != len({gigabytes for gigabytes, _ in kinds}):
         raise PlanError(f"--gpus '{text}': name one kind of card or two, each once, such as 2x80,1x24")

@@ -14,13 +14,13 @@ from pipelines.footprint import Footprint, footprint, together
 
 MAX_ROWS = 16
 ROW_PRICE = 0.9
-"""Above it a row more saves so little that everybody in the tick had better wait less."""
+"""`row_price` of the printed config: above it, a further row saves too little to be worth the longer tick."""
 LEAST_ROWS = 2
 """Rows of one guided picture: what a denoiser must have room for."""
 STEP = 0.05
 """Shares are multiples of this."""
 LEAST_DENOISER = 0.25
-"""A denoiser's least share of a card: more than four of them on one would only take turns."""
+"""A denoiser's least share of a card: more than four on one card would only take turns."""
 DENOISING = ("unet", "controlnet")
 CPUS = {"text_encoder": 1, "unet": 2, "controlnet": 2, "vae": 1, "upscaler": 1}
 
@@ -34,7 +34,7 @@ class Deployment:
     Attributes:
         name: in the graph.
         kind: of its components.
-        use: whether a replica is always awake.
+        use: whether a replica always runs, or the deployment scales to zero.
         cards: where it lies.
         parts: what it hosts.
         share: of a card, for each replica.
@@ -72,7 +72,7 @@ class Deployment:
 def plan_cluster(args: AppArgs, catalog: Catalog, large: Cards, small: Cards) -> list[Deployment]:
     """The deployments of a graph over several cards.
 
-    What the catalog's first model needs is always awake, and its UNet has a card to itself; the rest sleeps.
+    What the catalog's first model needs always runs, and its UNet has a card to itself; the rest scales to zero.
 
     Raises:
         PlanError: a deployment fits no card, or the cards are too few.
@@ -121,7 +121,7 @@ def plan_one_card(args: AppArgs, catalog: Catalog, card: Cards) -> list[Deployme
 
 
 def _in_order(planned: Iterable[Deployment]) -> list[Deployment]:
-    """As a request meets them, what never sleeps before what does."""
+    """In the order in which a request uses them; what always runs comes before what scales to zero."""
     order = ("text_encoder", "unet", "controlnet", "vae", "upscaler")
     return sorted(planned, key=lambda d: (order.index(d.kind), d.use, d.name.startswith("refiner")))
 
@@ -160,7 +160,7 @@ def _fit(planned: list[Deployment], cards: Cards) -> None:
     """Bound the replicas so that all of them fit the cards at once, as far as one of each does.
 
     Raises:
-        PlanError: what is always awake leaves no room for one that sleeps, or fits the cards itself not.
+        PlanError: what always runs does not fit, or leaves no room for a deployment that scales to zero.
     """
     while sum(d.share * d.replicas for d in planned) > cards.count:
         most = max(planned, key=lambda d: (d.replicas > 1) * d.share * d.replicas)
@@ -171,6 +171,6 @@ def _fit(planned: list[Deployment], cards: Cards) -> None:
     asleep = max((d.share for d in planned if d.use == "rare"), default=0)
     if awake + asleep > cards.count:
         raise PlanError(
-            f"{cards.count}x{cards.gigabytes:g} is too little: {awake:g} cards never sleep, and what wakes needs "
-            f"{asleep:g} more. Serve fewer models (--models), or add cards"
+            f"{cards.count}x{cards.gigabytes:g} is too small: {awake:g} cards for what always runs, and "
+            f"{asleep:g} more for what scales to zero. Serve fewer models (--models), or add cards"
         )

@@ -1,4 +1,4 @@
-"""A middleware around Serve's HTTP proxy: clients that hardly read what they asked for are dropped.
+"""A middleware around Serve's HTTP proxy that drops clients that hardly read (API-14).
 
 The proxy keeps what a client has not taken yet, and its connection, for as long as the client likes. Nothing else is
 held: the picture is drawn at its own pace, and no replica waits for a client.
@@ -16,9 +16,9 @@ from deployments.ray_compat import transport_of
 logger = logging.getLogger(__name__)
 
 CHECK_S = 30.0
-"""Seconds between two looks at what a client has taken."""
+"""Seconds between two checks of how much a client has read."""
 LAST_BYTES_S = 0.2
-"""Seconds between two looks at whether the client has taken the end of an answer."""
+"""Seconds between two checks whether a client has read the end of a reply."""
 SLOWEST_BYTES_S = 1024
 """Bytes a second that a client must take on average, while anything waits for it."""
 

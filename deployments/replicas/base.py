@@ -1,4 +1,4 @@
-"""What every replica that computes has in common."""
+"""The base of every replica that computes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Runtime:
         """Set this process up; returns the device.
 
         Ray's fraction of a GPU is bookkeeping. It is made true here: more memory than that is an out-of-memory error,
-        which an engine and a VAE know how to meet, instead of one for the neighbours.
+        which an engine and a VAE can handle, instead of one in another process (ENG-12).
         """
         import torch
 
@@ -82,4 +82,4 @@ class Replica:
             raise LostDeviceError(f"this process lost its GPU: {self._lost}")
 
     async def ping(self) -> None:
-        """Nothing: a call starts the first replica of a deployment that scaled to zero."""
+        """Do nothing: the call itself starts the first replica of a deployment that scaled to zero."""

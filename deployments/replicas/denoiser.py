@@ -57,7 +57,7 @@ class DenoiserDeployment(Replica):
             runtime: how this process computes.
             max_rows: most rows of a tick; memory may allow fewer.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
-            strict: equal bytes whatever the neighbours.
+            strict: equal bytes whatever else is in the tick.
             compiled: run compiled programs (backend tvm), of the UNets that have some; None runs torch.
             row_price: what a row more may cost on a GPU, see `assembly.load_engine`; a CPU is busy with one row.
             acceleration: what is done on a GPU; its defaults if None.

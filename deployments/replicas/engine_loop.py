@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_RETRY_AFTER_S = 60
-"""Most seconds a refused client is told to wait: by then other replicas may have started."""
+"""Upper bound of `Retry-After` in seconds: by then other replicas may have started."""
 PREPARING_THREADS = 4
-"""So that a long drawing of noise, or a table that has to be made, holds up nobody else."""
+"""Threads that prepare jobs: several, so that a slow preparation delays no other."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Work:
     hints: Sequence[ControlHint] = ()
     """The maps of the stage's controls."""
     expires: float = math.inf
-    """When nobody waits for the picture any more, in seconds of Unix time."""
+    """The time at which the caller stops waiting, in seconds of Unix time."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """News of watched work."""
+    """Progress of a watched stage."""
 
     progress: Progress
     latents: Latents | None
@@ -232,7 +232,7 @@ class EngineLoop:
             raise _overloaded(late_by)
 
     def shed(self) -> None:
-        """Let go of jobs that would be late even if they were in every tick, so that others can use theirs."""
+        """Drop jobs that would miss their deadline even if they were in every tick; others can use their rows."""
         for request in self._requests.values():
             if request.job and not request.leaving:
                 late_by = time.time() + self.throughput.least_seconds_for(request.job) - request.work.expires
@@ -245,7 +245,7 @@ class EngineLoop:
             self._task = asyncio.create_task(self._run(), context=contextvars.Context())
 
     async def _run(self) -> None:
-        """Decide, execute, account, until nobody is left."""
+        """Tick engines until no job is left."""
         begun: deque[_Tick] = deque()
         try:
             while (component := self._next_component()) or begun:
@@ -319,6 +319,6 @@ def _overloaded(late_by_s: float) -> OverloadedError:
 
 
 def _drop(engine: StepEngine, job_id: str) -> None:
-    """Take a job nobody waits for any more out of its engine; its rows are free at the next tick."""
+    """Remove a job that no caller waits for from its engine; its rows are free at the next tick."""
     if job := engine.cancel(job_id):
         logger.info("job cancelled at step %d/%d", job.steps_done, job.steps)

@@ -18,7 +18,7 @@ READING_THREADS = 16
 class Reads:
     """Reads each file once, however many requests wait for it, so that one that hangs takes one thread.
 
-    Who needs nothing that has to be read does not come near these threads. Belongs to one event loop.
+    A request whose files are loaded does not use these threads. Belongs to one event loop.
     """
 
     def __init__(self, worker: Worker) -> None:

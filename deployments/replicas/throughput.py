@@ -1,4 +1,4 @@
-"""How fast a denoiser replica works, from the ticks it did."""
+"""The throughput of a denoiser replica, measured from its ticks."""
 
 from __future__ import annotations
 

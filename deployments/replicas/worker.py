@@ -29,7 +29,7 @@ class Worker:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     def beside(self, name: str, threads: int = 1) -> Worker:
-        """Other threads, whose errors go to the same ears."""
+        """Further threads, whose errors are reported to the same callback."""
         return Worker(self._on_error, threads, name)
 
     async def run(self, function: Callable[..., R], *args: object, started: Callable[[], None] | None = None) -> R:

@@ -35,7 +35,7 @@ def show_logs(form: LogFormat = "text") -> None:
 
 
 class _Identify(logging.Filter):
-    """Adds the ids that find a request's lines in every process it went through; never drops a line.
+    """Adds the ids by which a request's lines are found in every process; never drops a line.
 
     Serve carries a request's id to every replica that works for it. A line that speaks of one request from outside its
     context (the engine's loop) passes `extra={"request_id": ...}` itself.

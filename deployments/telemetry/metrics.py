@@ -32,7 +32,7 @@ class Metrics:
             SECONDS,
             ("model", "backend"),
         )
-        self.retries = Counter("sdgraph_retries", "Second tries by reason.", ("reason",))
+        self.retries = Counter("sdgraph_retries", "Second attempts by reason.", ("reason",))
         self.stage_seconds = Histogram(
             "sdgraph_stage_seconds", "Time a stage took for one request, waiting included.", SECONDS, stage
         )
@@ -41,7 +41,7 @@ class Metrics:
         self.tick_seconds = Histogram("sdgraph_tick_seconds", "Time of one UNet evaluation (tick).", SECONDS, component)
         self.rows = Counter(
             "sdgraph_rows",
-            "UNet batch rows evaluated: asked for by jobs, or padding up to a compiled batch size.",
+            "UNet batch rows evaluated, by kind: asked (requested by jobs) or padding (up to a compiled batch size).",
             (*component, "kind"),
         )
         self.outstanding = Gauge(
@@ -60,8 +60,8 @@ class Metrics:
         )
         self.passes = Gauge(
             "sdgraph_accelerated_passes",
-            "Of a network on a GPU: passes captured as CUDA graphs, kinds of passes whose capture failed, and blocks "
-            "under torch.compile.",
+            "Passes captured as CUDA graphs, kinds of passes whose capture failed, and blocks under torch.compile, of "
+            "each network on a GPU.",
             (*component, "kind"),
         )
         self._seen: dict[tuple[str, str], tuple[int, int]] = {}

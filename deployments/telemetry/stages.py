@@ -15,7 +15,7 @@ from deployments.telemetry.metrics import metrics
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer("sdgraph")
-"""Does nothing until Serve is told of an exporter (README, Observability)."""
+"""Does nothing until Serve has an exporter (docs/operations.md)."""
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -28,7 +28,7 @@ class StageTime:
     name: str
     seconds: float
     note: str | None = None
-    """What the stage found out that a client is told; nothing of it could come back otherwise."""
+    """Values of the stage for the client's reply, which have no other way back."""
 
 
 @dataclass(frozen=True)

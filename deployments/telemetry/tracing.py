@@ -1,4 +1,4 @@
-"""Where traces go: what Serve is told by RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH. Needs the extra `otlp`."""
+"""The exporter of traces, which RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH names. Needs the extra `otlp`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""LoRA and its kin, row by row."""
+"""LoRAs and related adapters, applied row by row."""

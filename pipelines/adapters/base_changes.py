@@ -1,4 +1,4 @@
-"""Adapters that change what a module makes of its input by itself: magnitudes, rotations and scales of outputs.
+"""Adapters that change the output of the module itself: magnitudes, rotations and scales.
 
 They come in the order of a row's mixture, as in PEFT: DoRA scales what the adapters before it have made, too. Rotations
 and scales of outputs are of the module's own output, as in LyCORIS.

@@ -1,4 +1,4 @@
-"""What an adapter is: for each module of one model, what it changes of that module's output.
+"""An adapter: for each module of one model, the change of that module's output.
 
 An adapter is never merged into weights. Each row of a batch carries its own mixture, so that users of different
 adapters share a tick, nothing has to be reloaded, and nothing drifts.

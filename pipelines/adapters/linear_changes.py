@@ -1,4 +1,4 @@
-"""Adapters that add a matrix to a weight, in whatever way it is written down, or numbers to a bias or a norm."""
+"""Adapters that add a matrix, in any factored form, to a weight, or numbers to a bias or a norm."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class RowsHook:
 
 @dataclass
 class Pass:
-    """What the adapted modules of one model need to know of the pass under way."""
+    """State of the current pass that the adapted modules of one model share."""
 
     weights: torch.Tensor | None = None
     """`[rows, ranks]`: each row's weight for each rank of the slots in use; None where no slot is."""

@@ -116,7 +116,7 @@ def _read(key: str, name: str) -> Key:
         raise refuse(name, f"is a {kind} adapter (key {key}), which is not supported; use a LoRA")
     found = read_key(key)
     if found is None:
-        raise refuse(name, f"has a key that is no weight of a LoRA or its kin: {key}")
+        raise refuse(name, f"has a key that is not a weight of a LoRA or a related adapter: {key}")
     return found
 
 
@@ -124,7 +124,7 @@ def _is_bundled(key: str, name: str) -> bool:
     """OneTrainer puts trained embeddings beside the LoRA; they are no part of it, as in diffusers."""
     if not key.startswith("bundle_emb"):
         return False
-    logger.warning("lora %s brings an embedding, which is left out: %s", name, key)
+    logger.warning("lora %s contains an embedding, which is ignored: %s", name, key)
     return True
 
 
@@ -163,5 +163,5 @@ def _config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         return {str(key): value for key, value in config.items() if value is not None}
     except (ValueError, AttributeError) as error:
-        logger.warning("lora %s: its metadata is left out, for it is no JSON object: %s", name, error)
+        logger.warning("lora %s: its metadata is ignored, because it is not a JSON object: %s", name, error)
         return {}

@@ -13,8 +13,8 @@ from torch import nn
 from pipelines.adapters.building import MisfitError, build
 from pipelines.adapters.layers import Adapter, Layer, Mixture
 from pipelines.adapters.linear_changes import LoraLayer
+from pipelines.adapters.module_names import ModuleNames
 from pipelines.adapters.modules import Hook, RowsHook, SlottedModule, adapt
-from pipelines.adapters.places import Places
 from pipelines.adapters.reading import AdapterFile, refuse
 from pipelines.adapters.slots import BUCKETS, Placed, Slots
 from pipelines.adapters.transfer import moved
@@ -59,8 +59,8 @@ class RowAdapters:
                 not depend on which other adapters have been in use.
         """
         self._modules, self._pass = adapt(model)
-        self._places = Places(self._modules)
-        self._others = Places(name for name, _ in model.named_modules() if name not in self._modules)
+        self._names = ModuleNames(self._modules)
+        self._others = ModuleNames(name for name, _ in model.named_modules() if name not in self._modules)
         self._slotted = {name: module for name, module in self._modules.items() if isinstance(module, SlottedModule)}
         self._slots = Slots(self._slotted, buckets)
         weight = next(iter(self._slotted.values())).weight
@@ -78,7 +78,7 @@ class RowAdapters:
         """
         layers: dict[str, tuple[Layer, ...]] = {}
         for name, parameters in file.layers.items():
-            found = self._places.find(name)
+            found = self._names.find(name)
             if found is None:
                 known = self._others.find(name) is not None
                 raise _misfit(file, name, "no module that takes a LoRA" if known else "no module")
@@ -99,7 +99,7 @@ class RowAdapters:
 
     @contextmanager
     def active(self, rows: Sequence[Mixture], padded: int | None = None) -> Iterator[SlotKey | None]:
-        """Within the block, row i of every batch gets `rows[i]`. On the model's own thread.
+        """Within the block, row i of every batch is changed by `rows[i]`. Must run on the model's own thread.
 
         Args:
             rows: the mixtures of a batch's rows.
@@ -107,7 +107,7 @@ class RowAdapters:
                 bucket, and the weights stand where the graph reads them. None for an eager pass over the ranks in use.
 
         Yields:
-            What a captured graph depends on; None where hooks are at work, so that the pass must be eager.
+            The key of a captured graph; None where hooks are active, so that the pass must be eager.
         """
         prepared = self._prepared
         if prepared.padded != padded or prepared.rows != tuple(rows):

@@ -2,7 +2,7 @@
 
 Every adapted module has room for the same number of ranks, and an adapter takes the same ranks in all of them. So one
 tensor of weights, `[rows, ranks]`, serves the whole model, a change of LoRAs is a copy between ticks, and what a
-captured graph or a compiled block reads never moves. Two products a layer do for any number of adapters and rows.
+captured graph or a compiled block reads never moves. Two products a layer suffice for any number of adapters and rows.
 
 A row's product with the ranks of others is multiplied by zero, so it must be finite: the rows of A are scaled until the
 magnitudes of each add up to at most 1/2 (`settled`), and no product is larger than what came in.
@@ -26,7 +26,7 @@ BUCKETS = (32, 64, 128)
 
 
 def settled(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer | None:
-    """The same layer, in float32, with nothing in A that a neighbour's row could overflow on; None if B takes no more.
+    """The same layer in float32, scaled so that no row of another job overflows on A; None if B would overflow.
 
     Each row of A is divided by a power of two, and the column of B multiplied by it: exact in binary numbers.
     """
@@ -109,7 +109,7 @@ class Slots:
         return (found, ranks) if ranks <= self.most else (dict(layers), 0)
 
     def fits(self, adapter: Adapter) -> bool:
-        """Whether there can be a place for it at all."""
+        """Whether an adapter fits into the slots at all."""
         return 0 < adapter.slot_ranks <= self.most
 
     def place(self, adapters: Sequence[Adapter]) -> Placed:

@@ -26,7 +26,7 @@ class LoraKey(NamedTuple):
 class LoraStore:
     """Loaded adapters of one model, the least recently used leaving when their bytes exceed the budget.
 
-    Thread-safe: adapters are loaded off the engine's thread, each once; who wants another one does not wait for it. A
+    Thread-safe: each adapter is loaded once, off the engine's thread, and loading one does not block another. A
     job holds its own reference, so one that leaves the store stays alive until its last job ends.
     """
 
@@ -43,7 +43,7 @@ class LoraStore:
         return tuple((self._loads.get(_key(use, stage)), weight) for use, weight in self._weighted(stage))
 
     def needed(self, stage: StagePlan) -> Sequence[Needed]:
-        """What `mixture` looks for."""
+        """The adapters that `mixture` needs for a stage."""
         return [Needed(self._loads, _key(use, stage)) for use, _ in self._weighted(stage)]
 
     def _weighted(self, stage: StagePlan) -> list[tuple[LoraUse, float]]:

@@ -36,7 +36,7 @@ class Denoiser(Protocol):
     config: Mapping[str, Any]
     """The UNet's `config.json`."""
     device: torch.device
-    """Where its rows live."""
+    """The device of its rows."""
     dtype: torch.dtype
     """Format of its rows."""
 

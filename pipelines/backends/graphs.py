@@ -15,7 +15,7 @@ from pipelines.recordings import Capturer, Recorder, StaticRows, padded_rows
 
 
 class PassKind(NamedTuple):
-    """What a recorded pass of a UNet is for; which adapters' slots it reads comes to that."""
+    """What selects a recorded pass of a UNet, besides the adapters' slots that it reads."""
 
     rows: int
     """Padded. A job alone has one row or two, which are never padded: strict mode stays exact."""
@@ -34,7 +34,7 @@ class UNetGraphs:
         self.recorder: Recorder[RecordedPass] = Recorder()
 
     def due(self, batch: StepBatch, at_once: bool = False) -> PassKind | None:
-        """The kind of pass a batch is, if it is to be a recorded one; asked once for each batch."""
+        """The kind of pass of a batch if it is to be recorded, else None; called once for each batch."""
         rows = padded_rows(len(batch.sample))
         if rows is None:
             return None

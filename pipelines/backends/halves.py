@@ -25,12 +25,12 @@ UNSUPPORTED = {
     "encoder_hid_dim_type": "projects its text embeddings",
     "center_input_sample": "centers its input",
 }
-"""Keys of a UNet's config that ask for what this graph does not produce."""
+"""Keys of a UNet's config that require inputs which this project does not produce."""
 
 
 @dataclass
 class Lower:
-    """What the first half leaves to the second, which takes it away piece by piece so that memory is free early."""
+    """The output of the first half. The second half removes it piece by piece, so that memory is free early."""
 
     hidden: torch.Tensor
     """`[rows, channels, height, width]`, after the mid block."""

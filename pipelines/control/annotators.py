@@ -14,7 +14,7 @@ from scipy.special import expit
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 from config.catalog import AnnotatorSpec, Catalog
-from pipelines.control.poses import Poses
+from pipelines.control.poses import PoseAnnotator
 from pipelines.errors import InvalidValueError, WeightsError
 from pipelines.weights.files import annotator_files
 
@@ -39,7 +39,7 @@ class Annotators:
         self._known |= {name: annotator for name, annotator in weighted.items() if name in specs}
         self._depth_model = functools.cache(lambda: self._load_depth(specs["depth"]))
         self._edge_model = functools.cache(lambda: self._load_edges(specs["softedge"]))
-        self._poses = functools.cache(lambda: Poses(specs["openpose"], device))
+        self._poses = functools.cache(lambda: PoseAnnotator(specs["openpose"], device))
 
     def annotate(self, name: str, photo: Image.Image) -> Image.Image:
         """The control map of a photo, RGB, of the photo's size.

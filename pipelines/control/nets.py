@@ -195,7 +195,7 @@ class _Pass(NamedTuple):
 
 
 def _in_passes(uses: Sequence[HintUse]) -> Iterable[Sequence[HintUse]]:
-    """The maps of a row, by the passes that read them."""
+    """The maps of a row, grouped by the pass that reads them."""
     passes: dict[Any, list[HintUse]] = {}
     for position, use in enumerate(uses):
         passes.setdefault(position if use.joint is None else use.joint, []).append(use)
@@ -231,12 +231,12 @@ class _Group:
 
     @property
     def owners(self) -> list[str]:
-        """Whose each row is: a map is one picture's."""
+        """The picture to which each row belongs, identified by its map."""
         return [uses[0].hint.id for uses in self.uses]
 
     @property
     def factors(self) -> list[_Factor]:
-        """Of each row. Several maps of a pass were weighed before it."""
+        """The factor of each row. Where one pass reads several maps, their weights have been applied before it."""
         return [_Factor(uses[0].weight if len(uses) == 1 else 1.0, uses[0].guess) for uses in self.uses]
 
 
@@ -256,7 +256,7 @@ def _sum(groups: Sequence[_Group], count: int) -> Sequence[torch.Tensor]:
 
 
 class ColocatedControl:
-    """ControlNets in the denoiser's own process, for hosts with one GPU: nothing travels, nothing overlaps."""
+    """ControlNets in the denoiser's own process: residuals are not copied, and the two networks do not overlap."""
 
     def __init__(self, nets: ControlNets) -> None:
         self.nets = nets

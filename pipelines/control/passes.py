@@ -30,7 +30,7 @@ class ControlInputs:
     """What each map is multiplied by where there are several, `[rows]`."""
     mask: tuple[torch.Tensor, ...] = ()
     """Of a union ControlNet, whose attention goes over the rows: `[rows, rows or more]`, 0 between rows of one picture
-    and minus infinity between strangers."""
+    and minus infinity between rows of different pictures."""
     added: tuple[torch.Tensor, ...] = ()
     """`text_embeds` and `time_ids` for SDXL, as in a `StepBatch`."""
 

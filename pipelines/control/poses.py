@@ -1,4 +1,4 @@
-"""People in a photo -> OpenPose's coloured skeletons: transformers' RT-DETR finds them, its ViTPose their joints."""
+"""People in a photo -> OpenPose's coloured skeletons: RT-DETR finds the people, ViTPose finds their joints."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ HALF_WIDTH = 4 / 512
 """Half a limb's width and a joint's radius, of the picture's shorter side."""
 
 
-class Poses:
-    """Both models on one device."""
+class PoseAnnotator:
+    """The two models of openpose on one device."""
 
     def __init__(self, spec: AnnotatorSpec, device: str) -> None:
         self._device = device

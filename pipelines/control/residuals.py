@@ -1,4 +1,4 @@
-"""What a ControlNet answers: residuals where they were computed, on their way, or between two processes."""
+"""Residuals of a ControlNet: where they were computed, in flight, or packed for another process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PendingArray:
 
 
 class PendingResiduals(Protocol):
-    """Residuals under way."""
+    """Residuals that are being computed."""
 
     def result(self) -> AnyResiduals:
         """Wait for them; raises what the computation raised."""
@@ -82,7 +82,7 @@ class PendingResiduals(Protocol):
 
 @dataclass(frozen=True)
 class ReadyResiduals:
-    """Residuals that are already there, where a pending result is expected."""
+    """Finished residuals behind the interface of `PendingResiduals`."""
 
     residuals: Residuals
 

@@ -1,4 +1,4 @@
-"""What a denoiser asks of a ControlNet: hints, batches of rows, and where it asks."""
+"""The types of calls to a ControlNet: hints, batches of rows, and the source of residuals."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ControlSource(Protocol):
     """Where a denoiser gets residuals from: a ControlNet in this process, or another deployment."""
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
-        """Begin; `hints` holds the maps of every row, for a source that has not seen them yet."""
+        """Start the computation; `hints` holds the maps of every row, for a source that lacks them."""
         ...
 
 
@@ -119,4 +119,4 @@ class ControlledRows:
 
 
 class MissingHintsError(LookupError):
-    """A ControlNet was asked about maps it does not hold, because it restarted or evicted them. Send them along."""
+    """A ControlNet does not hold the maps of a call, which it lost or evicted; the caller must send them."""

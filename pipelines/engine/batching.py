@@ -14,7 +14,7 @@ class BatchKey(NamedTuple):
     """Tokens and their width."""
 
     def carries(self, other: BatchKey) -> bool:
-        """Whether rows of another key can ride along: the same, or a context that fills this one if it is repeated.
+        """Whether rows of another key can share a tick: an equal key, or a context that, repeated, fills this one.
 
         Attention is a weighted mean over the tokens, so a context that is read twice says what it says once.
         """
@@ -24,7 +24,7 @@ class BatchKey(NamedTuple):
 
 
 class Batchable(Protocol):
-    """What the policy looks at."""
+    """The properties of a job that the policy uses."""
 
     @property
     def batch_key(self) -> BatchKey: ...  # noqa: D102

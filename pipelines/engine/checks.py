@@ -1,4 +1,4 @@
-"""What is wrong with one job alone, found before it shares a tick: its neighbours must not fail with it."""
+"""Checks of one job before it shares a tick, so that other jobs do not fail with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_job(
     latent_shape: tuple[int, ...],
     unet_config: Mapping[str, Any],
 ) -> None:
-    """Look at everything a job brings into a batch, adapters excepted: those are fitted when they are loaded.
+    """Check everything that a job adds to a batch, except adapters, which are checked when they are loaded.
 
     Args:
         plan: the stage.

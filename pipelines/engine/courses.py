@@ -1,4 +1,4 @@
-"""A job's way through its schedule: by a sampler's table, or by a sampler's own steps where it has none."""
+"""How a job advances through its schedule: by its sampler's table, or by the sampler's own steps if it has none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipelines.sampling.table import KEPT_SLOTS, Table
 from pipelines.transfers import pinned, send
 
 
-class Kept(NamedTuple):
-    """What stays of a picture while a part of it is drawn, as `StableDiffusionInpaintPipeline` keeps it."""
+class KeptPicture(NamedTuple):
+    """The picture that stays while a part of it is drawn, as in `StableDiffusionInpaintPipeline`."""
 
     picture: torch.Tensor
     """`[1, channels, height, width]`: its latents."""
@@ -26,7 +26,7 @@ class Kept(NamedTuple):
 
 
 class TableCourse:
-    """By a table: everything was decided and drawn before the first tick."""
+    """A job that advances by a table: everything was decided, and all noise drawn, before the first tick."""
 
     timesteps: Sequence[float]
     """What the UNet is asked at each tick."""
@@ -47,7 +47,7 @@ class TableCourse:
         generator_state: torch.Tensor,
         guidance: Guidance,
         device: torch.device,
-        kept: Kept | None = None,
+        kept: KeptPicture | None = None,
     ) -> None:
         """Begin with `latents` `[1, channels, height, width]`.
 
@@ -126,8 +126,8 @@ class TableCourse:
     def columns(self, output: torch.Tensor, slots: int) -> Iterator[torch.Tensor]:
         """What the next tick's weights multiply, `3 + slots` rows in all: outputs, noise, slots.
 
-        Where there is nothing (no second output, no noise, fewer slots than a neighbour's) the weight is zero, and
-        something finite of the job's own stands in.
+        A missing column (no second output, no noise, fewer slots than another job) has the weight zero; a finite
+        tensor of the job itself takes its place.
         """
         output = self._guidance.rescaled(output)
         yield from (output,) * (3 - len(output))
@@ -143,7 +143,7 @@ class TableCourse:
 
 
 class SamplerCourse:
-    """By the sampler's own steps; members as above."""
+    """A job that advances by its sampler's own steps; its members are those of `TableCourse`."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class SamplerCourse:
         latents: torch.Tensor,
         generator: torch.Generator,
         guidance: Guidance,
-        kept: Kept | None = None,
+        kept: KeptPicture | None = None,
     ) -> None:
         """Begin with `latents` `[1, channels, height, width]`, in the model's dtype, on the CPU."""
         self.sampler = sampler
@@ -178,7 +178,7 @@ class SamplerCourse:
         """Move the latents to `device`."""
         self.latents = send(pinned(self.latents, device), device)
         if self._kept is not None:
-            self._kept = Kept(*(send(pinned(tensor, device), device) for tensor in self._kept))
+            self._kept = KeptPicture(*(send(pinned(tensor, device), device) for tensor in self._kept))
 
     def model_input(self) -> torch.Tensor:
         """What the UNet sees next, `[1, elements]` float32."""
@@ -203,7 +203,7 @@ Course = TableCourse | SamplerCourse
 
 
 class TickNumbers:
-    """What a tick takes from the host, in one copy: the timesteps of its rows and the weights of its tables."""
+    """The numbers of a tick that are copied from the host, in one copy: timesteps of rows and weights of tables."""
 
     def __init__(self, courses: Sequence[Course], rows: Sequence[int], device: torch.device) -> None:
         """For these jobs' next tick, of so many rows each."""

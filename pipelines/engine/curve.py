@@ -1,4 +1,4 @@
-"""How many rows of a tick are worth their time on this device: measured at start, one curve for each common shape.
+"""How many rows of a tick are worth their time on this device, measured at start for each common shape.
 
 Where a UNet leaves a device idle (small pictures, launch-bound GPUs) a row more is almost free, and jobs that share a
 tick gain. Where it is busy already, a row more costs what the first ones did: sharing gains nothing then, and everybody
@@ -60,7 +60,7 @@ def measure(evaluate: Callable[[int], object], max_rows: int, clock: Callable[[]
         except Exception as error:
             if not curve or not ran_out_of_memory(error):
                 raise
-            logger.warning("out of memory with %d rows: no more of them are measured", rows)
+            logger.warning("out of memory with %d rows, so larger ticks are not measured", rows)
             break
     return curve
 
@@ -100,7 +100,7 @@ def trial_batch(denoiser: Denoiser, key: BatchKey, pooled: int, rows: int) -> St
 
 
 class RowCurves:
-    """Rows that are worth their time, for every shape: those of the nearest size that was measured."""
+    """The number of rows that are worth their time, for each shape; that of the nearest size that was measured."""
 
     def __init__(self, evaluate: Callable[[BatchKey, int], object], price: float, max_rows: int) -> None:
         """Measure with `evaluate`; see `measure` and `worthwhile_rows` for the arguments."""
@@ -113,7 +113,12 @@ class RowCurves:
             curve = measure(lambda rows, key=key: self._evaluate(key, rows), self._max_rows, clock)  # type: ignore[misc]
             self.rows[key] = worthwhile_rows(curve, self._price)
             told = {rows: round(1000 * seconds, 1) for rows, seconds in curve.items()}
-            logger.info("latents %s: ms a tick by rows %s, %d rows at most", key.latent_shape, told, self.rows[key])
+            logger.info(
+                "latents %s: milliseconds of a tick by its rows %s; at most %d rows",
+                key.latent_shape,
+                told,
+                self.rows[key],
+            )
 
     def __call__(self, key: BatchKey) -> int:
         """Most rows of a tick of this shape."""

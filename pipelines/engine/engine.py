@@ -21,7 +21,7 @@ from pipelines.control.types import ControlHint, ControlSource
 from pipelines.engine.batching import BatchKey, select_rows
 from pipelines.engine.courses import TickNumbers, advance
 from pipelines.engine.job import DenoiseJob, Fetched
-from pipelines.engine.memory import Retreat
+from pipelines.engine.memory import RecoveringBudget
 from pipelines.engine.preparing import JobMaker, always
 from pipelines.engine.stacking import RowStack
 from pipelines.errors import DenoiseError, SdgraphError
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TickReport:
-    """What a tick did, or queued on its device."""
+    """The result of a tick, or of one that is queued on the device."""
 
     rows: int = 0
     """UNet batch entries that jobs asked for."""
@@ -47,24 +47,24 @@ class TickReport:
     advanced: tuple[DenoiseJob, ...] = ()
     """Jobs that took part, those that left included."""
     finished: tuple[Fetched, ...] = ()
-    """What jobs left with."""
+    """Results of jobs that finished, by id."""
     previews: tuple[Fetched, ...] = ()
-    """How jobs stand that want to be seen on the way."""
+    """Latents of watched jobs after this tick, by id."""
     failed: tuple[tuple[DenoiseJob, SdgraphError], ...] = ()
-    """Jobs that left with an exception."""
+    """Exceptions of jobs that failed, by id."""
     mark: Mark | None = None
-    """Passed when the device has done it all; None where nothing was evaluated."""
+    """Passed when the device has finished the tick; None if nothing was evaluated."""
 
 
 @dataclass
 class _Evaluation:
-    """One evaluation of the UNet: whom it was for, and what came of it."""
+    """One evaluation of the UNet: its jobs and its outcome."""
 
     jobs: Sequence[DenoiseJob]
     rows: int = 0
     padding: int = 0
     error: Exception | None = None
-    """Of all its jobs, none of which advanced."""
+    """The error of all its jobs; none of them advanced."""
     failed: list[tuple[DenoiseJob, Exception]] = field(default_factory=list)
     """Jobs whose own sampler failed after it."""
 
@@ -111,7 +111,7 @@ class StepEngine:
         self.max_rows = max_rows
         self._strict = strict
         self.rows_that_fit = rows_that_fit
-        self._retreat = Retreat()
+        self._recovering = RecoveringBudget()
         self.control_lost: Callable[[Exception], bool] = _nobodys
         """Whether an error says that `control` itself is gone: no job's own fault, and no use in trying each alone."""
         tables = tables or SamplerTables(scheduler_config)
@@ -141,13 +141,13 @@ class StepEngine:
             latents: None begins from noise (text to image); otherwise the encoded picture, noised to the first
                 timestep when the schedule has a strength (img2img), or the previous stage's, taken as they are.
             hints: the control maps of the plan's controls, in their order.
-            wanted: whether anybody still waits for the job, asked on the way.
+            wanted: whether a caller still waits; called between the steps of the preparation.
 
         Raises:
             DenoiseError: something of this job alone would break the batch it joins; see `checks.py`.
             NonFiniteError: its latents or embeddings have values that are not finite numbers.
             InvalidValueError: no sampler can be made of the plan, or a LoRA does not fit.
-            CancelledError: nobody waits.
+            CancelledError: no caller waits any longer.
         """
         return self._maker.make(job_id, plan, conditioning, latents, hints, wanted)
 
@@ -206,7 +206,7 @@ class StepEngine:
 
     def _select(self, jobs: list[DenoiseJob]) -> list[DenoiseJob]:
         """The jobs of the next tick: a row budget from memory, `max_rows` at most."""
-        budget = self._retreat.limit(self.max_rows)
+        budget = self._recovering.limit(self.max_rows)
         if self.rows_that_fit is not None and len(jobs) > 1:  # alone, a job runs whatever the budget
             budget = min(budget, self.rows_that_fit(jobs[0].batch_key))
         return select_rows(jobs, budget)
@@ -215,7 +215,7 @@ class StepEngine:
         """Advance these jobs together, or as many as memory and faults allow."""
         together = self._attempt(jobs)
         if together.error is None:
-            self._retreat.had_enough(self.max_rows)
+            self._recovering.had_enough(self.max_rows)
         elif ran_out_of_memory(together.error):
             together = self._attempt(self._with_fewer_rows(together, together.error))
         return [together] if together.error is None else self._apart(together, together.error)
@@ -247,10 +247,10 @@ class StepEngine:
         return [self._attempt([job]) for job in together.jobs]
 
     def _with_fewer_rows(self, evaluation: _Evaluation, error: Exception) -> list[DenoiseJob]:
-        """Halve the row budget and free what can be freed; the jobs that fit now. A job alone teaches no budget."""
+        """Halve the row budget, unless one job alone failed, and free memory; returns the jobs that fit now."""
         budget = sum(job.rows for job in evaluation.jobs)
         if len(evaluation.jobs) > 1:
-            budget = self._retreat.halve(budget)
+            budget = self._recovering.halve(budget)
             logger.warning("out of memory: the row budget is %d for a while", budget)
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the pass that failed
         if self.denoiser.device.type == "cuda":
@@ -259,7 +259,7 @@ class StepEngine:
 
 
 def _ours(error: Exception) -> SdgraphError:
-    """An error as its job is told of it: one raised on purpose as it is, any other inside a DenoiseError."""
+    """The error that a job reports: one of this project unchanged, any other inside a DenoiseError."""
     if isinstance(error, SdgraphError):
         return error
     wrapped = DenoiseError(f"{type(error).__name__}: {error}")

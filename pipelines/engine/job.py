@@ -22,17 +22,17 @@ from pipelines.transfers import Mark, fetch, send
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the UNet is told of a job's rows."""
+class UNetConditions:
+    """The text embeddings and the further inputs of a job's rows, as the UNet takes them."""
 
     conditioning: Conditioning
     added: Mapping[str, torch.Tensor]
 
-    def last_row(self) -> Told:
+    def last_row(self) -> UNetConditions:
         """The cond row alone."""
         embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
         alone = Conditioning(embeds[-1:], pooled[-1:] if pooled is not None else None)
-        return Told(alone, {name: tensor[-1:] for name, tensor in self.added.items()})
+        return UNetConditions(alone, {name: tensor[-1:] for name, tensor in self.added.items()})
 
 
 @dataclass
@@ -55,8 +55,8 @@ class DenoiseJob:
     mask: torch.Tensor | None = None
     """`[1, 1, height, width]` on the host: of a part that stays, for the next stage."""
     previews: bool = False
-    """Whether its latents are wanted after every tick."""
-    _told: tuple[Told, Told] | None = field(default=None, init=False, repr=False)
+    """Whether a watcher wants its latents after every tick."""
+    _unet_conditions: tuple[UNetConditions, UNetConditions] | None = field(default=None, init=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -64,12 +64,12 @@ class DenoiseJob:
         return self.conditioning.rows if self.course.guided else 1
 
     @property
-    def told(self) -> Told:
-        """What the UNet is told of the rows of the next tick; the same object while nothing changes."""
-        if self._told is None:
-            every = Told(self.conditioning, self.added_conditions)
-            self._told = (every, every.last_row())
-        return self._told[0] if self.rows == self.conditioning.rows else self._told[1]
+    def unet_conditions(self) -> UNetConditions:
+        """The UNet's conditions for the rows of the next tick; the same object while nothing changes."""
+        if self._unet_conditions is None:
+            every = UNetConditions(self.conditioning, self.added_conditions)
+            self._unet_conditions = (every, every.last_row())
+        return self._unet_conditions[0] if self.rows == self.conditioning.rows else self._unet_conditions[1]
 
     @property
     def uses(self) -> tuple[tuple[HintUse, ...], ...]:
@@ -78,7 +78,7 @@ class DenoiseJob:
 
     @cached_property
     def batch_key(self) -> BatchKey:
-        """What another job must share to ride in the same tick."""
+        """What another job must have in common to share a tick."""
         return BatchKey(self.course.shape[1:], tuple(self.conditioning.prompt_embeds.shape[1:]))
 
     @property
@@ -131,7 +131,7 @@ class DenoiseJob:
         embeds, pooled = self.conditioning.prompt_embeds, self.conditioning.pooled_prompt_embeds
         self.conditioning = Conditioning(send(embeds, device), send(pooled, device) if pooled is not None else None)
         self.added_conditions = {name: send(tensor, device) for name, tensor in self.added_conditions.items()}
-        self._told = None
+        self._unet_conditions = None
 
     def fetch(self) -> Fetched:
         """Begin to copy the latents, as they stand, to the host."""

@@ -17,7 +17,7 @@ USABLE = 0.6
 """Share of the free memory that activations may take: the rest is for work spaces, ControlNets and fragmentation."""
 GROW_AFTER_TICKS = 128
 """Ticks without running out of memory after which a halved row budget doubles: growing too early costs one tick of
-so many, growing late costs throughput after a spike of a neighbour's."""
+so many, growing late costs throughput after a spike of another process."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -83,8 +83,8 @@ class RowBudget:
         return max(1, int(USABLE * self._free(self._device) / self._row_bytes(key)))
 
 
-class Retreat:
-    """A row budget below the usual one after memory ran out, which grows back."""
+class RecoveringBudget:
+    """A row budget that is reduced when memory runs out and grows back."""
 
     def __init__(self, grow_after: int = GROW_AFTER_TICKS) -> None:
         """Double the budget after so many ticks in a row that had enough memory."""
@@ -97,12 +97,12 @@ class Retreat:
         return max_rows if self._rows is None else min(max_rows, self._rows)
 
     def halve(self, rows: int) -> int:
-        """Memory ran out in a tick of `rows`: the budget from now on, at least one row."""
+        """Reduce the budget after memory ran out in a tick of `rows`; returns the new one, at least one row."""
         self._rows, self._calm = max(1, rows // 2), 0
         return self._rows
 
     def had_enough(self, max_rows: int) -> None:
-        """A tick went through."""
+        """Record a tick that had enough memory."""
         if self._rows is None:
             return
         self._calm += 1

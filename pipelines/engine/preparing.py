@@ -1,4 +1,4 @@
-"""Everything a job needs before its first tick, on whatever thread: adapters, table, noise, checks."""
+"""Prepares a job before its first tick, on any thread: adapters, table, noise, checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.control.types import ControlHint
 from pipelines.engine.checks import check_job
-from pipelines.engine.courses import Course, Kept, SamplerCourse, TableCourse
+from pipelines.engine.courses import Course, KeptPicture, SamplerCourse, TableCourse
 from pipelines.engine.guidance import Guidance
 from pipelines.engine.job import DenoiseJob
 from pipelines.engine.steering import Steering
@@ -26,11 +26,11 @@ from pipelines.text.conditioning import Conditioning
 from pipelines.transfers import pinned
 
 TRAINED_TIMESTEPS = 1000
-"""Where a scheduler's configuration does not say, as in diffusers."""
+"""Number of training timesteps if a scheduler's configuration does not say it, as in diffusers."""
 
 
 def always() -> bool:
-    """Somebody waits."""
+    """The default of `wanted`: a caller waits."""
     return True
 
 
@@ -148,7 +148,7 @@ class JobMaker:
 
 def _stop_unless(wanted: Callable[[], bool]) -> None:
     if not wanted():
-        raise CancelledError("nobody waits for this job any more")
+        raise CancelledError("no caller waits for this job any longer")
 
 
 def _begin(
@@ -159,7 +159,7 @@ def _begin(
     generator: torch.Generator,
     init_noise_sigma: float,
     noised: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, Kept | None]:
+) -> tuple[torch.Tensor, KeptPicture | None]:
     """The latents of the first tick, and what stays of a picture that has a mask.
 
     Draws come in the order of diffusers' text, image and inpainting pipelines. The last one encodes the masked picture
@@ -177,7 +177,7 @@ def _begin(
             draw()
         return begin, None
     if plan.schedule.strength is None:
-        return picture, None if mask is None else Kept(picture, draw(), mask)
+        return picture, None if mask is None else KeptPicture(picture, draw(), mask)
     noise = draw()
     if mask is None:
         return noised(picture, noise), None
@@ -186,4 +186,4 @@ def _begin(
     if plan.inpaint is not None and plan.inpaint.fill in ("noise", "nothing"):
         filled = torch.where(mask > 0.5, draw() if plan.inpaint.fill == "noise" else 0.0, picture)
     begin = noise * init_noise_sigma if plan.schedule.strength == 1 else noised(filled, noise)
-    return begin, None if plan.reads_mask else Kept(picture, noise, mask)
+    return begin, None if plan.reads_mask else KeptPicture(picture, noise, mask)

@@ -10,7 +10,7 @@ import torch
 from pipelines.backends.base import StepBatch
 from pipelines.control.rows import take_rows
 from pipelines.control.types import ControlBatch, ControlHint, ControlledRows, ControlSource, HintUse
-from pipelines.engine.job import DenoiseJob, Told
+from pipelines.engine.job import DenoiseJob, UNetConditions
 
 
 class RowStack:
@@ -19,7 +19,7 @@ class RowStack:
     def __init__(self, dtype: torch.dtype) -> None:
         """Samples are given in `dtype`, the model's."""
         self._dtype = dtype
-        self._told: Sequence[Told] = ()
+        self._conditions: Sequence[UNetConditions] = ()
         self._embeds = torch.empty(0)
         self._added: Mapping[str, torch.Tensor] = {}
 
@@ -27,7 +27,7 @@ class RowStack:
         """The jobs' rows, and their residuals under way.
 
         Args:
-            jobs: whose batch keys the first one's carries.
+            jobs: whose batch keys are compatible with the first one's.
             timesteps: of every row, `[rows]`.
             control: where residuals come from.
         """
@@ -48,17 +48,19 @@ class RowStack:
         return replace(batch, controlled=_start(control, batch, channels, uses, hints))
 
     def _stack_conditions(self, jobs: Sequence[DenoiseJob]) -> None:
-        told = [job.told for job in jobs]
-        if len(told) == len(self._told) and all(a is b for a, b in zip(told, self._told, strict=True)):
+        conditions = [job.unet_conditions for job in jobs]
+        if len(conditions) == len(self._conditions) and all(
+            a is b for a, b in zip(conditions, self._conditions, strict=True)
+        ):
             return
-        tokens = told[0].conditioning.prompt_embeds.shape[1]  # the oldest job's are the most
-        self._embeds = torch.cat([_repeated(own.conditioning.prompt_embeds, tokens) for own in told])
-        self._added = {name: torch.cat([own.added[name] for own in told]) for name in told[0].added}
-        self._told = told
+        tokens = conditions[0].conditioning.prompt_embeds.shape[1]  # the oldest job's are the most
+        self._embeds = torch.cat([_repeated(own.conditioning.prompt_embeds, tokens) for own in conditions])
+        self._added = {name: torch.cat([own.added[name] for own in conditions]) for name in conditions[0].added}
+        self._conditions = conditions
 
 
 def _repeated(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A context that fills `tokens`: read so many times over, it says the same."""
+    """A text context repeated to `tokens` tokens, which changes nothing for the UNet."""
     times = tokens // embeds.shape[1]
     return embeds if times == 1 else embeds.repeat(1, times, 1)
 
@@ -70,7 +72,7 @@ def _start(
     uses: Sequence[tuple[HintUse, ...]],
     hints: Mapping[str, ControlHint],
 ) -> ControlledRows:
-    """Ask for the residuals of every row that some map steers, in one call, without waiting for them.
+    """Request the residuals of every row that some map steers, in one call, without waiting for them.
 
     A ControlNet sees the first `channels`, of the latents alone, also beside a UNet for inpainting.
     """

@@ -1,4 +1,4 @@
-"""What steers a job, tick by tick: its control maps, and how much each weighs at a tick."""
+"""The control maps of a job and their weights at each tick."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """How a family of models turns text into conditioning and what else its UNets are told."""
+    """How a family of models turns text into conditioning, and the further inputs of its UNets."""
 
     text_layer: HiddenLayer
     """What its UNets read of a text encoder."""

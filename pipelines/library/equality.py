@@ -27,7 +27,7 @@ Shared = Literal["text_encoder", "vae"]
 MEMORY = ROOT / "build" / "library.json"
 """Digests by file, size and time: reading the encoders of an SDXL checkpoint takes seconds."""
 _COUNTED = re.compile(r"position_ids$|logit_scale$|^(vision_model|visual)\.|^model_ema\.")
-"""What published files hold besides, which no picture depends on."""
+"""Further tensors of published files, which no picture depends on."""
 
 
 class Digests:

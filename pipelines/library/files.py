@@ -1,4 +1,4 @@
-"""The files of a library: found by walking its folders, told by their headers, remembered until they change."""
+"""The files of a library: found by walking its folders, identified by their headers, remembered until they change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 SETTLE_S = 0.5
 """Seconds a file must have been as it is: one that is being copied grows, and its time changes, all the while."""
 MOST_WAITING_S = 3.0
-"""Seconds that are waited for files that are being copied, where somebody asked for that."""
+"""Most seconds that `settled` waits for files that are being copied."""
 MAX_OVERRIDE_BYTES = 2**16
 _INDEX_ENDING = ".safetensors.index.json"
 
@@ -59,7 +59,7 @@ class LibraryFile:
         return self.override.name or _stem(self.file)
 
     def unserved(self, reason: str) -> UnservedFile:
-        """Its place in the listings."""
+        """Its entry in the lists of unserved files."""
         return UnservedFile(
             name=self.name[:200],
             kind=self.report.kind,
@@ -81,7 +81,9 @@ class LibraryFolders:
         """
         for folder in folders:
             if not folder.is_dir():
-                raise CatalogError(f"library '{folder}' is no folder; give one or several that hold .safetensors files")
+                raise CatalogError(
+                    f"library '{folder}' is not a folder; give one or several that contain .safetensors files"
+                )
         self.folders = tuple(folder.resolve() for folder in folders)
         self._reports: dict[Path, tuple[str, FileReport]] = {}
         self._overrides: dict[Path, tuple[str, Override | str]] = {}

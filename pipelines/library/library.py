@@ -1,4 +1,4 @@
-"""A catalog and the folders beside it: models once, when a graph is built; LoRAs and embeddings whenever asked for."""
+"""A catalog extended by folders of files: models when a graph is built, LoRAs and embeddings at any time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipelines.library.controlnets import CONTROLNET, with_controlnets
 from pipelines.library.embeddings import EMBEDDING, with_embeddings
 from pipelines.library.equality import Digests
 from pipelines.library.files import LibraryFile, LibraryFolders
-from pipelines.library.loras import ADAPTERS, with_loras, with_loras_of_kin
+from pipelines.library.loras import ADAPTERS, with_loras, with_loras_for_library_unets
 from pipelines.library.models import MODELS, new_models, with_models
 from pipelines.library.shapes import plain_unets
 from pipelines.library.upscalers import UPSCALER, with_upscalers
 
 MOST_REMEMBERED = 10_000
-"""Files whose removal is told: folders that are filled and emptied for ever must not fill memory."""
+"""Removed files that are remembered: folders that are filled and emptied for ever must not fill memory."""
 USED_BY_NAME = {"vae": "a checkpoint uses it that names it as `vae` in the .yaml of its stem"}
-"""Kinds that are no offer of their own."""
+"""Kinds of files that are not listed on their own."""
 _LATE = "it came, or was changed, after the graph was deployed; deploy it again to serve it"
 _NOT_HERE = "files of this kind are not served from a library; a catalog can name it"
 
@@ -33,11 +33,13 @@ def extend(catalog: Catalog, folders: Sequence[Path], digests: Digests | None = 
     files = LibraryFolders(folders)
     found = files.settled()
     extended = with_models(with_upscalers(with_controlnets(catalog, found), found), found, digests)
-    return with_loras_of_kin(extended.catalog, extended.kin).model_copy(update={"library": files.folders})
+    return with_loras_for_library_unets(extended.catalog, extended.counterparts).model_copy(
+        update={"library": files.folders}
+    )
 
 
 class Library:
-    """The library of a running graph, read again whenever that is asked for. One thread at a time."""
+    """The library of a running graph, read again on each call of `read`. One thread at a time may use it."""
 
     def __init__(self, built: Catalog) -> None:
         """Begin with the catalog that the graph was built with."""

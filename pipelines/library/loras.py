@@ -16,7 +16,7 @@ ADAPTERS = ("lora", "dora", "loha", "lokr", "oft")
 def with_loras(catalog: Catalog, files: Sequence[LibraryFile], unets: Mapping[str, UNetFacts]) -> Catalog:
     """The catalog with the adapters among `files`; what cannot be served joins its `unserved`.
 
-    A catalog's name that is not served here goes to a file that bears it.
+    A name that the catalog lists but does not serve goes to a file of that name.
     """
     adapters = [file for file in files if file.report.kind in ADAPTERS]
     served = [lora for lora in catalog.loras if lora.unavailable is None]
@@ -44,16 +44,16 @@ def with_loras(catalog: Catalog, files: Sequence[LibraryFile], unets: Mapping[st
     return catalog.model_copy(update={"loras": (*kept, *found.values()), "unserved": tuple(unserved)})
 
 
-def with_loras_of_kin(catalog: Catalog, kin: Mapping[str, str]) -> Catalog:
-    """The catalog whose LoRAs fit the library's UNets too, where they fit the UNets that those are built like.
+def with_loras_for_library_unets(catalog: Catalog, counterparts: Mapping[str, str]) -> Catalog:
+    """The catalog with its LoRAs extended to the library's UNets that have the shapes of a UNet they fit.
 
     Args:
         catalog: with the library's models.
-        kin: UNet of the library -> UNet of the catalog.
+        counterparts: UNet of the library -> UNet of the catalog.
     """
 
     def widened(weights: LoraWeights) -> LoraWeights:
-        more = tuple(unet for unet, like in kin.items() if like in weights.bases)
+        more = tuple(unet for unet, like in counterparts.items() if like in weights.bases)
         return weights.model_copy(update={"bases": (*weights.bases, *more)})
 
     loras = tuple(

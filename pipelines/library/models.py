@@ -1,4 +1,4 @@
-"""The models of a library: each checkpoint, and each UNet alone that finds the rest in the catalog."""
+"""The models of a library: checkpoints, and UNet files whose other parts come from the catalog."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class _Unserved(Exception):  # noqa: N818, no error: what is said of a file
 
 
 @dataclass(frozen=True)
-class _Kin:
-    """The first model of the catalog whose UNet is built like a file's."""
+class _Peer:
+    """The first model of the catalog whose UNet has the shapes of a file's."""
 
     model: ModelSpec
     unet: ComponentSpec
@@ -56,15 +56,15 @@ class LibraryModels:
 
     Attributes:
         catalog: extended.
-        kin: UNet of the library -> the UNet of the catalog that it is built like.
+        counterparts: UNet of the library -> the UNet of the catalog that has the same shapes.
     """
 
     catalog: Catalog
-    kin: dict[str, str] = field(default_factory=dict)
+    counterparts: dict[str, str] = field(default_factory=dict)
 
 
 def with_models(catalog: Catalog, files: Sequence[LibraryFile], digests: Digests | None = None) -> LibraryModels:
-    """The catalog with the models among `files`; what is served of none joins its `unserved`.
+    """The catalog with the models among `files`; files that serve no model are added to its `unserved`.
 
     Text encoders and VAE that equal the catalog's, or another file's, are its components; where a file has none they
     are those of the catalog's first model of its kind.
@@ -91,7 +91,7 @@ class _Extension:
             ]
         )
         unserved = list(self._catalog.unserved)
-        kin: dict[str, str] = {}
+        counterparts: dict[str, str] = {}
         for file in self._files:
             if file.report.kind not in MODELS:
                 continue
@@ -101,14 +101,14 @@ class _Extension:
                 like = self._check(file)
                 if taken := names.claim(file):
                     raise _Unserved(taken)
-                self._add(file, like, kin)
+                self._add(file, like, counterparts)
             except _Unserved as reason:
                 unserved.append(file.unserved(str(reason)))
         fields = {name: getattr(self._catalog, name) for name in type(self._catalog).model_fields}
         fields |= {"components": tuple(self._components), "models": tuple(self._models), "unserved": tuple(unserved)}
-        return LibraryModels(Catalog(**fields), kin)
+        return LibraryModels(Catalog(**fields), counterparts)
 
-    def _check(self, file: LibraryFile) -> _Kin | None:
+    def _check(self, file: LibraryFile) -> _Peer | None:
         """The catalog's model that a file is built like; None for a published architecture that the catalog lacks."""
         report = file.report
         if report.base == "sdxl-refiner":
@@ -118,25 +118,25 @@ class _Extension:
         facts = _facts_of(file)
         for model in self._catalog.available_models():
             if not model.requires_controlnet and self._facts[model.unet].same(facts):
-                kin = _Kin(model, self._catalog.component(model.unet))
-                self._check_channels(facts, kin)
-                return kin
+                peer = _Peer(model, self._catalog.component(model.unet))
+                self._check_channels(facts, peer)
+                return peer
         self._check_channels(facts, None)
         if report.base is None or report.context != CONTEXTS.get(report.base):
             raise _Unserved(f"{report.reason}; it is built like no published model, and like none of the catalog's")
         return None
 
-    def _latents(self, kin: _Kin | None) -> int:
+    def _latents(self, peer: _Peer | None) -> int:
         """Channels of the latents of the catalog's model."""
-        if kin is None:
+        if peer is None:
             return LATENT_CHANNELS
-        channels = self._facts[kin.unet.id].channels
-        known = self._facts[kin.unet.id].first is not None
-        return (channels - 1) // 2 if kin.unet.inpainting and known else channels
+        channels = self._facts[peer.unet.id].channels
+        known = self._facts[peer.unet.id].first is not None
+        return (channels - 1) // 2 if peer.unet.inpainting and known else channels
 
-    def _check_channels(self, facts: UNetFacts, kin: _Kin | None) -> None:
+    def _check_channels(self, facts: UNetFacts, peer: _Peer | None) -> None:
         """A UNet takes latents, or with them a mask and the masked picture."""
-        latents, channels = self._latents(kin), facts.channels
+        latents, channels = self._latents(peer), facts.channels
         if channels in (latents, 2 * latents + 1):
             return
         if channels == 2 * latents:
@@ -145,40 +145,49 @@ class _Extension:
             )
         raise _Unserved(f"its UNet takes {channels} channels, and latents have {latents}")
 
-    def _add(self, file: LibraryFile, kin: _Kin | None, known: dict[str, str]) -> None:
+    def _add(self, file: LibraryFile, peer: _Peer | None, known: dict[str, str]) -> None:
         """The components and the model of a file."""
         report = file.report
-        base: Architecture | None = report.base if kin is None else _facts_of(file).architecture
-        family = kin.unet.family if kin else ("sdxl" if base in ("sdxl", "ssd") else "sd")
+        base: Architecture | None = report.base if peer is None else _facts_of(file).architecture
+        family = peer.unet.family if peer else ("sdxl" if base in ("sdxl", "ssd") else "sd")
         slug = slug_of(file.name, {c.id for c in self._components}, ("unet", "vae", "text-encoder"))
-        source = _source(file, None if base else _configuration(kin))
-        zeros = kin.unet.force_zeros_for_empty_prompt if kin else family == "sdxl"
+        source = _source(file, None if base else _configuration(peer))
+        zeros = peer.unet.force_zeros_for_empty_prompt if peer else family == "sdxl"
         unet = ComponentSpec(
             id=f"unet-{slug}",
             kind="unet",
             family=family,
             source=source,
-            dtype=kin.unet.dtype if kin else "float16",
+            dtype=peer.unet.dtype if peer else "float16",
             architecture=base,
-            text_encoders=kin.unet.text_encoders if kin else ((0, 1) if family == "sdxl" else (0,)),
-            inpainting=_facts_of(file).channels != self._latents(kin),
+            text_encoders=peer.unet.text_encoders if peer else ((0, 1) if family == "sdxl" else (0,)),
+            inpainting=_facts_of(file).channels != self._latents(peer),
             force_zeros_for_empty_prompt=_zeros(file, zeros),
             scheduler=file.override.scheduler,
         )
-        text_encoder = self._shared(file, "text_encoder", unet, kin, slug)
-        vae = self._shared(self._vae_file(file, self._latents(kin)) or file, "vae", unet, kin, slug)
-        model = self._model(file, kin, unet, text_encoder, vae)
+        text_encoder = self._shared(file, "text_encoder", unet, peer, slug)
+        vae = self._shared(self._vae_file(file, self._latents(peer)) or file, "vae", unet, peer, slug)
+        model = self._model(file, peer, unet, text_encoder, vae)
         self._components += [unet, *(c for c in (text_encoder, vae) if c not in self._components)]
         self._models.append(model)
-        if kin is not None:
-            known[unet.id] = kin.unet.id
+        if peer is not None:
+            known[unet.id] = peer.unet.id
 
     def _model(
-        self, file: LibraryFile, kin: _Kin | None, unet: ComponentSpec, text_encoder: ComponentSpec, vae: ComponentSpec
+        self,
+        file: LibraryFile,
+        peer: _Peer | None,
+        unet: ComponentSpec,
+        text_encoder: ComponentSpec,
+        vae: ComponentSpec,
     ) -> ModelSpec:
-        """The model of a file: what its `.yaml` says, else what suits its architecture, else what its kin has."""
+        """The model of a file.
+
+        Its values are those of its `.yaml`, else those of its architecture, else those of the catalog's model of the
+        same shapes.
+        """
         published = unet.architecture and SIZES[unet.architecture]
-        sizes = file.override.sizes or published or (kin.model.sizes if kin else ())
+        sizes = file.override.sizes or published or (peer.model.sizes if peer else ())
         edm = file.report.prediction == "edm"
         try:
             model = ModelSpec(
@@ -189,9 +198,9 @@ class _Extension:
                 unet=unet.id,
                 vae=vae.id,
                 # A refiner goes on with the latents of the VAE that it was trained with.
-                refiner=kin.model.refiner if kin and vae.id == kin.model.vae else None,
-                defaults=_defaults(None if published or kin is None else kin.model.defaults, sizes[0], edm, file),
-                size_multiple=kin.model.size_multiple if kin else 8,
+                refiner=peer.model.refiner if peer and vae.id == peer.model.vae else None,
+                defaults=_defaults(None if published or peer is None else peer.model.defaults, sizes[0], edm, file),
+                size_multiple=peer.model.size_multiple if peer else 8,
                 sizes=sizes,
                 edm=edm,
             )
@@ -204,10 +213,10 @@ class _Extension:
         return model
 
     def _shared(
-        self, file: LibraryFile, part: Shared, unet: ComponentSpec, kin: _Kin | None, slug: str
+        self, file: LibraryFile, part: Shared, unet: ComponentSpec, peer: _Peer | None, slug: str
     ) -> ComponentSpec:
         """The text encoders or the VAE of a model: an equal component there is, the file's own, or the catalog's."""
-        lent = None if kin is None else self._catalog.component(getattr(kin.model, part))
+        lent = None if peer is None else self._catalog.component(getattr(peer.model, part))
         if part not in file.report.parts:
             if lent is None:
                 named = part.replace("_", " ")
@@ -280,8 +289,8 @@ def _refuse_links_out(file: LibraryFile) -> None:
             )
 
 
-def _configuration(kin: _Kin | None) -> PlainSource | None:
-    return None if kin is None else _configuration_of(kin.unet)
+def _configuration(peer: _Peer | None) -> PlainSource | None:
+    return None if peer is None else _configuration_of(peer.unet)
 
 
 def _configuration_of(spec: ComponentSpec) -> PlainSource | None:
@@ -300,10 +309,10 @@ def _zeros(file: LibraryFile, otherwise: bool) -> bool:
     return said is True
 
 
-def _defaults(kin: ModelDefaults | None, size: Size, edm: bool, file: LibraryFile) -> ModelDefaults:
-    """What a request gets that says nothing."""
+def _defaults(others: ModelDefaults | None, size: Size, edm: bool, file: LibraryFile) -> ModelDefaults:
+    """The defaults of a model's request fields."""
     said: dict[str, Any] = file.override.defaults.model_dump(exclude_none=True)
-    begin: dict[str, Any] = kin.model_dump() if kin else {"width": size.width, "height": size.height}
+    begin: dict[str, Any] = others.model_dump() if others else {"width": size.width, "height": size.height}
     if edm:
         begin["sampler"] = "EDM_Euler"
     defaults = ModelDefaults(**begin | said)
@@ -311,7 +320,7 @@ def _defaults(kin: ModelDefaults | None, size: Size, edm: bool, file: LibraryFil
 
 
 def new_models(catalog: Catalog, files: Sequence[LibraryFile]) -> Iterator[LibraryFile]:
-    """What is deployed with a graph, of which nothing was said when it was built, or that are other files now."""
+    """Files that need a new deployment: models that were added or replaced after the graph was built."""
     told = {(entry.file, entry.version) for entry in catalog.unserved if not entry.is_new}
     served: set[Path] = set()
     for component in catalog.components:

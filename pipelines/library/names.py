@@ -1,4 +1,4 @@
-"""Public names: matched without case, each for one thing. A catalog's come first, then a library's in their order."""
+"""Public names, unique without regard to case: the catalog's first, then the library's in their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Names:
         self._owners = {name.strip().casefold(): "the catalog" for name in taken}
 
     def claim(self, file: LibraryFile) -> str | None:
-        """Take the names of a file; why it cannot have them, if it cannot."""
+        """Reserve the names of a file; returns the reason if one is taken, else None."""
         names = [file.name, *file.override.aliases]
         for name in names:
             if (owner := self._owners.get(name.strip().casefold())) is not None:

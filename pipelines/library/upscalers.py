@@ -11,7 +11,7 @@ from pipelines.library.names import Names, slug
 
 UPSCALER = "upscaler"
 _CHANNELS = (3, 12, 48)
-"""Of the first layer: a picture's, or those of a picture whose pixels lie behind each other, 2x2 or 4x4 of them."""
+"""Input channels of a first layer: 3, or 12 or 48 where blocks of 2x2 or 4x4 pixels become channels."""
 
 
 def with_upscalers(catalog: Catalog, files: Sequence[LibraryFile]) -> Catalog:

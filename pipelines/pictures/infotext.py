@@ -23,7 +23,7 @@ _NEGATIVE = "Negative prompt: "
 _PAIR = re.compile(r'(\w[\w \-/]{0,60}?): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |,?$)')
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _LONGEST = 100_000
-"""Characters of a line of pairs; more is no line of pairs."""
+"""Most characters of a line of pairs; a longer line is not one."""
 _NUMBERS = {
     "CFG scale": "cfg_scale",
     "Denoising strength": "strength",

@@ -28,13 +28,13 @@ class Canvas:
     """A picture, the part of it that is drawn, and where in it that is repainted."""
 
     whole: Image.Image
-    """What the drawn part is laid into, RGB."""
+    """The picture that the drawn part is pasted into, RGB."""
     mask: Image.Image
     """Of the same size, 8 bit grey: white is repainted, black stays, grey is in between."""
     box: tuple[int, int, int, int] | None
     """Left, top, right and bottom of the part that is drawn, in pixels of `whole`; None is all of it."""
     part: Image.Image
-    """What is drawn over, RGB, of the plan's size."""
+    """The part that is drawn over, RGB, of the plan's size."""
     part_mask: Image.Image
     """Of the same size, 8 bit grey."""
 
@@ -82,7 +82,7 @@ class Canvas:
         return cut
 
     def lay_in(self, drawn: Image.Image) -> Image.Image:
-        """The picture with the drawn part in it: as it was, to the bit, wherever the mask is black."""
+        """The picture with the drawn part pasted in; unchanged, bit for bit, wherever the mask is black."""
         from diffusers.image_processor import VaeImageProcessor
 
         laid: Image.Image = VaeImageProcessor().apply_overlay(self.mask, self.whole, drawn, self.box)

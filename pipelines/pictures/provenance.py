@@ -1,4 +1,4 @@
-"""What a picture says of itself, as XMP: that a machine made it, of what, and the plan that repeats it.
+"""The XMP of a picture: that a machine made it, from which source, and the plan that repeats it.
 
 The marking is IPTC's Digital Source Type (Photo Metadata Standard 2023.2; the vocabulary is
 http://cv.iptc.org/newscodes/digitalsourcetype/), which exiftool, photo libraries, search engines and C2PA read.
@@ -42,8 +42,8 @@ _NOT_IN_XML = re.compile("[\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
-class Told:
-    """What an XMP packet tells."""
+class XmpContents:
+    """The contents of an XMP packet that this project reads."""
 
     digital_source_type: str | None = None
     """A term of IPTC's vocabulary, such as `trainedAlgorithmicMedia` or `digitalCapture`."""
@@ -86,15 +86,15 @@ def xmp_packet(plan: GenerationPlan | UpscalePlan | None, max_bytes: int | None 
     return packet(json.dumps({"omitted": f"{len(text)} characters, more than JPEG holds; PNG and WebP do"}))
 
 
-def read_xmp(packet: bytes) -> Told:
+def read_xmp(packet: bytes) -> XmpContents:
     """What any program's packet tells; nothing if it cannot be read. Entities and document types are refused."""
     try:
         root = fromstring(packet.strip(b"\0 \n").decode("utf-8", "replace").lstrip("\ufeff"))
     except Exception:  # the XML parser and its guard raise many types on hostile bytes
-        return Told()
+        return XmpContents()
     source_type = _property(root, _IPTC, "DigitalSourceType") or ""
     term = source_type.removeprefix(VOCABULARY)
-    return Told(term if re.fullmatch("[A-Za-z]{1,60}", term) else None, _property(root, _OURS, "plan"))
+    return XmpContents(term if re.fullmatch("[A-Za-z]{1,60}", term) else None, _property(root, _OURS, "plan"))
 
 
 def _property(root: Element, namespace: str, name: str) -> str | None:

@@ -25,7 +25,7 @@ R = TypeVar("R")
 TILE_ABOVE_PIXELS = 2048 * 2048
 """Larger pictures are coded in overlapping tiles, so that memory stops growing with them."""
 PREVIEW_LATENTS, PREVIEW_PIXELS = 32, 256
-"""A preview decodes at most so many latents a side and shows at most so many pixels."""
+"""Largest side of a preview: in latents that are decoded, and in pixels that are shown."""
 
 
 class VAE:
@@ -46,7 +46,7 @@ class VAE:
             upcasts: whether the family's pipelines heed `force_upcast`, which says that a VAE overflows in float16:
                 SDXL's do, SD's do not. It is turned to float32 once, here, where diffusers turns it back and forth
                 at every call.
-            tile_above_pixels: larger pictures are coded in tiles.
+            tile_above_pixels: larger pictures are processed in tiles.
         """
         if upcasts and model.dtype == torch.float16 and model.config.force_upcast:
             model = model.to(torch.float32)
@@ -158,7 +158,7 @@ class VAE:
         def finish() -> Image.Image:
             if thumbnail is None and not bool(finite):
                 raise NonFiniteError(
-                    "the VAE made pixels that are not finite numbers of these latents. Try another sampler, other "
+                    "the VAE decoded these latents to pixels that are not finite numbers. Try another sampler, other "
                     "steps, a lower cfg_scale or smaller weights of LoRAs",
                     "sampler",
                 )
@@ -170,7 +170,7 @@ class VAE:
         return Fetching(pixels.device, finish)
 
     def _in_tiles_if_it_must(self, pixels: int, code: Callable[[], R]) -> R:
-        """What `code` makes of a picture of so many pixels: in tiles if it is large, or if memory ran out for it whole.
+        """Run `code` on a picture of so many pixels: in tiles if it is large, or if memory runs out without them.
 
         The second try begins outside the `except` block, whose exception keeps the activations of the first alive.
         """
@@ -181,7 +181,7 @@ class VAE:
             except Exception as error:
                 if not ran_out_of_memory(error):
                     raise
-                logger.warning("out of memory: a picture of %d pixels is coded in tiles: %s", pixels, str(error))
+                logger.warning("out of memory: a picture of %d pixels is processed in tiles: %s", pixels, str(error))
             if self._model.device.type == "cuda":
                 torch.cuda.empty_cache()
         self._model.enable_tiling()

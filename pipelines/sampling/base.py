@@ -1,4 +1,4 @@
-"""What the engine asks of a sampler, and how a schedule is cut into the part a stage runs."""
+"""The interface of a sampler, and how a schedule is cut into the part that a stage runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """One job's way through its part of the schedule. One job owns it, so it may keep a solver's history.
+    """A solver on one job's part of the schedule. One job owns it, so it may keep the solver's history.
 
     `DiffusersSampler` is one around any diffusers scheduler; a sampler of one's own needs just these members. All noise
     must come from the generator that `step` is given: the same seed then gives the same picture on every machine.

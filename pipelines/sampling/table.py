@@ -13,7 +13,7 @@ from pipelines.diffusers_compat import brownian_tree
 from pipelines.sampling.latents import draw_noise
 
 KEPT_SLOTS = 4
-"""Of a table for masks, behind its other slots."""
+"""Slots that a table for masks has behind its others."""
 OUTPUT, NOISE, FIRST_SLOT = 0, 1, 2
 """Columns of a tick's matrix; slot 0 is the latents."""
 

@@ -53,7 +53,9 @@ class SamplerTables:
             table = read_table(sampler, img2img=part.strength is not None, masked=masked)
             return table.with_kept() if masked else table
         except NotATableError as error:
-            logger.info("sampler %s takes its own steps: %s", name, error)
+            logger.info("sampler %s has no table and takes its own steps: %s", name, error)
         except Exception:  # of somebody's own sampler, which may work on latents that are no probe
-            logger.warning("sampler %s takes its own steps, for it cannot be probed", name, exc_info=True)
+            logger.warning(
+                "sampler %s has no table, because it cannot be probed, and takes its own steps", name, exc_info=True
+            )
         return None

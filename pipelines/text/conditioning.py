@@ -1,4 +1,4 @@
-"""Conditioning: what the text says to the UNet."""
+"""Conditioning: the embeddings of a text, as the UNet reads them."""
 
 from __future__ import annotations
 

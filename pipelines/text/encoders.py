@@ -25,7 +25,7 @@ from pipelines.text.syntax import read_sections
 logger = logging.getLogger(__name__)
 
 Embed = Callable[[list[EncodedText]], tuple[torch.Tensor, torch.Tensor | None]]
-"""Joins what the encoders of a stage made of one prompt, as `Family.embed` does."""
+"""Joins the outputs of a stage's encoders for one prompt, as `Family.embed` does."""
 
 CACHED_CHUNKS = 512
 """Entries of each encoder's cache; an SDXL entry of both encoders is about 0.3 MB in half precision."""

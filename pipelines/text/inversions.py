@@ -78,7 +78,7 @@ class Inversion:
 
     @property
     def ids(self) -> range:
-        """What stands for it among a prompt's tokens."""
+        """The ids that stand for its vectors among a prompt's tokens."""
         return range(self.first_id, self.first_id + len(self.vectors))
 
 
@@ -104,7 +104,7 @@ class Inversions:
         return {use.name: self._loads.get((use, base)) for use in uses}
 
     def needed(self, uses: Sequence[EmbeddingUse], base: str) -> Sequence[Needed]:
-        """What `load` looks for."""
+        """The inversions that `load` needs."""
         return [Needed(self._loads, (use, base)) for use in uses]
 
     def _load(self, key: tuple[EmbeddingUse, str]) -> Inversion:

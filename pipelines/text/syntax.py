@@ -3,7 +3,7 @@
 The rules are AUTOMATIC1111's (`modules/prompt_parser.py`, `modules/extra_networks.py`), whose prompts people exchange:
 `(x)` is 1.1 times as strong, `[x]` 1.1 times weaker, `(x:1.3)` 1.3 times as strong, nested ones multiply; a backslash
 makes the next bracket text; a bracket that nothing opened is text, and one that nothing closes reaches to the end.
-Other than there, BREAK works inside brackets too, and what is no number after a colon is text instead of an exception.
+Two things differ: BREAK also works inside brackets, and what is not a number after a colon is text, not an exception.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def take_lora_tags(text: str, param: str) -> tuple[str, tuple[LoraTag, ...]]:
     """The text without its LoRA tags, and the tags in order.
 
     Raises:
-        InvalidValueError: a tag without a name, or with a weight that is no number.
+        InvalidValueError: a tag without a name, or with a weight that is not a number.
     """
     tags = tuple(_lora_tag(match.group(1), param) for match in _LORA_TAG.finditer(text))
     return _LORA_TAG.sub("", text), tags

@@ -115,7 +115,7 @@ def schedule_marks(path: Path) -> dict[str, Any]:
 
 
 def sd2_prediction(path: Path) -> Literal["epsilon", "v_prediction"]:
-    """What an SD2 that says nothing of it predicts, by ComfyUI's rule (`supported_models.py`)."""
+    """What an SD2 checkpoint without a mark predicts, by ComfyUI's rule (`supported_models.py`)."""
     key = next((name for name in read_header(path).tensors if name.endswith(_V_NORM)), None)
     if key is None:
         return "epsilon"

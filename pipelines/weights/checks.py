@@ -1,4 +1,4 @@
-"""What is wrong with weights on disk, in words that name component, file and tensor.
+"""Checks of weights on disk; the errors name component, file and tensor.
 
 diffusers and transformers leave a missing tensor at its random start and a tokenizer without vocabulary empty: pictures
 come out wrong without a word. Here such a component does not load.
@@ -32,7 +32,7 @@ def damage(path: Path) -> str | None:
             if path.suffix == ".json":
                 json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        return f"it is cut or damaged: {error}"
+        return f"it is truncated or damaged: {error}"
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return None

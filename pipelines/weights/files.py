@@ -198,7 +198,7 @@ def lora_path(catalog: Catalog, use: LoraUse, base: str) -> Path:
 
 
 def embedding_path(catalog: Catalog, use: EmbeddingUse, base: str) -> Path:
-    """The same of a textual inversion."""
+    """The same for a textual inversion."""
     if use.file is None:
         weights = catalog.embedding_weights(use.name, base)
         return embedding_files(use.name, weights).folder() / weights.file

@@ -71,13 +71,13 @@ def read_header(path: Path) -> Header:
         raise ValueError("this is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "this is not a plain file")
     start = check_start(path)
     if len(start) < 8:
-        raise ValueError("it is cut or damaged: it ends before its header")
+        raise ValueError("it is truncated or damaged: it ends before its header")
     with path.open("rb") as file:
         length = int.from_bytes(start[:8], "little")
         room = os.fstat(file.fileno()).st_size - 8
         if length > room:
             raise ValueError(
-                f"it is cut or damaged: its header should be {length:,} bytes long and {room:,} are left of the file"
+                f"it is truncated or damaged: its header should be {length:,} bytes long, and {room:,} are left"
             )
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header is {length:,} bytes long; at most {MAX_HEADER_BYTES:,} are read")
@@ -85,10 +85,10 @@ def read_header(path: Path) -> Header:
         tensors, metadata, end = _parse(file.read(length))
     if 8 + length + end > status.st_size:
         missing = 8 + length + end - status.st_size
-        raise ValueError(f"it is cut or damaged: {missing:,} bytes of its tensors are missing; copy it again")
+        raise ValueError(f"it is truncated or damaged: {missing:,} bytes of its tensors are missing; copy it again")
     if 8 + length + end < status.st_size:
         raise ValueError(
-            f"it is cut or damaged: {status.st_size - 8 - length - end:,} bytes behind its last tensor belong to none"
+            f"it is truncated or damaged: {status.st_size - 8 - length - end:,} bytes follow its last tensor"
         )
     return Header(tensors, metadata, 8 + length)
 
@@ -100,7 +100,7 @@ def check_start(path: Path) -> bytes:
     if not start.strip():
         raise ValueError("it is empty")
     if not start.strip(b"\0"):
-        raise ValueError("it is cut or damaged: it begins with zeros")
+        raise ValueError("it is truncated or damaged: it begins with zeros")
     if start.startswith(LFS_POINTER):
         raise ValueError("this is a Git LFS pointer; run git lfs pull")
     if start.lstrip().lower().startswith(PAGES):
@@ -134,9 +134,9 @@ def _parse(text: bytes) -> tuple[dict[str, Tensor], dict[str, str], int]:
     except RecursionError:
         raise ValueError("it is damaged: its header is nested without end") from None
     except UnicodeDecodeError:
-        raise ValueError("it is cut or damaged: its header is not UTF-8") from None
+        raise ValueError("it is truncated or damaged: its header is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is cut or damaged: its header is not JSON: {error}") from None
+        raise ValueError(f"it is truncated or damaged: its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError("it is damaged: its header is not a JSON object")
     metadata = entries.pop("__metadata__", None) or {}

@@ -1,4 +1,4 @@
-"""What a file of weights is, told from names and shapes of its tensors; its metadata is a hint, and shapes outweigh it.
+"""What a file of weights is, by the names and shapes of its tensors; metadata is a hint that shapes overrule.
 
 Only the header of a file is read, never a tensor, and never a pickle.
 """
@@ -17,7 +17,13 @@ from pipelines.weights.kinds.adapters import read_adapter
 from pipelines.weights.kinds.folders import PIPELINE, read_pipeline
 from pipelines.weights.kinds.models import read_model
 from pipelines.weights.kinds.reports import Base, FileReport, Kind
-from pipelines.weights.kinds.small import LATE_STRANGERS, STRANGERS, name_stranger, read_embedding, read_upscaler
+from pipelines.weights.kinds.small import (
+    FALLBACK_UNSERVED_KINDS,
+    UNSERVED_KINDS,
+    name_unserved_kind,
+    read_embedding,
+    read_upscaler,
+)
 
 __all__ = ["Base", "FileReport", "Kind", "inspect_file", "inspect_folder"]
 
@@ -26,7 +32,7 @@ Inspect = Callable[[Path, Path | None], FileReport]
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 LISTED = (SUFFIX, *PICKLES, ".sft", ".gguf")
-"""What a walk reports; everything else in a folder is no file of weights."""
+"""Names of the files that are reported; everything else in a folder is ignored."""
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 _PICKLED = (
@@ -36,7 +42,7 @@ _PICKLED = (
 
 
 def inspect_file(file: Path, root: Path | None = None) -> FileReport:
-    """What a file is. Never raises: what cannot be read is `unknown`, with the reason.
+    """The report of a file. Never raises: a file that cannot be read is `unknown`, with the reason.
 
     Args:
         file: a `.safetensors` file, the index of one that is cut into several, or anything else.
@@ -69,12 +75,12 @@ def _recognise(file: Path, header: Header) -> FileReport:
     if not header.tensors:
         return FileReport(file, "unknown", reason="it holds no tensors")
     report = (
-        name_stranger(file, header.tensors, STRANGERS)
+        name_unserved_kind(file, header.tensors, UNSERVED_KINDS)
         or read_adapter(file, header)
         or read_model(file, header)
         or read_embedding(file, header)
         or read_upscaler(file, header)
-        or name_stranger(file, header.tensors, LATE_STRANGERS)
+        or name_unserved_kind(file, header.tensors, FALLBACK_UNSERVED_KINDS)
     )
     if report is None:
         first = next(iter(header.tensors))

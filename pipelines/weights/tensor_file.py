@@ -59,6 +59,6 @@ class TensorFile:
         while room:
             count = self._file.readinto(room)
             if not count:
-                raise ValueError(f"it was cut while it was read, in tensor {name[:100]}")
+                raise ValueError(f"it was truncated while it was read, in tensor {name[:100]}")
             room = room[count:]
         return raw.view(DTYPES[described.dtype]).reshape(described.shape)

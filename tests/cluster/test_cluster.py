@@ -236,7 +236,9 @@ def test_an_update_and_a_scale_down_drain(client: httpx.Client, cluster: Cluster
         assert np.abs(expected[seed] - drawn).max() <= 1
 
 
-def test_weights_that_are_not_there_stop_nobody_else(client: httpx.Client, cluster: Cluster, folder: Path) -> None:
+def test_missing_weights_affect_only_requests_that_need_them(
+    client: httpx.Client, cluster: Cluster, folder: Path
+) -> None:
     """A second graph starts without SD2: readiness says why, its requests are told, the rest serves; then it comes."""
     (weights,) = (folder / "hf" / "hub").glob("models--*stable-diffusion-2")
     away = weights.rename(weights.with_name("away"))

@@ -85,7 +85,7 @@ def kill(node: Node, title: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["worker", "head"])
-def test_a_killed_proxy_takes_its_own_connections_alone(
+def test_a_killed_proxy_loses_only_its_own_connections(
     outages: Outages, expected: np.ndarray, place: str, recovered: Recovered
 ) -> None:
     lost, other = (outages.workers, outages.heads) if place == "worker" else (outages.heads, outages.workers)
@@ -108,7 +108,7 @@ def counted(outages: Outages) -> int:
         return sum(client.llen(key) for key in client.keys("*") if client.type(key) == b"list")
 
 
-def test_a_redis_that_hangs_delays_nobody_for_long(
+def test_a_hanging_redis_delays_requests_only_briefly(
     outages: Outages, expected: np.ndarray, recovered: Recovered
 ) -> None:
     """The limits of keys and what the head keeps are in it; each ingress counts on its own meanwhile."""
@@ -138,7 +138,7 @@ def test_a_redis_that_hangs_delays_nobody_for_long(
     recovered("Redis goes on, requests are counted in it", since)
 
 
-def test_a_head_that_comes_back_finds_everything(outages: Outages, expected: np.ndarray, recovered: Recovered) -> None:
+def test_a_restarted_head_restores_the_graph(outages: Outages, expected: np.ndarray, recovered: Recovered) -> None:
     """Controller, its proxy and Ray's control store are away; replicas serve on through the other node's proxy."""
     with drawing(outages, outages.workers, expected) as outcomes:
         some_more(outcomes)

@@ -125,7 +125,7 @@ async def test_the_reply_has_what_clients_read(client: httpx.AsyncClient) -> Non
     assert (await drawn(client, send_images=False))["images"] == []
 
 
-async def test_bodies_of_nothing(client: httpx.AsyncClient) -> None:
+async def test_null_absent_and_placeholder_fields_get_defaults(client: httpx.AsyncClient) -> None:
     """Every field null, no field at all, and the words that clients send for nothing."""
     small = {"width": 128, "height": 128, "steps": 1}
     words = {name: "" for name, value in NOTHING.items() if name not in ("prompt", "negative_prompt")}
@@ -215,7 +215,7 @@ async def test_what_cannot_be_honoured_is_refused(
     refused(await client.post(path, json=SMALL | fields), param, says)
 
 
-async def test_defaults_that_clients_send_with_everything_are_no_wishes(client: httpx.AsyncClient) -> None:
+async def test_defaults_that_clients_send_with_every_request_are_ignored(client: httpx.AsyncClient) -> None:
     """What webuiapi, SillyTavern and KoboldAI Lite send whether their users want it or not."""
     await drawn(
         client,
@@ -245,7 +245,7 @@ async def test_pictures_of_too_many_pixels_are_not_decoded(
     assert (1001, 1001) not in decoded_sizes
 
 
-async def test_wrong_types_and_no_json(client: httpx.AsyncClient) -> None:
+async def test_wrong_types_and_broken_json_are_refused(client: httpx.AsyncClient) -> None:
     refused(await client.post(TXT2IMG, json=SMALL | {"steps": "many"}), "steps", "integer", 422)
     refused(await client.post(TXT2IMG, json=SMALL | {"styles": "Anime"}), "styles", "list", 422)
     refused(await client.post(TXT2IMG, json=SMALL | {"override_settings": {"sd_vae": 3}}), "sd_vae", "string", 422)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.access import desk
+from deployments.access import caller_state
 from deployments.access.limits import KeyLimits
 from deployments.graph import Progress, Sealed
 from deployments.telemetry.stages import Timed
@@ -42,7 +42,7 @@ async def test_the_key_is_a_password_too_on_every_route(connect: ClientFactory, 
         assert {"error", "detail", "body", "errors"} <= set(reply.json())
 
 
-async def test_without_keys_any_authorization_will_do(client: httpx.AsyncClient) -> None:
+async def test_without_keys_any_authorization_header_is_accepted(client: httpx.AsyncClient) -> None:
     """SillyTavern always sends one, of nothing if it has nothing."""
     for header in ({}, basic(""), basic(":"), {"authorization": "Basic "}, {"authorization": ""}):
         assert (await client.get("/sdapi/v1/options", headers=header)).status_code == 200
@@ -91,7 +91,7 @@ async def test_options_are_the_callers_own(connect: ClientFactory, keys_file: Pa
         ({"randn_source": "GPU"}, "CPU"),
     ],
 )
-async def test_options_that_cannot_be_honoured_are_refused_whole(
+async def test_if_one_option_cannot_be_honoured_none_is_stored(
     client: httpx.AsyncClient, options: dict[str, Any], says: str
 ) -> None:
     before = (await client.get("/sdapi/v1/options")).json()
@@ -176,7 +176,7 @@ async def test_progress_is_of_the_callers_own_request(connect: ClientFactory, ke
         assert idle((await client.get("/sdapi/v1/progress", headers=ALICE)).json())
 
 
-async def test_previews_are_made_only_for_who_looks_and_wants_them(connect: ClientFactory) -> None:
+async def test_previews_are_made_only_when_progress_is_requested_and_enabled(connect: ClientFactory) -> None:
     steps = Steps()
     async with connect(graph=steps.graph) as client:
         for options, query in (({"live_previews_enable": False}, {}), ({}, {"skip_current_image": True})):
@@ -213,7 +213,7 @@ async def test_interrupt_ends_the_callers_requests_and_nobody_elses(connect: Cli
         assert len((await other).json()["images"]) == 1
 
 
-async def test_an_interrupt_before_anything_is_finished(connect: ClientFactory) -> None:
+async def test_an_interrupt_before_the_first_picture_returns_none(connect: ClientFactory) -> None:
     steps = Steps()
     async with connect(graph=steps.graph) as client, drawing(client, {}) as task:
         await progress_of(client, {}, lambda t: t["state"]["sampling_step"] == 1)
@@ -254,11 +254,11 @@ async def test_one_picture_that_fails_ends_the_others(connect: ClientFactory) ->
         assert idle((await client.get("/sdapi/v1/progress")).json())
 
 
-async def test_replicas_share_through_redis(
+async def test_replicas_share_options_and_progress_through_redis(
     connect: ClientFactory, keys_file: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Options, progress with its picture, and an interrupt that reaches work at another replica."""
-    monkeypatch.setattr(desk, "TELLING_S", 0.01)
+    monkeypatch.setattr(caller_state, "TELLING_S", 0.01)
     steps, shared = Steps(), {"keys_file": keys_file, "key_limits": KeyLimits(store=redis_url)}
     async with connect(graph=steps.graph, **shared) as one, connect(graph=steps.graph, **shared) as other:
         await one.post("/sdapi/v1/options", headers=ALICE, json={"sd_model_checkpoint": "SD2"})
@@ -277,13 +277,15 @@ async def test_replicas_share_through_redis(
         await progress_of(other, ALICE, idle)
 
 
-async def test_without_redis_replicas_know_their_own(connect: ClientFactory, keys_file: Path) -> None:
+async def test_without_redis_each_replica_knows_its_own_requests(connect: ClientFactory, keys_file: Path) -> None:
     async with connect(keys_file=keys_file) as one, connect(keys_file=keys_file) as other:
         await one.post("/sdapi/v1/options", headers=ALICE, json={"sd_model_checkpoint": "SD2"})
         assert (await other.get("/sdapi/v1/options", headers=ALICE)).json()["sd_model_checkpoint"].startswith("SD1.5 [")
 
 
-async def test_a_redis_that_is_away_leaves_a_replica_with_its_own(connect: ClientFactory, keys_file: Path) -> None:
+async def test_without_a_reachable_redis_each_replica_knows_its_own_requests(
+    connect: ClientFactory, keys_file: Path
+) -> None:
     bounds = KeyLimits(store="redis://127.0.0.1:1")
     steps = Steps()
     async with connect(graph=steps.graph, keys_file=keys_file, key_limits=bounds) as client:

@@ -38,7 +38,7 @@ async def test_a_larger_picture_is_that_of_the_main_route(client: httpx.AsyncCli
         assert np.array_equal(pixels(await enlarged(client, upscaler_1=theirs, upscaling_resize=1.5)), pixels(expected))
 
 
-async def test_none_leaves_a_picture_as_it_is(client: httpx.AsyncClient) -> None:
+async def test_the_upscaler_none_changes_nothing(client: httpx.AsyncClient) -> None:
     """What webuiapi sends by default."""
     sent = {"resize_mode": 0, "show_extras_results": True, "upscaler_1": "None", "upscaler_2": "None"}
     sent |= {"gfpgan_visibility": 0, "codeformer_visibility": 0, "codeformer_weight": 0, "upscaling_resize": 2}

@@ -75,11 +75,11 @@ async def test_vaes_and_upscalers(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("name", ["hypernetworks", "face-restorers", "realesrgan-models"])
-async def test_what_is_not_here_is_empty(client: httpx.AsyncClient, name: str) -> None:
+async def test_lists_of_what_is_not_supported_are_empty(client: httpx.AsyncClient, name: str) -> None:
     assert await get(client, name) == []
 
 
-async def test_what_clients_ask_on_the_way(client: httpx.AsyncClient) -> None:
+async def test_routes_that_clients_call_on_start_answer(client: httpx.AsyncClient) -> None:
     assert "controlnet m2m" in (await get(client, "scripts"))["txt2img"], "by this webuiapi knows of ControlNets"
     assert [entry["name"] for entry in await get(client, "script-info")] == ["controlnet"] * 2
     assert (await get(client, "cmd-flags"))["api"] is True

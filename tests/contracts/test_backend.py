@@ -136,7 +136,7 @@ async def test_both_backends_draw_the_same_picture(with_compiled: Connect, compi
     assert np.abs(drawn[0] - drawn[1]).max() <= 2
 
 
-async def test_auto_leaves_tvm_where_it_did_not_pay(
+async def test_auto_uses_torch_where_tvm_was_not_faster(
     with_compiled: Connect, compiled: Graph, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with with_compiled(claiming(compiled, 1.05)) as client:
@@ -164,7 +164,7 @@ async def test_auto_means_torch_where_torch_has_a_gpu(with_compiled: Connect, co
         ({"model_name": "SD2"}, "Only [] allowed"),
     ],
 )
-async def test_an_explicit_tvm_that_cannot_be(
+async def test_an_explicit_tvm_for_an_uncompiled_size_is_refused(
     with_compiled: Connect, compiled: Graph, fields: dict[str, Any], message: str
 ) -> None:
     async with with_compiled(claiming(compiled, 2.0)) as client:
@@ -181,7 +181,7 @@ async def test_models_tell_what_is_compiled(with_compiled: Connect, compiled: Gr
     assert models["SD2"]["tvm_compiled"] == []
 
 
-async def test_a_failing_tvm_is_torch_for_auto(
+async def test_after_a_failure_of_tvm_auto_uses_torch(
     with_compiled: Connect, handles: dict[str, Any], client: httpx.AsyncClient
 ) -> None:
     failing = broken(handles)
@@ -195,21 +195,25 @@ async def test_a_failing_tvm_is_torch_for_auto(
     assert asked == ["tvm", "torch", "torch"], "it is in quarantine after it failed"
 
 
-async def test_a_failing_tvm_is_an_error_for_who_asked_for_it(with_compiled: Connect, handles: dict[str, Any]) -> None:
+async def test_a_failure_of_tvm_is_an_error_where_tvm_was_requested(
+    with_compiled: Connect, handles: dict[str, Any]
+) -> None:
     async with with_compiled(broken(handles)) as client:
         reply = await post(client, backend="tvm")
         check(reply, 500, 50001, "backend")
         assert "Send backend 'auto' or 'torch'" in reply.json()["message"]
 
 
-async def test_a_watched_request_goes_on_with_torch(with_compiled: Connect, handles: dict[str, Any]) -> None:
+async def test_a_watched_request_continues_on_torch_after_tvm_failed(
+    with_compiled: Connect, handles: dict[str, Any]
+) -> None:
     async with with_compiled(broken(handles)) as client:
         told = events((await post(client, stream=True)).text)
     assert ("progress", {"state": "restarted", "stage": UNET}) in told
     assert told[-1][0] == "result"
 
 
-async def test_nobody_waits_for_replicas_that_do_not_answer(
+async def test_requests_do_not_wait_for_compiled_replicas_that_do_not_answer(
     with_compiled: Connect, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.ingress.compiled.ANSWER_S", 0.05)

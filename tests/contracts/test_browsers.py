@@ -15,7 +15,7 @@ SITE = "https://page.example"
 PREFLIGHT = {"origin": SITE, "access-control-request-method": "POST"}
 
 
-async def test_pages_of_a_site_may_ask(connect: ClientFactory) -> None:
+async def test_pages_of_an_allowed_site_may_send_requests(connect: ClientFactory) -> None:
     async with connect(cors_origins=(SITE,)) as client:
         asked = await client.options(PATH, headers=PREFLIGHT | {"access-control-request-headers": "authorization"})
         assert asked.status_code == 200
@@ -32,7 +32,7 @@ async def test_pages_of_a_site_may_ask(connect: ClientFactory) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
-async def test_any_site_where_the_setting_says_so(connect: ClientFactory) -> None:
+async def test_any_site_may_send_requests_if_the_setting_is_a_star(connect: ClientFactory) -> None:
     async with connect(cors_origins=("*",)) as client:
         reply = await client.get("/v1/models", headers={"origin": SITE})
         assert reply.headers["access-control-allow-origin"] == "*"
@@ -40,11 +40,11 @@ async def test_any_site_where_the_setting_says_so(connect: ClientFactory) -> Non
         assert (large.status_code, large.headers["access-control-allow-origin"]) == (413, "*")
 
 
-async def test_no_site_by_default(client: httpx.AsyncClient) -> None:
+async def test_no_other_site_may_send_requests_by_default(client: httpx.AsyncClient) -> None:
     assert "access-control-allow-origin" not in (await client.get("/v1/models", headers={"origin": SITE})).headers
 
 
-def test_what_the_proxy_answers_can_be_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_can_read_the_proxys_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CORSMiddleware not in {layer.cls for layer in proxy_middlewares()}
     monkeypatch.setenv("SDGRAPH_CORS_ORIGINS", f"{SITE}/, https://b.example")
     layers = proxy_middlewares()  # innermost first

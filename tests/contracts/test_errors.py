@@ -194,7 +194,7 @@ async def test_a_replica_that_dies_twice(connect: ClientFactory, graph: Graph, s
         ("-1", 60, 503),
     ],
 )
-async def test_a_client_may_shorten_its_deadline_and_no_more(
+async def test_a_client_may_shorten_its_deadline_but_not_lengthen_it(
     connect: ClientFactory, header: str, servers_own: float, status: int
 ) -> None:
     decode = never if status == 504 else raising(BackPressureError(1, 1))

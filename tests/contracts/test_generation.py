@@ -109,7 +109,7 @@ def test_every_field_of_the_contract_is_in_the_schema() -> None:
     assert set(GenerationRequest.model_fields) == set(contract.split()) | ours
 
 
-async def test_a_body_is_json_whatever_it_is_called(client: httpx.AsyncClient) -> None:
+async def test_a_body_is_read_as_json_whatever_its_content_type(client: httpx.AsyncClient) -> None:
     for kind in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data"):
         content = json.dumps(SMALL)
         reply = await client.post("/v1/image/generation", content=content, headers={"content-type": kind})

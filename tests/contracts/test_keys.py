@@ -115,7 +115,7 @@ def test_key_files_as_editors_and_sha256sum_write_them(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("text", "said"), [("", "holds no key"), ("alice secret\n", "line 1"), ("\nalice\n", "line 2")]
 )
-def test_files_that_are_no_keys(tmp_path: Path, text: str, said: str) -> None:
+def test_files_without_valid_key_lines_are_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "api-keys"
     path.write_text(text)
     with pytest.raises(ValueError, match=said) as raised:
@@ -141,7 +141,7 @@ def test_a_folder_and_a_pipe_are_no_key_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
-        with pytest.raises(ValueError, match=f"{name} is no file"):
+        with pytest.raises(ValueError, match=f"{name} is not a file"):
             read_key_hashes(tmp_path / name)
 
 
@@ -163,7 +163,7 @@ async def test_ten_thousand_keys(connect: ClientFactory, tmp_path: Path) -> None
             assert reply.status_code == status
 
 
-async def test_a_file_that_becomes_a_folder_or_open_to_all_locks_nobody_out_and_lets_nobody_in(
+async def test_a_key_file_that_becomes_invalid_leaves_the_previous_keys_in_force(
     connect: ClientFactory, keys_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(auth, "REREAD_S", 0.0)
@@ -177,15 +177,15 @@ async def test_a_file_that_becomes_a_folder_or_open_to_all_locks_nobody_out_and_
         keys_file.unlink()
         keys_file.mkdir()
         assert (await client.get("/v1/models", headers=ALICE)).status_code == 200
-        assert "is no file" in caplog.text
+        assert "is not a file" in caplog.text
         keys_file.rmdir()
         keys_file.write_text(line("mallory", "new"))
         assert (await client.get("/v1/models", headers=new)).status_code == 200
 
 
-def test_a_graph_whose_key_file_is_no_good_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_graph_with_an_invalid_key_file_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SDGRAPH_API_KEYS_FILE", str(tmp_path))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         build_app(AppArgs(catalog="tiny"))
 
 
@@ -240,7 +240,7 @@ async def test_redis_is_shared_and_memory_is_not(connect: ClientFactory, keys_fi
             client.flushall()
 
 
-async def test_a_redis_that_is_away_stops_nobody(
+async def test_an_unreachable_redis_refuses_no_request(
     connect: ClientFactory, keys_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each replica then counts for itself."""
@@ -251,7 +251,7 @@ async def test_a_redis_that_is_away_stops_nobody(
     assert "does not answer" in caplog.text
 
 
-async def test_a_redis_that_hangs_delays_one_request_and_then_rests(
+async def test_a_redis_that_hangs_delays_only_one_request(
     connect: ClientFactory, keys_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A listener that accepts and never answers."""

@@ -70,7 +70,9 @@ async def drawn(client: httpx.AsyncClient, **fields: Any) -> np.ndarray:
     return pixels(picture(await post(client, **FIELDS | fields)))
 
 
-async def test_a_checkpoint_draws_with_what_it_borrows(connect_library: ClientFactory) -> None:
+async def test_a_library_checkpoint_draws_what_the_catalogs_model_of_the_same_weights_draws(
+    connect_library: ClientFactory,
+) -> None:
     async with connect_library() as client:
         mine, catalogs = await drawn(client, model_name="my sd"), await drawn(client, model_name="SD1.5")
     assert np.array_equal(mine, catalogs), "the same weights"
@@ -85,7 +87,7 @@ async def test_a_controlnet_is_a_control_of_the_models_that_take_one(connect_lib
     assert np.array_equal(mine, catalogs), "the same weights"
 
 
-async def test_a_lora_that_comes_changes_and_goes_is_drawn_as_it_is(
+async def test_a_lora_that_is_added_replaced_and_removed_is_used_in_its_present_state(
     connect_library: ClientFactory, tiny_models: Path, folder: Path
 ) -> None:
     async with connect_library() as client:
@@ -115,7 +117,7 @@ async def test_listings_tell_what_is_served_and_why_the_rest_is_not(
     assert [entry["id"] for entry in models["data"]] == ["SD1.5", "SD1.5-ControlNet", "My SD"]
     assert models["data"][2]["loras"] == ["Add_Detail", "Pixel_Art", "Mine"]
     told = {entry["id"]: entry["reason"] for entry in models["unavailable"]}
-    assert "checkpoints/cut.safetensors: it is cut or damaged" in told["cut"]
+    assert "checkpoints/cut.safetensors: it is truncated or damaged" in told["cut"]
     assert told["SD2"] == "not served by this graph"
     assert loras["Mine"]["models"] == ["SD1.5", "SD1.5-ControlNet", "My SD"]
     assert loras["empty"] | {"kind": None} == {
@@ -132,9 +134,9 @@ async def test_what_is_not_served_is_refused_with_its_file_and_reason(
     write(folder / "loras" / "broken.safetensors", b"\0" * 100)
     async with connect_library() as client:
         message = check(await post(client, loras={"BROKEN": 1}), 400, 40302, "loras")
-        assert "loras/broken.safetensors: it is cut or damaged: it begins with zeros" in message
+        assert "loras/broken.safetensors: it is truncated or damaged: it begins with zeros" in message
         message = check(await post(client, model_name="Cut"), 400, 40301, "model_name")
-        assert "checkpoints/cut.safetensors: it is cut or damaged" in message
+        assert "checkpoints/cut.safetensors: it is truncated or damaged" in message
 
 
 async def test_an_embedding_that_comes_later_is_read_in_prompts(connect_library: ClientFactory, folder: Path) -> None:
@@ -152,14 +154,14 @@ async def test_an_embedding_that_comes_later_is_read_in_prompts(connect_library:
         assert np.array_equal(plain, await drawn(client, prompt="a cat in <late-style>")), "it is text again"
 
 
-async def test_a_refresh_waits_until_a_copied_file_rests(connect_library: ClientFactory, lora: Path) -> None:
+async def test_a_refresh_waits_until_a_file_is_completely_copied(connect_library: ClientFactory, lora: Path) -> None:
     lora.touch()
     async with connect_library() as client:
         listed = {e["name"]: e for e in (await client.post("/v1/loras/refresh")).json()["data"]}
     assert listed["Mine"]["available"]
 
 
-async def test_a_refresh_needs_a_key_as_every_post_does(connect_library: ClientFactory, tmp_path: Path) -> None:
+async def test_a_refresh_requires_a_key(connect_library: ClientFactory, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"tests {hashlib.sha256(b'secret').hexdigest()}\n")
     async with connect_library(keys_file=keys) as client:

@@ -36,9 +36,7 @@ async def linking(connect: ClientFactory, store: ObjectStore) -> AsyncIterator[h
         yield client
 
 
-async def test_a_link_leads_to_the_same_picture_and_ends_by_itself(
-    linking: httpx.AsyncClient, store: ObjectStore
-) -> None:
+async def test_a_link_leads_to_the_same_picture_and_expires(linking: httpx.AsyncClient, store: ObjectStore) -> None:
     inline = (await linking.post(ROUTE, json=ASKED)).json()["data"][0]
     assert store.objects == {}, "pictures that are sent inline are kept nowhere"
     reply = await linking.post(ROUTE, json=ASKED | {"response_format": "url", "n": 2})
@@ -58,7 +56,7 @@ async def test_a_link_leads_to_the_same_picture_and_ends_by_itself(
         assert (await anybody.get(first["url"])).text == "expired"
 
 
-async def test_a_store_that_is_away_costs_no_picture(
+async def test_with_an_unreachable_store_pictures_are_sent_inline(
     connect: ClientFactory, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

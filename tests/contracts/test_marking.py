@@ -130,7 +130,7 @@ DRAW_NOTHING = {
 """Control maps are measurements of a photo, not drawn."""
 
 
-async def test_these_are_all_routes(client: httpx.AsyncClient) -> None:
+async def test_the_list_contains_every_route_that_draws(client: httpx.AsyncClient) -> None:
     """A new one belongs into one list or the other."""
     document = (await client.get("/openapi.json")).json()
     posts = {path.replace(":path", "") for path, methods in document["paths"].items() if "post" in methods}

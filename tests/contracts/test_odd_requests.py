@@ -117,7 +117,7 @@ def fields() -> list[str]:
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/images/generations"])
-async def test_no_body_breaks_an_answer(client: httpx.AsyncClient, fields: list[str], path: str) -> None:
+async def test_no_body_causes_a_500(client: httpx.AsyncClient, fields: list[str], path: str) -> None:
     """Whatever JSON a field holds, the answer is a picture or a 4xx in the contract's form."""
     bodies: list[dict[str, Any]] = []
 
@@ -174,7 +174,7 @@ async def test_headers_that_are_not_utf8_never_reach_serves_proxy() -> None:
     assert seen["x-other"] == "café"
 
 
-async def test_a_body_that_stops_half_way_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_stops_halfway_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_limit, "PAUSE_S", 0.01)
     sent: list[Message] = []
     began = [{"type": "http.request", "body": b"{", "more_body": True}]

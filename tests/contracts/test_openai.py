@@ -210,7 +210,7 @@ async def test_a_stream_that_fails_says_so_as_the_sdk_reads_it(connect: ClientFa
     assert "[DONE]" not in reply.text
 
 
-async def test_leaving_a_stream_of_several_ends_all(connect: ClientFactory) -> None:
+async def test_closing_a_stream_of_several_pictures_cancels_all(connect: ClientFactory) -> None:
     ended = []
 
     async def denoise(**_: Any) -> AsyncGenerator[Any, None]:
@@ -322,7 +322,7 @@ BAD_EDITS: list[tuple[dict[str, Any], int, int, str | None, str]] = [
     ({"json": {"prompt": "x", "images": []}}, 400, 40302, "image", "missing"),
     ({"json": {"prompt": "x", "images": [{"file_id": "f"}]}}, 400, 40302, "image", "keeps no files"),
     ({"json": {"prompt": "x", "images": [{"image_url": "http://x/a.png"}]}}, 400, 40302, "image", "picture itself"),
-    ({"json": {"prompt": "x", "image": 7}}, 400, 40302, "image", "no picture"),
+    ({"json": {"prompt": "x", "image": 7}}, 400, 40302, "image", "is not a picture"),
     ({"json": {"prompt": "x", "image": encoded(b"no picture")}}, 400, 40302, "image", "PNG"),
     ({"json": {"prompt": "x", "image": blank(1001, 1001)}}, 413, 40004, "image", "1000000"),
     ({"json": {"prompt": "x", "image": blank(9, 9), "mask": blank(1001, 1001)}}, 413, 40004, "mask", "1000000"),

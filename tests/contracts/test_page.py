@@ -58,7 +58,7 @@ async def test_a_browser_asks_again_for_the_page_and_is_told_that_it_is_the_same
     assert "content-encoding" not in plain.headers
 
 
-async def test_head_tells_what_get_would(page: httpx.AsyncClient) -> None:
+async def test_head_has_the_headers_of_get(page: httpx.AsyncClient) -> None:
     for path in ["/", *(f"/{address}" for address in await addresses(page))]:
         got, told = await page.get(path), await page.head(path)
         assert (told.status_code, told.content) == (200, b"")
@@ -75,7 +75,7 @@ async def test_the_proxys_layers_pass_empty_answers_on(catalog: Catalog) -> None
         assert (await client.get("/", headers={"if-none-match": got.headers["etag"]})).status_code == 304
 
 
-async def test_nothing_comes_from_elsewhere(page: httpx.AsyncClient) -> None:
+async def test_nothing_is_loaded_from_another_site(page: httpx.AsyncClient) -> None:
     policy = (await page.get("/")).headers["content-security-policy"]
     assert policy.startswith("default-src 'self';")
     assert "unsafe" not in policy

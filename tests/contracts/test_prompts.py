@@ -42,7 +42,7 @@ async def test_with_a_refiner_the_header_tells_of_the_bases_texts(client: httpx.
     assert reply.headers["x-prompt-tokens"] == "134/77 chunks=2"
 
 
-async def test_what_fits_is_drawn_as_it_always_was(client: httpx.AsyncClient) -> None:
+async def test_a_prompt_of_one_chunk_is_drawn_as_without_chunks(client: httpx.AsyncClient) -> None:
     """Brackets are text unless weights are asked for, and cutting changes nothing where nothing is too long."""
     plain = pixels(picture(await post(client, prompt="a (red:1.5) cat", output_format="png")))
     cut = pixels(picture(await post(client, prompt="a (red:1.5) cat", long_prompt="cut", output_format="png")))

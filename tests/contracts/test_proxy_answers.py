@@ -52,7 +52,9 @@ async def in_front_of(proxy: Proxy) -> AsyncIterator[httpx.AsyncClient]:
         ([None, plain(408)], 504, 50006, None),
     ],
 )
-async def test_plain_errors(answers: list[Response | None], status: int, code: int, retry_after: str | None) -> None:
+async def test_plain_text_errors_of_the_proxy_get_the_contracts_body(
+    answers: list[Response | None], status: int, code: int, retry_after: str | None
+) -> None:
     async with in_front_of(Proxy(*answers)) as client:
         reply = await client.post("/v1/image/generation", content=b"{}")
     message = check(reply, status, code, None)

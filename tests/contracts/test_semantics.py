@@ -68,7 +68,9 @@ async def test_the_picture_shows_what_the_prompt_says(
         ({"model_name": "SD1.5-ControlNet", "controlnet_name": "depth"}, "controlnet_name"),
     ],
 )
-async def test_what_is_not_trained_says_so(embedded: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+async def test_what_the_embedded_models_were_not_trained_on_is_an_error(
+    embedded: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
     photo = CONTROL if "controlnet_name" in fields else {}
     body = {"model_name": "SD1.5", "prompt": "a cat", "width": 512, "height": 512} | photo | fields
     check(await embedded.post("/v1/image/generation", json=body), 400, 40302, param)

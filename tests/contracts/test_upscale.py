@@ -192,7 +192,7 @@ async def test_a_quota_counts_the_pixels_that_are_made(connect: ClientFactory, t
 async def test_a_replica_that_died_is_tried_again_and_one_that_hangs_is_late(
     model_graph: Graph, with_models: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wake, "SURELY_AWAKE_S", 0.0)
+    monkeypatch.setattr(wake, "PING_AFTER_S", 0.0)
     tries = 0
 
     async def dies_once(**arguments: Any) -> Any:

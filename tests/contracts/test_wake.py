@@ -11,7 +11,7 @@ from tests.support.http import post
 from tests.support.ingress import ClientFactory
 
 
-async def test_what_may_sleep_is_pinged_before_it_is_visited(
+async def test_deployments_that_may_have_scaled_to_zero_are_pinged_first(
     connect: ClientFactory, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = FakeGraph(graph)
@@ -22,7 +22,7 @@ async def test_what_may_sleep_is_pinged_before_it_is_visited(
         watched.calls.clear()
         assert (await post(client)).status_code == 200
         assert watched.named("ping") == [], "visited a moment ago"
-        monkeypatch.setattr(wake, "SURELY_AWAKE_S", 0.0)
+        monkeypatch.setattr(wake, "PING_AFTER_S", 0.0)
         assert (await post(client)).status_code == 200
         assert {"deployment": "vae"} in watched.named("ping")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,32 @@ def release() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What a release changes, in a folder of its own."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (tmp_path / "deployments").mkdir()
+    (tmp_path / "deployments/__init__.py").write_text((ROOT / "deployments/__init__.py").read_text())
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## [Unreleased]\n\n### Added\n- A thing.\n\n## [0.0.1]\n")
+    return tmp_path
+
+
+def test_a_prepared_release_has_its_version_everywhere_and_its_notes(release: ModuleType, checkout: Path) -> None:
+    changed = release.prepare("99.0.0", datetime.date(2030, 1, 2), checkout)
+    assert {"CHANGELOG.md", "deployments/__init__.py", "k8s/base/rayservice.yaml"} <= set(changed)
+    assert image_tags(checkout / "k8s") == {"99.0.0"}
+    assert release.notes("v99.0.0", checkout) == "### Added\n- A thing."
+    assert "## [Unreleased]\n\n## [99.0.0] - 2030-01-02\n\n### Added" in (checkout / "CHANGELOG.md").read_text()
+    with pytest.raises(ValueError, match="nothing under"):
+        release.prepare("99.0.1", datetime.date(2030, 1, 2), checkout)
+
+
+@pytest.mark.parametrize("new", ["0.0.0", __version__, "v99.0.0", "99.0"])
+def test_a_version_that_is_not_above_the_present_one_is_refused(release: ModuleType, checkout: Path, new: str) -> None:
+    with pytest.raises(ValueError, match="is not a version above"):
+        release.prepare(new, datetime.date(2030, 1, 2), checkout)
+
+
 def test_a_release_has_its_section_of_the_changelog(release: ModuleType) -> None:
     notes = release.notes(f"v{__version__}")
     assert notes.startswith("### ")
@@ -76,7 +104,14 @@ def test_a_tag_that_is_not_the_version_is_no_release(release: ModuleType) -> Non
         release.notes("v99")
 
 
+def image_tags(folder: Path) -> set[str]:
+    """The tags of this project's images in manifests and runbook."""
+    texts = [path.read_text() for kind in ("yaml", "md") for path in folder.rglob(f"*.{kind}")]
+    return {tag for text in texts for tag in re.findall(r"ghcr\.io/sdgraph/[\w-]+:(\d[\w.]*\w)", text)}
+
+
 def test_the_manifests_name_the_version() -> None:
+    assert image_tags(ROOT / "k8s") == {__version__}
     for path in (ROOT / "k8s/overlays").glob("*/kustomization.yaml"):
         for image in yaml.safe_load(path.read_text()).get("images", []):
             assert image.get("newTag", __version__) == __version__, path

@@ -32,7 +32,7 @@ def test_the_dockerfile() -> None:
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == "1000"
 
 
-def test_the_base_is_given_by_who_builds() -> None:
+def test_the_dockerfile_has_no_default_base_image() -> None:
     """A tag that moves, or a digest that nobody has, would be worse than none."""
     text = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"^ARG (BASE.*)$", text, re.MULTILINE) == ["BASE"]

@@ -65,6 +65,6 @@ def test_panels_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("expression", ["sum(", "rate(ray_sdgraph_requests_total)", "ray_x ++"])
-def test_what_is_no_query_is_refused(expression: str) -> None:
+def test_an_invalid_query_is_refused(expression: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         metrics_of(expression)

@@ -80,13 +80,13 @@ def test_chosen_models_are_planned_alone() -> None:
 @pytest.mark.parametrize(
     ("gpus", "models", "said"),
     [
-        ("2x", (), "--gpus '2x': say how many cards of how many GB"),
+        ("2x", (), "--gpus '2x': write the number of cards and their GB"),
         ("0x24", (), "--gpus '0x24'"),
         ("2x24,", (), "--gpus ''"),
         ("1x24,1x48,1x80", (), "one kind of card or two"),
         ("1x24,2x24", (), "each once"),
         ("4x4", (), "unet-sd15-torch needs .* GB, and its cards have 4; give it larger ones"),
-        ("1x12,1x8", (), "is too little: .* cards never sleep"),
+        ("1x12,1x8", (), "is too small: .* cards for what always runs"),
         (
             "1x24",
             ("SDXL1.0-base", "SSD", "SDXL-turbo", "SDXL-ControlNet"),

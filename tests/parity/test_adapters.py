@@ -27,7 +27,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from config.catalog import Catalog
-from pipelines.adapters.places import original_names
+from pipelines.adapters.module_names import original_names
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
 from tests.parity import oracle

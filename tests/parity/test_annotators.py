@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from config.catalog import Catalog
 from pipelines.control.annotators import DEXINED_MEAN, Annotators
-from pipelines.control.poses import Poses, draw_skeleton
+from pipelines.control.poses import PoseAnnotator, draw_skeleton
 from pipelines.errors import InvalidValueError
 from pipelines.plan import GenerationParams
 from pipelines.text2image import Text2Image
@@ -86,7 +86,7 @@ def test_softedge_is_the_onnx_file_in_torch(annotators: Annotators, photo: bytes
 def test_openpose_finds_the_joints_transformers_finds(catalog: Catalog, photo: bytes) -> None:
     image = opened(photo, 160, 120)
     (spec,) = (s for s in catalog.annotators if s.name == "openpose")
-    ours = Poses(spec, "cpu").joints(image)
+    ours = PoseAnnotator(spec, "cpu").joints(image)
     finder = str(oracle.TINY / "annotator-people")
     people = transformers.pipeline("object-detection", model=finder)(image)
     assert len(ours) == len(people) > 0
@@ -126,7 +126,7 @@ def test_a_skeleton_has_openposes_colours() -> None:
     assert canvas[400:].max() == 0  # no hips, no legs
 
 
-def test_nobody_in_the_photo_is_an_empty_map(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_photo_without_people_gives_an_empty_map(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.control.poses.PERSON_SCORE", 1.1)
     empty = Annotators(catalog, "cpu").annotate("openpose", Image.new("RGB", (64, 48), "white"))
     assert empty.size == (64, 48)

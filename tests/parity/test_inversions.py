@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | bytes, str]] = {
     "three dimensions": ({"x": torch.zeros(1, 2, 32)}, r"shape \[1, 2, 32\]"),
     "not a number": ({"x": torch.full((1, 32), float("nan"))}, "not finite"),
     "empty": (b"", "it is empty"),
-    "cut": (b"\x10\0\0\0\0\0\0\0{", "cut or damaged"),
+    "cut": (b"\x10\0\0\0\0\0\0\0{", "truncated or damaged"),
     "a pickle": (b"\x80\x02}q\x00.", "pickle under another name"),
 }
 

@@ -211,7 +211,7 @@ def test_users_of_different_loras_share_ticks(text2image: Text2Image, lora_folde
         assert_same(picture.image, expected(lora_folder, model, mixture, fields))
 
 
-def test_nothing_drifts(text2image: Text2Image) -> None:
+def test_weights_are_unchanged_after_many_loras(text2image: Text2Image) -> None:
     fields = request("SD1.5", sampler="Euler", steps=3)
     before = text2image.generate(GenerationParams(**fields)).image
     text2image.generate(GenerationParams(**fields, loras={"peft": 3.0, "kohya": -2.0}))

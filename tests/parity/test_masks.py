@@ -137,7 +137,7 @@ def test_a_controlnet_steers_what_is_repainted(
         (Image.new("L", (128, 128), 127), "black all over"),
     ],
 )
-def test_masks_that_cannot_be(text2image: Text2Image, photo: bytes, mask: Image.Image, message: str) -> None:
+def test_invalid_masks_are_refused(text2image: Text2Image, photo: bytes, mask: Image.Image, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message) as caught:
         text2image.generate(GenerationParams(**fields("SD1.5", photo, mask_image=png(mask))))
     assert caught.value.param == "mask_image"

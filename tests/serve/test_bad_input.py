@@ -79,5 +79,5 @@ def test_a_chunked_body_of_100_mb_is_refused_while_it_is_read(client: httpx.Clie
     draw(client, **request("SD1.5", steps=1))
 
 
-def test_the_server_is_well_afterwards(client: httpx.Client) -> None:
+def test_the_server_serves_requests_after_all_bad_input(client: httpx.Client) -> None:
     assert client.get("/readyz").status_code == 200

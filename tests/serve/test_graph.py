@@ -139,7 +139,7 @@ def test_each_request_brings_its_own_loras(client: httpx.Client, text2image: Tex
     assert all(np.abs(answers[0] - other).max() > 1 for other in answers[1:]), "the LoRAs must show"
 
 
-def test_the_request_id_goes_round(client: httpx.Client) -> None:
+def test_the_request_id_comes_back_and_reaches_every_replica(client: httpx.Client) -> None:
     fields = request("SD1.5", steps=1)
     reply = client.post("/v1/image/generation", json=fields, headers={"x-request-id": "my-id-7"})
     assert reply.headers.get_list("x-request-id") == ["my-id-7"]
@@ -156,7 +156,7 @@ def assert_the_unet_is_free(url: str) -> None:
         draw(client, **request("SD1.5", steps=2))
 
 
-def test_a_client_that_leaves_does_not_hold_the_unet(url: str) -> None:
+def test_a_client_that_disconnects_frees_the_unet(url: str) -> None:
     with httpx.Client(base_url=url) as leaving, pytest.raises(httpx.ReadTimeout):
         leaving.post("/v1/image/generation", json=LONG, timeout=3.0)
     assert_the_unet_is_free(url)

@@ -46,7 +46,7 @@ def context(
     )
 
 
-def test_work_decides_not_requests() -> None:
+def test_replicas_follow_outstanding_work_and_not_requests() -> None:
     """Ten pictures of 4 steps, and ten of 50, guided, at a megapixel; a replica does 20 of them a second."""
     policy = OutstandingWork(target_s=10)
     few, _ = policy(context([(10 * 2 * 4, 20)], inside=10))
@@ -71,7 +71,7 @@ def test_until_a_tick_was_timed_requests_are_counted() -> None:
     assert wanted == 3
 
 
-def test_what_was_learnt_is_remembered() -> None:
+def test_the_policy_remembers_work_and_throughput() -> None:
     """New replicas that have not ticked yet know nothing of their pace."""
     policy = OutstandingWork(target_s=10)
     _, state = policy(context([(600, 20)], inside=6))
@@ -79,7 +79,7 @@ def test_what_was_learnt_is_remembered() -> None:
     assert wanted == 3
 
 
-def test_idle_is_none_and_a_request_is_one() -> None:
+def test_no_request_means_no_replica_and_one_request_means_one() -> None:
     policy = OutstandingWork()
     _, state = policy(context([(60, 20)], inside=6))
     assert policy(context([(0, 20)], state=state))[0] == 0
@@ -93,6 +93,6 @@ def test_serve_takes_it_by_its_name_and_arguments() -> None:
     assert made(context([(140, 20)], inside=6))[0] == 1
 
 
-def test_no_time_is_no_target() -> None:
+def test_a_target_of_zero_seconds_is_refused() -> None:
     with pytest.raises(ValueError, match="target_s 0"):
         OutstandingWork(target_s=0)

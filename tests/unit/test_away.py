@@ -69,7 +69,7 @@ async def test_a_controller_that_dies_is_asked_again(monkeypatch: pytest.MonkeyP
 async def test_a_library_whose_volume_hangs_is_served_as_it_was_known(
     catalog: Catalog, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(watching, "FOLDERS_TIMEOUT_S", 0.02)
     monkeypatch.setattr(watching, "RESCAN_S", 0.0)
     folder, answers, asked = tmp_path / "library", threading.Event(), list[Library]()
     put(tiny_models / "lora-detail-sd15" / LORA, folder / "One.safetensors")
@@ -88,7 +88,7 @@ async def test_a_library_whose_volume_hangs_is_served_as_it_was_known(
         with pytest.raises(SilentLibraryError, match="do not answer"):
             await watch.refresh()
     assert len(asked) <= 1, "nothing piles up behind it"
-    monkeypatch.setattr(watching, "PATIENCE_S", 60)
+    monkeypatch.setattr(watching, "FOLDERS_TIMEOUT_S", 60)
     answers.set()
     while "One" not in {lora.name for lora in watch.catalog.loras} or watch._silent:
         await asyncio.sleep(0)

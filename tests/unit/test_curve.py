@@ -35,7 +35,9 @@ SMALL, MIDDLE, LARGE = (BatchKey((4, side, side), (77, 8)) for side in (16, 32, 
     ],
     ids=["free", "cheap", "dear", "busy", "just", "any price", "a step that later pays", "noise", "one row"],
 )
-def test_a_row_more_must_cost_less_than_the_price(curve: Mapping[int, float], price: float, rows: int) -> None:
+def test_rows_are_added_while_one_costs_less_than_the_price(
+    curve: Mapping[int, float], price: float, rows: int
+) -> None:
     assert worthwhile_rows(curve, price) == rows
 
 
@@ -66,14 +68,14 @@ def test_a_curve_is_measured_warm_and_within_the_budget() -> None:
     assert list(measure(device.evaluate, 1, device.clock)) == [1]
 
 
-def test_what_memory_does_not_hold_is_left_out() -> None:
+def test_rows_that_do_not_fit_into_memory_are_not_measured() -> None:
     device = Device(LAUNCH_BOUND, most_rows=4)
     assert list(measure(device.evaluate, 16, device.clock)) == [2, 4]
     with pytest.raises(torch.OutOfMemoryError):
         measure(Device({}, most_rows=1).evaluate, 16, device.clock)
 
 
-def test_other_sizes_go_by_the_nearest() -> None:
+def test_a_size_that_was_not_measured_uses_the_nearest_one() -> None:
     devices = {SMALL: Device(LAUNCH_BOUND | {6: 11.0, 12: 15.0}), LARGE: Device(BUSY)}
     curves = RowCurves(lambda key, rows: devices[key].evaluate(rows), 0.9, 16)
     curves.measure([SMALL, LARGE], clock=lambda: sum(device.now for device in devices.values()))

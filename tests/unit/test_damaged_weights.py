@@ -43,7 +43,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
 DAMAGES = [
     (None, "no such file"),
     (b"", "it is empty"),
-    (b"\x10\0\0\0\0\0\0\0{", "cut or damaged"),
+    (b"\x10\0\0\0\0\0\0\0{", "truncated or damaged"),
     (b"<!DOCTYPE html><html>", "HTML page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer; run git lfs pull"),
 ]

@@ -109,7 +109,7 @@ REFUSED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_the_device_refuses(cuda: PretendedCuda, what: str, inference: bool) -> None:
+def test_the_simulated_device_refuses_mixed_devices(cuda: PretendedCuda, what: str, inference: bool) -> None:
     with torch.inference_mode(inference):
         cpu = torch.ones(2, 2)
         with pytest.raises((RuntimeError, TypeError)):

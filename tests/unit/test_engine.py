@@ -21,7 +21,7 @@ from pipelines.control_plan import ControlUse
 from pipelines.engine.courses import SamplerCourse
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.job import DenoiseJob
-from pipelines.engine.memory import Retreat
+from pipelines.engine.memory import RecoveringBudget
 from pipelines.engine.steering import Steering
 from pipelines.plan import GenerationParams
 from pipelines.planning import make_plan
@@ -233,7 +233,7 @@ def test_the_budget_grows_back_when_memory_was_enough_for_a_while(
     catalog: Catalog,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine.max_rows, engine._retreat = 8, Retreat(grow_after=2)
+    engine.max_rows, engine._recovering = 8, RecoveringBudget(grow_after=2)
     for name in "abcd":
         add(engine, encoders, catalog, name, steps=4)
     whole, failures = recorder.predict, [torch.OutOfMemoryError("a neighbour's spike")]

@@ -103,7 +103,7 @@ async def test_a_watcher_hears_its_place_in_the_queue(loop: Loop, work: MakeWork
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["submitted", "watched"])
-async def test_leaving_frees_the_rows(loop: Loop, work: MakeWork, watched: bool) -> None:
+async def test_cancelling_a_request_frees_its_rows(loop: Loop, work: MakeWork, watched: bool) -> None:
     if watched:
         async with aclosing(loop.watch(work(LONG))) as items:
             async for item in items:
@@ -121,7 +121,7 @@ async def test_leaving_frees_the_rows(loop: Loop, work: MakeWork, watched: bool)
     assert (await loop.submit(work(2))).values.shape == (1, 4, 16, 16)
 
 
-async def test_cancelled_before_it_began(loop: Loop, work: MakeWork) -> None:
+async def test_a_job_cancelled_before_it_began_leaves_nothing(loop: Loop, work: MakeWork) -> None:
     tasks = [asyncio.create_task(loop.submit(work(3))) for _ in range(3)]
     await asyncio.sleep(0)
     for task in tasks:
@@ -148,7 +148,7 @@ async def test_a_failed_tick_is_told_to_those_in_it_and_the_next_request_works(l
     assert (await loop.submit(work(2))).values.isfinite().all()
 
 
-async def test_a_bug_of_the_loop_itself_leaves_nobody_waiting(
+async def test_an_exception_of_the_loop_itself_reaches_every_request(
     loop: Loop, work: MakeWork, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> TickReport:
@@ -162,7 +162,7 @@ async def test_a_bug_of_the_loop_itself_leaves_nobody_waiting(
     assert (await loop.submit(work(2))).values.isfinite().all(), "the next request starts it again"
 
 
-async def test_what_would_be_late_is_refused_at_once(loop: Loop, work: MakeWork) -> None:
+async def test_a_request_that_would_be_late_is_refused_at_once(loop: Loop, work: MakeWork) -> None:
     """By the throughput of ticks of its own size; a size that was never drawn gets the benefit of the doubt."""
     await loop.submit(work(20))
     with pytest.raises(OverloadedError) as refused:

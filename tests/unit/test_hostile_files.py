@@ -38,12 +38,12 @@ def entry(**changed: Any) -> dict[str, Any]:
 
 HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "a length of 2^63": ({"header": WORDS, "length": 2**63}, "its header should be 9,223,372,036,854,775,808 bytes"),
-    "a length of 2^64 - 1": ({"header": WORDS, "length": 2**64 - 1}, "cut or damaged"),
-    "a length past the end": ({"header": WORDS, "length": 10**6}, "cut or damaged"),
+    "a length of 2^64 - 1": ({"header": WORDS, "length": 2**64 - 1}, "truncated or damaged"),
+    "a length past the end": ({"header": WORDS, "length": 10**6}, "truncated or damaged"),
     "a length too short": ({"header": WORDS, "length": 10}, "not JSON"),
     "a length of zero": ({"header": WORDS, "length": 0}, "not JSON"),
     "a body cut short": ({"header": WORDS, "body": 6143}, "1 bytes of its tensors are missing"),
-    "a body too long": ({"header": WORDS, "body": 6145}, "1 bytes behind its last tensor"),
+    "a body too long": ({"header": WORDS, "body": 6145}, "1 bytes follow its last tensor"),
     "no tensors": ({"header": {}, "body": 0}, "it holds no tensors"),
     "metadata alone": ({"header": {"__metadata__": {"a": "b"}}, "body": 0}, "it holds no tensors"),
     "a list": ({"header": [1]}, "not a JSON object"),
@@ -92,7 +92,7 @@ def test_the_sound_one_is_read(tmp_path: Path) -> None:
     [
         (b"", "it is empty"),
         (b"\0" * 5000, "begins with zeros"),
-        (b"\x10\0\0", "cut or damaged"),
+        (b"\x10\0\0", "truncated or damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "HTML page"),
         (b"PK\x03\x04archive/data.pkl", "a pickle under another name"),
@@ -126,7 +126,7 @@ def test_every_cut_of_a_sound_file(tmp_path: Path) -> None:
         assert (report.kind, bool(report.reason)) == ("unknown", True), length
 
 
-def test_things_that_are_no_files(tmp_path: Path) -> None:
+def test_folders_pipes_devices_and_broken_links_are_reported(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "nowhere.safetensors").symlink_to(tmp_path / "missing.safetensors")

@@ -232,7 +232,7 @@ def test_an_upscaler(tmp_path: Path, name: str) -> None:
     assert (report.kind, report.base) == ("upscaler", None), report.reason
 
 
-STRANGERS = {
+UNSERVED_KINDS = {
     "Flux": "model.diffusion_model.double_blocks.0.img_attn.qkv.weight",
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
     "IP-Adapter": "image_proj.proj.weight",
@@ -247,10 +247,10 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("said", STRANGERS)
+@pytest.mark.parametrize("said", UNSERVED_KINDS)
 def test_what_is_not_served_is_unknown_by_name(tmp_path: Path, said: str) -> None:
     flux_with_vae = original_layout.prefixed("vae.", original_layout.vae(published.vae("sd15"), 4))
-    shapes: dict[str, Any] = {STRANGERS[said]: (64, 64)} | (flux_with_vae if said == "Flux" else {})
+    shapes: dict[str, Any] = {UNSERVED_KINDS[said]: (64, 64)} | (flux_with_vae if said == "Flux" else {})
     report = inspected(tmp_path, shapes)
     assert (report.kind, report.base) == ("unknown", None)
     assert said in report.reason

@@ -148,7 +148,9 @@ def test_a_wrong_yaml_is_told_with_its_file(
     assert "good" in {model.name for model in found.models}
 
 
-def test_names_meet_by_a_rule(catalog: Catalog, tiny_models: Path, library: Path, memory: Path) -> None:
+def test_of_two_files_with_one_name_the_first_gets_it(
+    catalog: Catalog, tiny_models: Path, library: Path, memory: Path
+) -> None:
     """A served name of the catalog stays, an unserved one goes to the file; of two files the first has it."""
     lora = tiny_models / "lora-detail-sd15" / LORA
     for path in ("pixel_art", "LOGO", "loras/twin", "loras/z/TWIN", "x" * (MAX_NAME + 1)):
@@ -234,7 +236,7 @@ def test_a_file_that_is_being_copied_is_not_served_until_it_rests(
     assert "fresh" in names(running.read())
 
 
-def test_what_comes_changes_and_goes_while_the_graph_runs(
+def test_files_added_replaced_and_removed_while_the_graph_runs_are_noticed(
     catalog: Catalog, tiny_models: Path, library: Path, memory: Path
 ) -> None:
     running = Library(extended(catalog, [library], memory))
@@ -293,5 +295,5 @@ def test_several_folders_are_one_library(catalog: Catalog, tiny_models: Path, li
 
 
 def test_a_library_that_is_not_there_is_named(catalog: Catalog, tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match=r"library '.*nowhere' is no folder"):
+    with pytest.raises(CatalogError, match=r"library '.*nowhere' is not a folder"):
         extend(catalog, [tmp_path / "nowhere"])

@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "Control-LoRA": (SOUND | {"lora_controlnet": torch.zeros(8)}, "Control-LoRA adapter"),
     "VeRA": (SOUND | {"unet.conv_in.vera_lambda_b": torch.zeros(8)}, "VeRA adapter"),
     "another word": (SOUND | {flat(".lora_sideways.weight"): torch.zeros(8)}, "not a LoRA weight"),
-    "a key of no layer": (SOUND | {"lora_unet_conv_in": torch.zeros(8)}, "no weight of a LoRA"),
+    "a key of no layer": (SOUND | {"lora_unet_conv_in": torch.zeros(8)}, "not a weight of a LoRA"),
     "a weight of no layer": (SOUND | {"lora_unet_conv_in.weight": torch.zeros(8)}, "not a LoRA weight"),
     "half of a LoHa": ({flat(".hada_w1_a"): torch.ones(64, 2)}, "half of a layer"),
     "half of a LoKr": ({flat(".lokr_w1"): torch.ones(8, 8)}, "half of a layer"),
@@ -310,7 +310,7 @@ def with_lora(catalog: Catalog, folder: Path) -> Catalog:
     [
         (None, "no such file"),
         (b"", "empty"),
-        (b"\x10\0\0\0\0\0\0\0{", "cut or damaged"),
+        (b"\x10\0\0\0\0\0\0\0{", "truncated or damaged"),
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     ],

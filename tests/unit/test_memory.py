@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from config.catalog import ROOT
 from pipelines.engine import memory
 from pipelines.engine.batching import BatchKey
-from pipelines.engine.memory import USABLE, Retreat, RowBudget, free_bytes, row_bytes
+from pipelines.engine.memory import USABLE, RecoveringBudget, RowBudget, free_bytes, row_bytes
 from pipelines.torch_compat import PeakBytes
 
 TINY = ROOT / "models" / "tiny"
@@ -95,22 +95,22 @@ def test_a_process_plans_with_its_share_of_a_card(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_halved_budget_doubles_after_calm_ticks_up_to_the_usual_one() -> None:
-    retreat = Retreat(grow_after=3)
-    assert retreat.limit(16) == 16
-    assert retreat.halve(9) == 4
+    budget = RecoveringBudget(grow_after=3)
+    assert budget.limit(16) == 16
+    assert budget.halve(9) == 4
     limits = []
     for _ in range(7):
-        retreat.had_enough(16)
-        limits.append(retreat.limit(16))
+        budget.had_enough(16)
+        limits.append(budget.limit(16))
     assert limits == [4, 4, 8, 8, 8, 16, 16]
 
 
 def test_another_shortage_begins_the_calm_anew_and_one_row_is_the_least() -> None:
-    retreat = Retreat(grow_after=2)
-    retreat.halve(2)
-    retreat.had_enough(16)
-    assert retreat.halve(1) == 1
-    retreat.had_enough(16)
-    assert retreat.limit(16) == 1
-    retreat.had_enough(16)
-    assert retreat.limit(16) == 2
+    budget = RecoveringBudget(grow_after=2)
+    budget.halve(2)
+    budget.had_enough(16)
+    assert budget.halve(1) == 1
+    budget.had_enough(16)
+    assert budget.limit(16) == 1
+    budget.had_enough(16)
+    assert budget.limit(16) == 2

@@ -126,7 +126,7 @@ async def test_a_step_is_told_when_it_is_over_with_the_latents_of_that_step(
     assert len(set(values)) == 3
 
 
-async def test_who_comes_while_the_last_tick_runs_is_not_forgotten(
+async def test_a_job_added_during_the_last_tick_runs(
     loop: EngineLoop, device: Device, work: Callable[..., Work]
 ) -> None:
     running, later = asyncio.get_running_loop(), []
@@ -157,7 +157,7 @@ async def test_a_tick_takes_from_the_end_of_the_one_before_to_its_own(
     assert loop.throughput.overall.value == pytest.approx(2 * 128 * 128 / 10)
 
 
-async def test_who_leaves_is_not_prepared_any_further(
+async def test_the_preparation_of_a_cancelled_request_stops(
     loop: EngineLoop, engine: StepEngine, work: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare, begun, gone = engine.prepare, asyncio.Event(), threading.Event()

@@ -53,7 +53,7 @@ async def test_many_who_wait_for_a_file_take_one_thread() -> None:
     assert sorted(volume.asked) == ["quick", "slow"]
 
 
-async def test_what_is_loaded_needs_no_thread() -> None:
+async def test_loaded_files_need_no_thread() -> None:
     volume, reads = Volume(), Reads(Worker())
     (before,) = await reads.all(volume.needed("quick"))
     waiting = [asyncio.create_task(reads.all(volume.needed(f"slow {i}"))) for i in range(READING_THREADS)]
@@ -63,7 +63,7 @@ async def test_what_is_loaded_needs_no_thread() -> None:
     await asyncio.gather(*waiting)
 
 
-async def test_who_leaves_does_not_stop_the_reading_and_a_failure_is_told_to_all() -> None:
+async def test_a_cancelled_request_does_not_stop_a_read_and_a_failure_reaches_all() -> None:
     volume, reads = Volume(), Reads(Worker())
     leaving = asyncio.create_task(reads.all(volume.needed("slow")))
     await asyncio.sleep(0)

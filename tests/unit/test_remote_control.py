@@ -45,7 +45,7 @@ async def test_a_controlnet_that_dies_is_asked_again_and_given_the_maps() -> Non
     assert edge.sent == [0, 0, 1], "died; its successor has not got the map; it has"
 
 
-async def test_a_controlnet_that_dies_twice_is_known_for_what_it_is() -> None:
+async def test_a_controlnet_that_dies_twice_is_reported_as_a_dead_replica() -> None:
     pending = RemoteControl(DyingEdge(deaths=2)).start(BATCH, {"map": HINT})
     with pytest.raises(ActorDiedError):
         await asyncio.to_thread(pending.result)

@@ -90,7 +90,9 @@ def test_tvm_is_asked_of_the_first_pass_and_taken_by_the_second_where_it_can() -
         ({"scale": 2.4, "steps": 900, "strength": 1.0}, {"sampler": "Euler a"}, "900 steps at 2456x1840 after 30"),
     ],
 )
-def test_what_cannot_be(hires: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_second_passes_that_are_impossible_are_refused(
+    hires: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidValueError, match=message) as caught:
         plan_of(hires, **changes)
     assert caught.value.param == "hires"

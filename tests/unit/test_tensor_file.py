@@ -37,5 +37,5 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
     with TensorFile(path) as file:
         with path.open("r+b") as shorter:
             shorter.truncate(100)
-        with pytest.raises(ValueError, match="it was cut while it was read, in tensor a"):
+        with pytest.raises(ValueError, match="it was truncated while it was read, in tensor a"):
             file.read("a")

@@ -74,7 +74,7 @@ def test_a_changed_kernel_is_another_key(tmp_path: Path) -> None:
     assert sources_hash(tmp_path) != sources_hash()
 
 
-def test_made_once_then_found(tmp_path: Path) -> None:
+def test_an_artifact_is_compiled_once_and_then_found(tmp_path: Path) -> None:
     cache = ArtifactCache(tmp_path)
     assert cache.find(KEY, V3) is None
     assert cache.make(KEY, build) == (cache.find(KEY, V3), True)

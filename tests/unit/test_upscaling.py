@@ -99,7 +99,7 @@ def test_tiles_are_halved_where_memory_ends(catalog: Catalog, tiny_models: Path)
         upscaler.once(image)
 
 
-def test_what_cannot_be_made() -> None:
+def test_pictures_that_would_be_too_large_or_not_finite_are_refused() -> None:
     blank = Upscaler(lambda pixels: pixels.repeat(1, 1, 8, 8) * torch.nan, 8, "cpu", torch.float32)
     with pytest.raises(NonFiniteError, match="not finite") as caught:
         blank.once(noise(4, 4))
@@ -161,7 +161,7 @@ def test_weights_that_do_not_load(catalog: Catalog, tiny_models: Path, tmp_path:
         assert "component upscaler-own, file model.safetensors" in str(caught.value)
         return str(caught.value)
 
-    assert "cut or damaged" in refused((tiny_models / "upscaler-x4" / FILE).read_bytes()[:-9])
+    assert "truncated or damaged" in refused((tiny_models / "upscaler-x4" / FILE).read_bytes()[:-9])
     assert "cannot be loaded" in refused({"something.weight": torch.zeros(1)})
     assert "cannot be loaded" in refused(
         {name: t for name, t in state.items() if name != "model.1.sub.0.RDB2.conv1.0.bias"}
@@ -202,7 +202,7 @@ def test_entries_that_contradict_themselves(
         Catalog.model_validate(data)
 
 
-def test_names_are_nobody_elses(catalog: Catalog, tiny_models: Path) -> None:
+def test_an_upscaler_cannot_have_the_name_of_a_method(catalog: Catalog, tiny_models: Path) -> None:
     data = with_upscalers(catalog, tiny_models).model_dump()
     data["upscalers"][0]["name"] = "Lanczos"
     with pytest.raises(ValueError, match="upscaler"):

@@ -89,7 +89,7 @@ def test_bytes_are_rounded_as_diffusers_rounds_them(vae: VAE, model: Autoencoder
     assert np.array_equal(vae.decode(latents), expected)
 
 
-def test_a_second_shortage_and_any_other_error_are_passed_on(
+def test_a_second_out_of_memory_error_and_any_other_error_are_raised(
     vae: VAE, model: AutoencoderKL, latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = model.decode

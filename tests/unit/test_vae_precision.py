@@ -64,7 +64,7 @@ def test_a_vae_that_overflows_is_computed_in_float32(
 
 
 @pytest.mark.usefixtures("in_half_precision")
-def test_a_vae_that_says_so_is_not_asked(
+def test_a_vae_marked_force_upcast_is_not_probed(
     catalog: Catalog, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SDXL's `force_upcast`, as diffusers heeds it."""

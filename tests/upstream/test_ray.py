@@ -7,7 +7,8 @@ only another version of Ray makes them fail.
 What needs minutes, or a node that is lost, is shown elsewhere:
 
 * a deployment that sleeps, and goes back to sleep: tests/cluster, `test_idle_deployments_go_to_sleep_and_wake`
-* failed starts that end when the weights come: tests/cluster, `test_weights_that_are_not_there_stop_nobody_else`
+* failed starts that end when the weights come:
+  tests/cluster, `test_missing_weights_affect_only_requests_that_need_them`
 * the error of a call whose argument was on a lost node: tests/cluster, `test_a_lost_node_costs_no_picture`
 * bodies without a limit: tests/serve, `test_a_chunked_body_of_100_mb_is_refused_while_it_is_read`
 """

@@ -37,7 +37,7 @@ def test_clip_takes_no_attention_mask_unless_its_config_says_so() -> None:
 
 
 def test_module_names_differ_by_the_level_text_model_alone() -> None:
-    """`adapters/places.py` knows a text encoder's modules with and without it."""
+    """`adapters/module_names.py` knows a text encoder's modules with and without it."""
     plain = {name.removeprefix("text_model.") for name, _ in CLIPTextModel(CONFIG).named_modules()}
     projected = {name.removeprefix("text_model.") for name, _ in CLIPTextModelWithProjection(CONFIG).named_modules()}
     assert {name for name in plain if name.startswith("encoder.layers.0")} == {

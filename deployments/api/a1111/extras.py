@@ -1,4 +1,4 @@
-"""What A1111 does with finished pictures."""
+"""A1111's routes for finished pictures: enlarging, and reading their infotext."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.pictures.infotext import parse_infotext
 from pipelines.upscale import UpscaleParams
 
 MOST_PICTURES = 16
-"""Of one request."""
+"""Most pictures of one request."""
 
 
 class PictureRequest(BaseModel):
@@ -41,14 +41,18 @@ class EnlargeRequest(NullsAbsent):
 
     model_config = ConfigDict(extra="ignore")
 
-    resize_mode: Literal[0, 1] = Field(0, description="0: by upscaling_resize. 1: to a size of the picture's shape.")
+    resize_mode: Literal[0, 1] = Field(
+        0, description="0: scale by upscaling_resize. 1: scale to upscaling_resize_w x upscaling_resize_h."
+    )
     upscaling_resize: FiniteFloat = Field(2.0, ge=MIN_SCALE, le=MAX_SCALE)
     upscaling_resize_w: int = Field(512, ge=1)
     upscaling_resize_h: int = Field(512, ge=1)
-    upscaling_crop: bool = Field(True, description="False: a size of another shape is covered, and nothing cut off.")
-    upscaler_1: str = Field("None", max_length=200, description="See /sdapi/v1/upscalers; None leaves its size.")
+    upscaling_crop: bool = Field(
+        True, description="False: the picture covers a size of another shape, and nothing is cut off."
+    )
+    upscaler_1: str = Field("None", max_length=200, description="See /sdapi/v1/upscalers; None keeps the size.")
     upscaler_2: str = Field("None", max_length=200)
-    extras_upscaler_2_visibility: FiniteFloat = Field(0, description="0: one upscaler alone.")
+    extras_upscaler_2_visibility: FiniteFloat = Field(0, description="Only 0: a second upscaler is not possible here.")
     gfpgan_visibility: FiniteFloat = Field(0, description="0: there is no face restorer.")
     codeformer_visibility: FiniteFloat = Field(0, description="0: there is no face restorer.")
 
@@ -60,7 +64,7 @@ class EnlargeOneRequest(EnlargeRequest):
 
 
 class NamedPicture(BaseModel):
-    """One of several."""
+    """One of several pictures."""
 
     data: str
     name: str | None = None
@@ -76,7 +80,7 @@ class EnlargedReply(BaseModel):
     """A larger picture."""
 
     html_info: str
-    """How it was made."""
+    """How the picture was made."""
     image: str
     """Base64, in the format of option `samples_format`."""
 
@@ -89,12 +93,12 @@ class EnlargedManyReply(BaseModel):
 
 
 class PngInfoReply(BaseModel):
-    """What a file tells."""
+    """What a picture's file says of its making."""
 
     info: str
     """The infotext, empty if there is none."""
     items: dict[str, Any]
-    """What lies in the file."""
+    """The metadata of the file."""
     parameters: dict[str, str]
     """The settings of the infotext by their names, prompts among them."""
 
@@ -106,7 +110,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
     async def enlarged(how: EnlargeRequest, images: list[bytes], request: Request) -> tuple[str, list[str]]:
         """How pictures were enlarged, as HTML, and the pictures."""
         caller = caller_of(request)
-        options = Options.of(await ingress.desk.options(caller.key))
+        options = Options.of(await ingress.caller_state.options(caller.key))
         series = [enlarging(how, image, options) for image in images]
 
         async def work() -> list[Upscaled]:
@@ -149,7 +153,7 @@ def picture_of(image: str | None) -> bytes:
 
 
 def enlarging(how: EnlargeRequest, image: bytes, options: Options) -> UpscaleParams:
-    """One picture's enlargement in this project's words.
+    """The parameters of one picture's enlargement.
 
     Raises:
         InvalidValueError: something that is not possible here.
@@ -183,7 +187,7 @@ def _scale(how: EnlargeRequest, image: bytes) -> float:
 
 
 def described(file: PictureFile) -> PngInfoReply:
-    """What a file tells, also one of another program's."""
+    """The reply for a file, whichever program wrote it."""
     text = file.infotext or ""
     parsed = parse_infotext(text) if text else None
     parameters = {} if parsed is None else {"Prompt": parsed[0], "Negative prompt": parsed[1] or ""} | parsed[2]

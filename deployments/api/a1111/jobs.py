@@ -1,4 +1,4 @@
-"""A request under way, as its caller hears of it and ends it."""
+"""A request in flight, whose caller can watch and interrupt it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.access.caller import Caller
-from deployments.access.desk import Order
-from deployments.api.a1111.asked import Asked
+from deployments.access.caller_state import Order
+from deployments.api.a1111.translation import TranslatedRequest
 from deployments.graph import Progress
 from deployments.ingress.compose import Preview, Watcher
 from deployments.ingress.ingress import Generated, Ingress, Restarted, Watched
 
 
 class Job:
-    """The pictures of one request. All are under way at once and share ticks; a batch is what `skip` leaves out."""
+    """The pictures of one request. All are in flight at once and share ticks; `skip` leaves out a batch."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, request: TranslatedRequest) -> None:
         self.id = uuid.uuid4().hex
-        self._asked = asked
+        self._request = request
         self._began = time.time()
         self._steps: dict[int, tuple[int, int]] = {}
         self._finished: dict[int, Generated] = {}
@@ -39,11 +39,11 @@ class Job:
         return next((i for i, task in self._tasks.items() if not task.done()), 0)
 
     def follow(self, order: Order) -> None:
-        """See `deployments.access.desk.Work`."""
+        """See `deployments.access.caller_state.Work.follow`."""
         if order == "show":
-            self.wants_preview = self._asked.options.live_previews_enable is not False
+            self.wants_preview = self._request.options.live_previews_enable is not False
             return
-        size, first = self._asked.batch_size, self.first
+        size, first = self._request.batch_size, self.first
         self._interrupted |= order == "interrupt"
         self._skipped |= order == "skip"
         for i, task in self._tasks.items():
@@ -51,8 +51,8 @@ class Job:
                 task.cancel()
 
     def state(self) -> dict[str, Any]:
-        """See `deployments.access.desk.Work`; shares of 1 and seconds."""
-        count, first = self._asked.count, self.first
+        """See `deployments.access.caller_state.Work.state`; shares are of 1, times in seconds."""
+        count, first = self._request.count, self.first
         shares = [self._share(i) for i in range(count)]
         step, steps = self._steps.get(first, (0, 0))
         shown = base64.b64encode(self._preview.data).decode() if self._preview else None
@@ -61,10 +61,10 @@ class Job:
             "progress": sum(shares) / count,
             "skipped": self._skipped,
             "interrupted": self._interrupted,
-            "batches": count // self._asked.batch_size,
-            "batch": first // self._asked.batch_size,
+            "batches": count // self._request.batch_size,
+            "batch": first // self._request.batch_size,
             "step": step,
-            "steps": steps or self._asked.params.steps or 0,
+            "steps": steps or self._request.params.steps or 0,
             "image": shown,
         }
 
@@ -82,10 +82,10 @@ class Job:
         """
         series = [
             ingress.watch(params, _OnDemand(None, params.output_format, self, i), caller)
-            for i, params in enumerate(self._asked.each())
+            for i, params in enumerate(self._request.each())
         ]
         await anext(series[0])  # a bad request is refused here, before the others are begun
-        async with ingress.desk.at_work(caller.key, self):
+        async with ingress.caller_state.at_work(caller.key, self):
             self._tasks = {i: asyncio.create_task(self._one(i, items)) for i, items in enumerate(series)}
             try:
                 await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_EXCEPTION)

@@ -1,4 +1,4 @@
-"""What A1111's clients list: models, samplers, LoRAs and the rest."""
+"""The lists that A1111's clients read: models, samplers, LoRAs and the rest."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def schedulers() -> Listing:
 
 
 def upscalers(catalog: Catalog) -> Listing:
-    """What enlarges pictures: by Pillow, then models."""
+    """The upscalers of pictures: Pillow's methods, then models."""
     nothing = dict.fromkeys(("model_name", "model_path", "model_url"))
     names = ["None", *(A1111_NAMES[m] for m in PICTURE_METHODS), *(entry.name for entry in catalog.upscalers)]
     return [{"name": name, **nothing, "scale": 4} for name in names]
 
 
 def latent_upscale_modes() -> Listing:
-    """What enlarges latents, between the passes of `enable_hr`."""
+    """The methods that enlarge latents between the passes of `enable_hr`."""
     return [{"name": A1111_NAMES[method]} for method in LATENT_METHODS]
 
 

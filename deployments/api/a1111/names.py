@@ -1,4 +1,4 @@
-"""Names that A1111's clients send, and what is said of those that are not known."""
+"""Names that A1111's clients send, and the errors for unknown ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAME_SCHEDULE = {"discrete": "automatic", "default": "automatic", "normal": "un
 
 
 def sampler_of(sampler: str | None, scheduler: str | None, default: str) -> str:
-    """Ours of A1111's sampler and schedule type; `default` where neither is named.
+    """Our sampler for A1111's sampler and schedule type; `default` where neither is named.
 
     Raises:
         InvalidValueError: one is not known, or the two do not go together here.
@@ -33,7 +33,9 @@ def sampler_of(sampler: str | None, scheduler: str | None, default: str) -> str:
         except UnknownChoiceError as error:
             raise InvalidValueError(str(error), "sampler_name") from None
     takers = [theirs for theirs in their_samplers() if our_sampler(theirs, schedule)]
-    raise InvalidValueError(f"scheduler '{schedule}' is not here for sampler '{name}': only for {takers}", "scheduler")
+    raise InvalidValueError(
+        f"scheduler '{schedule}' is not available for sampler '{name}', only for {takers}", "scheduler"
+    )
 
 
 def unknown(

@@ -1,4 +1,4 @@
-"""A1111's options, of each caller: those that mean something here."""
+"""The options of A1111's API that have an effect here, for each caller."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Options(BaseModel):
     )
     samples_format: SampleFormat | None = Field(None, description="Of the pictures in replies; default png.")
     jpeg_quality: int | None = Field(None, ge=1, le=100, description=f"Of JPEG and WebP; default {OUTPUT_QUALITY}.")
-    emphasis: Emphasis | None = Field(None, description="What weights in prompts do; default Original.")
+    emphasis: Emphasis | None = Field(None, description="How weights in prompts act; default Original.")
     live_previews_enable: bool | None = Field(
-        None, description="Whether progress shows the picture in the making; default true."
+        None, description="Whether progress shows the unfinished picture; default true."
     )
     randn_source: Literal["CPU"] | None = Field(None, description="Noise is drawn on the CPU.")
     eta_noise_seed_delta: Literal[0] | None = Field(None, description="Noise of a picture has its own seed.")
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> Options:
-        """Options of several layers, of which the later ones win; what is null or empty in one says nothing.
+        """Options merged from several layers; later ones win, and null or empty values are skipped.
 
         Raises:
             RequestValidationError: a value of another type or out of range.
@@ -52,7 +52,7 @@ class Options(BaseModel):
         return validated(cls, merged)
 
     def kept(self) -> dict[str, Any]:
-        """What is left at a caller's desk."""
+        """The options that a caller set, as they are stored."""
         return self.model_dump(exclude_none=True)
 
     def model(self, catalog: Catalog, default: str | None = None) -> ModelSpec:
@@ -62,7 +62,7 @@ class Options(BaseModel):
         return checkpoint(default or catalog.default_model(), catalog)
 
     def check(self, model: ModelSpec) -> None:
-        """Raise InvalidValueError for what the model cannot do."""
+        """Raise InvalidValueError for options that the model cannot honour."""
         if self.sd_vae is not None and self.sd_vae.casefold() not in (*OWN_VAE, model.vae.casefold()):
             raise InvalidValueError(
                 f"sd_vae '{self.sd_vae}' is not the VAE of {model.name}. Only {['Automatic', 'None', model.vae]} "
@@ -83,7 +83,7 @@ class Options(BaseModel):
         return None if self.file_format == "png" else self.jpeg_quality
 
     def shown(self, catalog: Catalog) -> dict[str, Any]:
-        """All of them with their values, and what clients read besides."""
+        """All options with their values, and further ones that clients read."""
         model = self.model(catalog)
         return {
             "sd_model_checkpoint": title(model, catalog),

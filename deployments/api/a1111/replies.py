@@ -1,4 +1,4 @@
-"""A1111's replies: pictures with what is known of them, and how far the work is."""
+"""A1111's replies: pictures with their infotexts, and the progress of requests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from deployments import __version__
-from deployments.api.a1111.asked import Asked
 from deployments.api.a1111.requests import Img2ImgRequest, WebuiRequest
+from deployments.api.a1111.translation import TranslatedRequest
 from deployments.ingress.ingress import Generated
 from pipelines.pictures.infotext import infotext
 from pipelines.sampling.a1111 import their_sampler
@@ -20,14 +20,14 @@ STAMP = "%Y%m%d%H%M%S"
 
 
 class ProgressState(BaseModel):
-    """What A1111 calls its state; of the caller's oldest request."""
+    """A1111's state object, for the caller's oldest request."""
 
     skipped: bool = False
     interrupted: bool = False
     stopping_generation: bool = False
     job: str = ""
     job_count: int = 0
-    """Batches; 0 while nothing of the caller's is under way."""
+    """Batches; 0 while no request of the caller is in flight."""
     job_timestamp: str = "0"
     job_no: int = 0
     sampling_step: int = 0
@@ -35,26 +35,26 @@ class ProgressState(BaseModel):
 
 
 class ProgressReply(BaseModel):
-    """How far the caller's oldest request is."""
+    """The progress of the caller's oldest request."""
 
     progress: float = 0.0
     """0 to 1."""
     eta_relative: float = 0.0
-    """Seconds that are left if it goes on like this."""
+    """Estimated seconds that are left."""
     state: ProgressState = ProgressState()
     current_image: str | None = None
-    """The picture in the making, in base64: the last one that was asked for."""
+    """The unfinished picture, in base64: the last one that was requested."""
     textinfo: str | None = None
 
 
-def whole(body: WebuiRequest, asked: Asked, pictures: list[Generated], maps: list[bytes]) -> bytes:
+def whole(body: WebuiRequest, translated: TranslatedRequest, pictures: list[Generated], maps: list[bytes]) -> bytes:
     """A `WebuiReply` of finished pictures, and of control maps behind them, as JSON.
 
-    Base64 has nothing to escape, so nobody looks through megabytes of it.
+    Base64 needs no escaping, so the pictures are joined to the JSON without a JSON encoder.
     """
     files = (*(picture.image.data for picture in pictures), *maps) if body.send_images else ()
     images = b",".join(b'"' + base64.b64encode(data) + b'"' for data in files)
-    info = json.dumps(_info(body, asked, pictures), ensure_ascii=False)
+    info = json.dumps(_info(body, translated, pictures), ensure_ascii=False)
     rest = json.dumps({"parameters": _echo(body), "info": info}).encode()
     return b'{"images":[' + images + b"]," + rest[1:]
 
@@ -66,8 +66,8 @@ def _echo(body: WebuiRequest) -> dict[str, Any]:
     return body.model_dump(mode="json", exclude={"alwayson_scripts", *pictures}) | pictures | {"alwayson_scripts": {}}
 
 
-def _info(body: WebuiRequest, asked: Asked, pictures: list[Generated]) -> dict[str, Any]:
-    params, plans = asked.params, [picture.plan for picture in pictures]
+def _info(body: WebuiRequest, translated: TranslatedRequest, pictures: list[Generated]) -> dict[str, Any]:
+    params, plans = translated.params, [picture.plan for picture in pictures]
     sampler, schedule = their_sampler(params.sampler or "")
     seeds, negative = [plan.seed for plan in plans], params.negative_prompt or ""
     return {
@@ -85,12 +85,12 @@ def _info(body: WebuiRequest, asked: Asked, pictures: list[Generated]) -> dict[s
         "sampler_name": sampler,
         "cfg_scale": params.cfg_scale,
         "steps": params.steps,
-        "batch_size": asked.batch_size,
+        "batch_size": translated.batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": asked.model.name,
-        "sd_model_hash": asked.model_hash,
-        "sd_vae_name": asked.model.vae,
+        "sd_model_name": translated.model.name,
+        "sd_model_hash": translated.model_hash,
+        "sd_vae_name": translated.model.vae,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
@@ -107,7 +107,7 @@ def _info(body: WebuiRequest, asked: Asked, pictures: list[Generated]) -> dict[s
 
 
 def progress(states: list[dict[str, Any]], with_image: bool) -> ProgressReply:
-    """What is told of a caller's work; idle is 0 of 0."""
+    """The progress of a caller's requests; without any, it is 0 of 0."""
     if not states:
         return ProgressReply()
     state = states[0]

@@ -1,4 +1,4 @@
-"""A1111's requests for pictures: fields that mean something here, and those whose defaults alone are possible."""
+"""A1111's requests for pictures: fields with an effect here, and fields of which only the default is possible."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pipelines.plan import (
 MOST_PICTURES = 32
 """Of one request: `batch_size` x `n_iter`."""
 WORDS_FOR_NOTHING = frozenset({"", "n/a", "none", "use same checkpoint", "use same sampler", "use same scheduler"})
-"""What clients send for a name that they have not got."""
+"""Values that clients send for names that are not set."""
 _NONE_SAYS_SOMETHING = frozenset({"prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt", "hr_upscaler"})
 
 
 class WebuiRequest(BaseModel):
-    """What both routes take. Unknown fields are ignored, `null` is absent."""
+    """The fields of both routes. Unknown fields are ignored; `null` means absent."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -61,11 +61,15 @@ class WebuiRequest(BaseModel):
     cfg_scale: FiniteFloat | None = Field(None, ge=MIN_CFG_SCALE, le=MAX_CFG_SCALE, description="Default: the model's.")
     width: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Default: the model's.")
     height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE, description="Default: the model's.")
-    clip_skip: int | None = Field(None, ge=MIN_CLIP_SKIP, le=MAX_CLIP_SKIP, description="As sd.cpp's clients say it.")
-    model: str | None = Field(None, max_length=200, description="As sd.cpp's clients say it; override_settings win.")
+    clip_skip: int | None = Field(
+        None, ge=MIN_CLIP_SKIP, le=MAX_CLIP_SKIP, description="The field of sd.cpp's clients."
+    )
+    model: str | None = Field(
+        None, max_length=200, description="The field of sd.cpp's clients; override_settings take precedence."
+    )
     denoising_strength: FiniteFloat | None = Field(None, ge=MIN_STRENGTH, le=MAX_STRENGTH, description="Default 0.75.")
     eta: FiniteFloat | None = Field(
-        None, ge=MIN_ETA, le=MAX_ETA, description="Of sampler DDIM; of others 0 and 1 are passed over."
+        None, ge=MIN_ETA, le=MAX_ETA, description="Used by the sampler DDIM; with others, 0 and 1 are ignored."
     )
     restore_faces: bool = Field(False, description="Not possible here.")
     tiling: bool = Field(False, description="Not possible here.")
@@ -76,16 +80,16 @@ class WebuiRequest(BaseModel):
     override_settings: dict[str, Any] = Field({}, description="Options of this request alone.")
     send_images: bool = True
     script_name: str | None = Field(None, max_length=200, description="There are no scripts here.")
-    alwayson_scripts: dict[str, Any] = Field({}, description="ControlNet alone.")
+    alwayson_scripts: dict[str, Any] = Field({}, description="Only ControlNet is supported.")
 
     @property
     def count(self) -> int:
-        """Pictures that are asked for."""
+        """Number of requested pictures."""
         return self.batch_size * self.n_iter
 
     @property
     def sampler(self) -> str | None:
-        """The sampler that is asked for, by A1111's name."""
+        """The requested sampler, by A1111's name."""
         if self.sampler_name is not None:
             return self.sampler_name
         return self.sampler_index if isinstance(self.sampler_index, str) else None
@@ -97,11 +101,15 @@ class Txt2ImgRequest(WebuiRequest):
     enable_hr: bool = Field(False, description="A second pass at a larger size; denoising_strength is its own.")
     hr_scale: FiniteFloat = Field(2.0, ge=MIN_SCALE, le=MAX_SCALE)
     hr_upscaler: str = Field("Latent", max_length=200, description="See /sdapi/v1/upscalers and latent-upscale-modes.")
-    hr_second_pass_steps: int = Field(0, ge=0, le=MAX_HIRES_STEPS, description="All of them run; 0: as many as steps.")
+    hr_second_pass_steps: int = Field(
+        0, ge=0, le=MAX_HIRES_STEPS, description="All of these steps run; 0 means as many as steps."
+    )
     hr_resize_x: int = Field(0, ge=0, le=MAX_SIDE, description="Its width, in place of hr_scale.")
     hr_resize_y: int = Field(0, ge=0, le=MAX_SIDE, description="Its height, in place of hr_scale.")
-    hr_prompt: str = Field("", max_length=20_000, description="The prompt of both passes, or empty.")
-    hr_negative_prompt: str = Field("", max_length=20_000, description="That of both passes, or empty.")
+    hr_prompt: str = Field(
+        "", max_length=20_000, description="Must equal prompt or be empty: both passes have one prompt."
+    )
+    hr_negative_prompt: str = Field("", max_length=20_000, description="Must equal negative_prompt or be empty.")
     hr_checkpoint_name: str | None = Field(None, max_length=200, description="That of both passes.")
     hr_sampler_name: str | None = Field(None, max_length=200, description="That of both passes.")
     hr_scheduler: str | None = Field(None, max_length=200, description="That of both passes.")
@@ -113,13 +121,15 @@ class Img2ImgRequest(WebuiRequest):
     """`POST /sdapi/v1/img2img`."""
 
     init_images: list[str] = Field([], description="One picture, in base64 or as a data URI.")
-    resize_mode: int = Field(0, ge=0, le=3, description="0: stretched; others where shapes agree.")
+    resize_mode: int = Field(
+        0, ge=0, le=3, description="0 stretches the picture; other values are possible where shapes agree."
+    )
     mask: str | None = Field(
-        None, description="White, or opaque among transparent, is repainted; of the picture's size."
+        None, description="A mask of the picture's size: white, or in a transparent picture opaque, is repainted."
     )
     mask_blur: int = Field(4, ge=0, le=MAX_MASK_BLUR)
     inpainting_fill: Literal[0, 1, 2, 3] = Field(0, description="0 fill, 1 original, 2 latent noise, 3 latent nothing.")
-    inpaint_full_res: bool = Field(True, description="Only what is masked is drawn, at width x height.")
+    inpaint_full_res: bool = Field(True, description="Draw only the masked area, at width x height.")
     inpaint_full_res_padding: int = Field(0, ge=0, le=MAX_INPAINT_PADDING)
     inpainting_mask_invert: Literal[0, 1] = Field(0, description="1: black is repainted.")
     initial_noise_multiplier: FiniteFloat = Field(1, description="1: not possible here.")
@@ -138,7 +148,7 @@ class WebuiReply(BaseModel):
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    """Null, or a word for nothing in a field of names."""
+    """Whether a value means absent: null, or a word for none in a field of names."""
     if value is None:
         return True
     if name in _NONE_SAYS_SOMETHING:

@@ -1,4 +1,4 @@
-"""The routes of A1111's web API, but ControlNet's."""
+"""The routes of A1111's web API, except those of ControlNet and extras."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel
 
 from config.catalog import Catalog
-from deployments.api.a1111 import controlnet, extras, failures, listings, replies
-from deployments.api.a1111.asked import asked_of
+from deployments.api.a1111 import controlnet, errors, extras, listings, replies
 from deployments.api.a1111.jobs import Job
 from deployments.api.a1111.options import Options
 from deployments.api.a1111.requests import Img2ImgRequest, Txt2ImgRequest, WebuiReply, WebuiRequest
+from deployments.api.a1111.translation import translated
 from deployments.api.admission import Admission, caller_of
 from deployments.api.connection import describe, until_disconnect
 from deployments.ingress.ingress import Ingress
@@ -23,7 +23,7 @@ TAGS: list[str | Enum] = ["AUTOMATIC1111"]
 
 
 class OrderReply(BaseModel):
-    """A1111 says nothing here; this says how many of the caller's requests were reached."""
+    """How many of the caller's requests an order reached; A1111's reply is empty."""
 
     requests: int
 
@@ -31,26 +31,26 @@ class OrderReply(BaseModel):
 def routers(ingress: Ingress, admission: Admission) -> list[APIRouter]:
     """Everything under `/sdapi/v1` and `/controlnet`."""
     prefix = "/sdapi/v1"
-    drawing = APIRouter(prefix=prefix, route_class=admission.route_class(failures.answer_drawing), tags=TAGS)
+    drawing = APIRouter(prefix=prefix, route_class=admission.route_class(errors.answer_drawing), tags=TAGS)
     _drawing(drawing, ingress)
-    router = APIRouter(prefix=prefix, route_class=admission.route_class(failures.answer), tags=TAGS)
+    router = APIRouter(prefix=prefix, route_class=admission.route_class(errors.answer), tags=TAGS)
     _options(router, ingress)
     _work(router, ingress)
     _listings(router, ingress)
-    enlarging = extras.routes(ingress, admission.route_class(failures.answer_extras))
+    enlarging = extras.routes(ingress, admission.route_class(errors.answer_extras))
     return [drawing, router, enlarging, controlnet.routes(ingress, router.route_class)]
 
 
 def _drawing(router: APIRouter, ingress: Ingress) -> None:
     async def draw(body: WebuiRequest, request: Request) -> Response:
         caller = caller_of(request)
-        options = Options.of(await ingress.desk.options(caller.key), body.override_settings)
+        options = Options.of(await ingress.caller_state.options(caller.key), body.override_settings)
         read = (body, options, ingress.catalog, ingress.limits.max_image_pixels)
         pictured = body.alwayson_scripts or (isinstance(body, Img2ImgRequest) and body.mask)
-        asked = await asyncio.to_thread(asked_of, *read) if pictured else asked_of(*read)
-        pictures = await until_disconnect(request, Job(asked).draw(ingress, caller))
-        maps = [await ingress.annotating.annotate(m.component, m.name, m.photo, caller) for m in asked.maps]
-        reply = Response(replies.whole(body, asked, pictures, maps), media_type="application/json")
+        ours = await asyncio.to_thread(translated, *read) if pictured else translated(*read)
+        pictures = await until_disconnect(request, Job(ours).draw(ingress, caller))
+        maps = [await ingress.annotating.annotate(m.component, m.name, m.photo, caller) for m in ours.maps]
+        reply = Response(replies.whole(body, ours, pictures, maps), media_type="application/json")
         if pictures:
             describe(reply, pictures[0])
         return reply
@@ -70,17 +70,17 @@ def _options(router: APIRouter, ingress: Ingress) -> None:
     @router.get("/options")
     async def options(request: Request) -> dict[str, Any]:
         """The caller's options."""
-        kept = await ingress.desk.options(caller_of(request).key)
+        kept = await ingress.caller_state.options(caller_of(request).key)
         return Options.of(kept).shown(ingress.catalog)
 
     @router.post("/options")
     async def set_options(body: Annotated[dict[str, Any], Body()], request: Request) -> None:
         """Change some of the caller's options; null is the default again. Those that mean nothing here are ignored."""
         key = caller_of(request).key
-        kept = {n: value for n, value in (await ingress.desk.options(key)).items() if n not in body}
+        kept = {n: value for n, value in (await ingress.caller_state.options(key)).items() if n not in body}
         changed = Options.of(kept, body)
         changed.check(changed.model(ingress.catalog))
-        await ingress.desk.keep_options(key, changed.kept())
+        await ingress.caller_state.keep_options(key, changed.kept())
 
 
 def _work(router: APIRouter, ingress: Ingress) -> None:
@@ -88,20 +88,20 @@ def _work(router: APIRouter, ingress: Ingress) -> None:
     async def progress(request: Request, skip_current_image: bool = False) -> replies.ProgressReply:
         """How far the caller's oldest request is; without `skip_current_image` the next preview shows its picture."""
         key = caller_of(request).key
-        states = await ingress.desk.states(key)
+        states = await ingress.caller_state.states(key)
         if states and not skip_current_image:
-            await ingress.desk.order(key, "show")
+            await ingress.caller_state.order(key, "show")
         return replies.progress(states, not skip_current_image)
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> OrderReply:
         """End the caller's requests, and nobody else's: what is finished is sent, the rest is left out."""
-        return OrderReply(requests=await ingress.desk.order(caller_of(request).key, "interrupt"))
+        return OrderReply(requests=await ingress.caller_state.order(caller_of(request).key, "interrupt"))
 
     @router.post("/skip")
     async def skip(request: Request) -> OrderReply:
         """Leave out the first unfinished batch of each of the caller's requests."""
-        return OrderReply(requests=await ingress.desk.order(caller_of(request).key, "skip"))
+        return OrderReply(requests=await ingress.caller_state.order(caller_of(request).key, "skip"))
 
 
 def _listings(router: APIRouter, ingress: Ingress) -> None:

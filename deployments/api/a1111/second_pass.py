@@ -17,7 +17,7 @@ STRENGTH = 0.75
 
 
 def with_second_pass(params: GenerationParams, body: Txt2ImgRequest, catalog: Catalog) -> GenerationParams:
-    """The same with a second pass.
+    """The parameters with a second pass, if the request enables one.
 
     Raises:
         InvalidValueError: something that differs from the first pass and cannot.
@@ -58,7 +58,7 @@ def _check_same(params: GenerationParams, body: Txt2ImgRequest, catalog: Catalog
 
 
 def _scale(params: GenerationParams, body: Txt2ImgRequest) -> float:
-    """Of the sides; a wanted size must have the shape of the first pass."""
+    """The factor of both sides; a requested size must have the shape of the first pass."""
     wanted = {"hr_resize_x": (body.hr_resize_x, params.width), "hr_resize_y": (body.hr_resize_y, params.height)}
     scales = {name: side / of for name, (side, of) in wanted.items() if side and of}
     if not scales:

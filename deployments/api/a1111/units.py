@@ -1,4 +1,4 @@
-"""Units of A1111's ControlNet extension in a request, in this project's words."""
+"""Translates the units of A1111's ControlNet extension to controls."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def with_units(
 
     Raises:
         TooLargeError: a picture of more than `max_pixels`.
-        InvalidValueError: a script that is not here, or a unit that cannot be honoured.
+        InvalidValueError: a script that is not available, or a unit that cannot be honoured.
     """
     units = [unit for i, given in enumerate(_units(scripts)) if (unit := _read(given, i)).enabled]
     controls = tuple(
@@ -99,7 +99,7 @@ def with_units(
 
 
 def _units(scripts: dict[str, Any]) -> Sequence[Any]:
-    """What stands under ControlNet; clients send other scripts too, with nothing or with False."""
+    """The units under ControlNet. Clients also send other scripts, empty or with False."""
     units: Sequence[Any] = ()
     for name, script in scripts.items():
         args = script.get("args") if isinstance(script, dict) else script
@@ -107,9 +107,9 @@ def _units(scripts: dict[str, Any]) -> Sequence[Any]:
         if not used:
             continue
         if name.casefold() != SCRIPT:
-            raise InvalidValueError(f"{PARAM} '{name[:100]}' is not here. Only ['ControlNet'] allowed now", PARAM)
+            raise InvalidValueError(f"{PARAM} '{name[:100]}' is not available. Only ['ControlNet'] allowed now", PARAM)
         if not isinstance(used, list):
-            raise InvalidValueError(f"{PARAM}: ControlNet's args are no list of units", PARAM)
+            raise InvalidValueError(f"{PARAM}: the args of ControlNet are not a list of units", PARAM)
         units = used
     return units
 
@@ -130,7 +130,7 @@ def _control(unit: Unit, i: int, params: GenerationParams, offered: Iterable[str
     except UnknownChoiceError as error:
         raise InvalidValueError(f"{error}, with {params.model_name}", PARAM) from None
     if unit.mask is not None:
-        raise InvalidValueError(f"{where}.mask is not possible here: a unit steers all of the picture", PARAM)
+        raise InvalidValueError(f"{where}.mask is not possible here: a unit steers the whole picture", PARAM)
     if params.hires is not None and unit.hr_option not in ("Both", 0):
         raise InvalidValueError(f"{where}.hr_option: only ['Both'] allowed now", PARAM)
     return ControlParams(
@@ -157,7 +157,7 @@ def _picture(unit: Unit, where: str, params: GenerationParams, max_pixels: int) 
     """The unit's picture, or the one that img2img starts from, in the shape of what is drawn."""
     given = unit.image.get("image") if isinstance(unit.image, dict) else unit.image
     if given is not None and not isinstance(given, str):
-        raise InvalidValueError(f"{where}.image is no picture: send base64", PARAM)
+        raise InvalidValueError(f"{where}.image is not a picture: send it in base64", PARAM)
     image = decode_base64(given, f"{where}.image", PARAM) or params.image
     if image is None:
         raise InvalidValueError(f"{where}.image is missing: send it in base64", PARAM)

@@ -1,4 +1,4 @@
-"""Pictures as OpenAI's clients ask for them: whole, or as streams."""
+"""Pictures for OpenAI's dialect, as one reply or as a stream."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pipelines.plan import GenerationParams
 
 
 def edit_of(asked: EditRequest, catalog: Catalog, max_pixels: int) -> GenerationParams:
-    """An edit in this project's words; a mask of more than `max_pixels` is not decoded.
+    """The parameters of an edit; a mask of more than `max_pixels` is not decoded.
 
     Raises:
         TooLargeError: it has more.
@@ -40,7 +40,7 @@ def edit_of(asked: EditRequest, catalog: Catalog, max_pixels: int) -> Generation
 
 @contextmanager
 def in_openais_words() -> Iterator[None]:
-    """What is wrong with a mask is told of `mask`, as the client calls it, not of our `mask_image`."""
+    """Within the block, errors about `mask_image` are raised about `mask`, which is the client's name of the field."""
     try:
         yield
     except Exception as error:
@@ -74,4 +74,4 @@ def _bytes(value: Any, param: str) -> bytes | None:
         return value
     if isinstance(value, str):
         return decode_base64(value, param)
-    raise InvalidValueError(f"{param} is no picture: send a file, base64 or a data URI", param)
+    raise InvalidValueError(f"{param} is not a picture: send a file, base64 or a data URI", param)

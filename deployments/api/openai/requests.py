@@ -43,7 +43,7 @@ class ImageRequest(PictureRequest):
     style: Literal["vivid"] | None = Field(None, description="The default of dall-e-3; see style_preset for styles.")
     response_format: Literal["b64_json", "base64", "url"] | None = Field(
         None,
-        description="b64_json (default), or url: a signed link that ends by itself where the server has a store for "
+        description="b64_json (default), or url: a signed link that expires where the server has a store for "
         "pictures, else a data URI. base64 is Together's word for b64_json.",
     )
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP; default 95.")
@@ -70,11 +70,11 @@ class ImageRequest(PictureRequest):
 
     @property
     def count(self) -> int:
-        """Pictures that are asked for."""
+        """Number of requested pictures."""
         return self.n or 1
 
     def for_model(self, catalog: Catalog) -> GenerationParams:
-        """The same request in this project's words; the model is looked at for what the quality means.
+        """The parameters of the request; the model decides how many steps a quality means.
 
         Raises:
             InvalidValueError: a value that cannot be honoured.
@@ -114,9 +114,11 @@ class EditRequest(ImageRequest):
 
     image: Any = Field(None, description="The picture: in a form a file, in JSON base64 or a data URI.")
     images: list[Any] | None = Field(None, description='In JSON: [{"image_url": "data:..."}].')
-    mask: Any = Field(None, description="PNG, transparent where it is to be repainted; without transparency, white.")
+    mask: Any = Field(
+        None, description="A PNG that is transparent where the picture is repainted, or, without transparency, white."
+    )
     input_fidelity: Literal["low", "high"] | None = Field(
-        None, description="high keeps more of the picture: strength 0.5, if it is absent."
+        None, description="high keeps more of the picture: strength 0.5 unless strength is given."
     )
     markup: Any = Field(None, description="Not possible here; send a mask.")
 
@@ -138,7 +140,7 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 def _from_json(value: Any) -> Any:
-    """What a field of a form says in JSON; itself, where it does not."""
+    """The value of a form's field, decoded if it is JSON."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""What is said of a file of weights."""
+"""The report of a file of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings, upscalers, and by name what is neither served nor rare."""
+"""Embeddings, upscalers, and common kinds of files that are not served."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipelines.weights.kinds.reports import Base, FileReport
 from pipelines.weights.kinds.unets import Tensors
 
 MAX_TOKENS = 75
-"""A prompt of one chunk has room for so many."""
+"""Most vectors of an embedding: the room of a prompt of one chunk."""
 _WIDTHS: Mapping[int, Base] = {768: "sd15", 1024: "sd2", 1280: "sdxl"}
 _PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-"""How trainers call the vectors for SDXL's two text encoders."""
+"""The names that trainers give the vectors of SDXL's two text encoders."""
 
 _UPSCALERS: Mapping[str, re.Pattern[str]] = {
     "ESRGAN, old keys": re.compile(r"^model\.1\.sub\.\d+\.RDB1\.conv1\."),
@@ -25,7 +25,7 @@ _UPSCALERS: Mapping[str, re.Pattern[str]] = {
 }
 _FIRST = re.compile(r"^(params(_ema)?\.)?(conv_first|model\.0|body\.0)\.weight$")
 
-STRANGERS: Mapping[str, re.Pattern[str]] = {
+UNSERVED_KINDS: Mapping[str, re.Pattern[str]] = {
     "weights quantised by bitsandbytes; use the plain ones": re.compile(r"\.(absmax|quant_map)$|quant_state\."),
     "weights in scaled float8; use the plain ones": re.compile(r"(^|\.)scaled_fp8$|\.scale_weight$"),
     "a Control-LoRA, a ControlNet as differences; use a whole ControlNet": re.compile(r"^lora_controlnet$"),
@@ -42,13 +42,13 @@ STRANGERS: Mapping[str, re.Pattern[str]] = {
         r"(^|\.)(x_embedder|adaln_single|t_embedder)\.|^(model\.diffusion_model\.)?patch_embedding\."
     ),
 }
-"""What people have and nobody is served, and a tensor that gives each away, whatever else is in the file."""
-LATE_STRANGERS: Mapping[str, re.Pattern[str]] = {
+"""Kinds of files that are not served, each with the names of tensors that identify it whatever else a file contains."""
+FALLBACK_UNSERVED_KINDS: Mapping[str, re.Pattern[str]] = {
     "a T5 or BERT text encoder": re.compile(r"SelfAttention\.q\.weight$|(^|\.)attention\.self\.query\."),
     "a CLIP model of pictures": re.compile(r"^(vision_model|visual)\."),
     "a tiny autoencoder (TAESD)": re.compile(r"^(taesd_)?(decoder|encoder)\.layers\.\d+\.|^\d+\.conv\.\d\.weight$"),
 }
-"""The same, of files that are of no kind that is served."""
+"""The same, tried only for files that match no kind that is served."""
 
 
 def read_embedding(file: Path, header: Header) -> FileReport | None:
@@ -102,9 +102,9 @@ def read_upscaler(file: Path, header: Header) -> FileReport | None:
     return None
 
 
-def name_stranger(file: Path, tensors: Tensors, strangers: Mapping[str, re.Pattern[str]]) -> FileReport | None:
-    """By its name a kind of file that is not served; None if it is none of these."""
-    for name, mark in strangers.items():
+def name_unserved_kind(file: Path, tensors: Tensors, kinds: Mapping[str, re.Pattern[str]]) -> FileReport | None:
+    """A report of a file of one of these kinds, which are not served; None if it is of none of them."""
+    for name, mark in kinds.items():
         if key := next((key for key in tensors if mark.search(key)), None):
             return FileReport(file, "unknown", reason=f"{name}: it has the tensor {key[:100]}; it is not served")
     return None

@@ -60,7 +60,7 @@ class UNetShape:
 
     @property
     def why(self) -> str:
-        """In words: what says which base it is, or why it is none."""
+        """The reason for `base`, in words."""
         if self.context is None:
             return "its UNet does not attend to text"
         told = f"its attention reads text states {self.context} wide"

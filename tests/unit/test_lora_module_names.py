@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from pipelines.adapters.keys import Key, read_key
-from pipelines.adapters.places import Places, original_names
+from pipelines.adapters.module_names import ModuleNames, original_names
 
 DEEP = {
     "block_out_channels": (32, 64, 64, 64),
@@ -53,7 +53,7 @@ def test_original_names_are_those_diffusers_reads(config: dict[str, object]) -> 
 def test_no_two_modules_share_a_name(config: dict[str, object]) -> None:
     unet = unet_of(config)
     names = [name for name, module in unet.named_modules() if getattr(module, "weight", None) is not None]
-    places, originals = Places(names), original_names(names)
+    places, originals = ModuleNames(names), original_names(names)
     for name in names:
         for spelt in (name, originals[name]):
             assert places.find(spelt) == places.find(spelt.replace(".", "_")) == name
@@ -62,7 +62,7 @@ def test_no_two_modules_share_a_name(config: dict[str, object]) -> None:
 
 def test_text_encoders_are_found_with_and_without_their_outer_level() -> None:
     for own in ("text_model.encoder.layers.0.mlp.fc1", "encoder.layers.0.mlp.fc1"):
-        places = Places([own])
+        places = ModuleNames([own])
         for spelt in ("text_model.encoder.layers.0.mlp.fc1", "text_model_encoder_layers_0_mlp_fc1"):
             assert places.find(spelt) == own
 

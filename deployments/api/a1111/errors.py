@@ -1,4 +1,4 @@
-"""Errors as A1111's clients read them, with what the contract says of them beside."""
+"""Errors in the form of A1111's API, together with the fields of the contract's errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THEIR_NAMES = {
     "hires.strength": "denoising_strength",
     "hires.upscaler": "hr_upscaler",
 }
-"""Fields of this project -> those of A1111 that say the same."""
+"""Fields of this project -> the corresponding fields of A1111."""
 
 EXTRAS_NAMES = {"upscaler": "upscaler_1", "scale": "upscaling_resize"}
 """The same where pictures are enlarged."""
@@ -40,10 +40,10 @@ class WebuiError(BaseModel):
     error: str
     """The type."""
     detail: str | list[dict[str, Any]]
-    """What is wrong; of a body that does not fit, FastAPI's list."""
+    """The problem; for a body that does not fit the schema, FastAPI's list."""
     body: Literal[""] = ""
     errors: str
-    """What is wrong, in words."""
+    """The problem, in words."""
     object: Literal["error"] = "error"
     message: str
     type: str
@@ -52,17 +52,17 @@ class WebuiError(BaseModel):
 
 
 def answer(error: BaseException, request_id: str) -> JSONResponse:
-    """The reply to whatever went wrong."""
+    """The reply to an exception."""
     return _reply(told(error, request_id), {})
 
 
 def answer_drawing(error: BaseException, request_id: str) -> JSONResponse:
-    """The same where pictures are drawn: fields are called as the client called them."""
+    """The reply to an exception of a drawing route; fields have the client's names."""
     return _reply(told(error, request_id), THEIR_NAMES)
 
 
 def answer_extras(error: BaseException, request_id: str) -> JSONResponse:
-    """The same where finished pictures are enlarged."""
+    """The reply to an exception of an enlarging route; fields have the client's names."""
     return _reply(told(error, request_id), EXTRAS_NAMES)
 
 

@@ -1,4 +1,4 @@
-"""A1111's requests in this project's words."""
+"""Translates A1111's requests to this project's parameters."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _IMPOSSIBLE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request of A1111's, decided as far as the dialect goes."""
+class TranslatedRequest:
+    """A request of A1111's API, translated."""
 
     params: GenerationParams
     """Of the first picture."""
@@ -57,8 +57,8 @@ class Asked:
         return [replace(self.params, seed=(seed + i) % SEED_LIMIT) for i in range(self.count)]
 
 
-def asked_of(body: WebuiRequest, options: Options, catalog: Catalog, max_pixels: int) -> Asked:
-    """A request, with the options that hold for it; pictures of more than `max_pixels` are not decoded.
+def translated(body: WebuiRequest, options: Options, catalog: Catalog, max_pixels: int) -> TranslatedRequest:
+    """Translate a request with its options; pictures of more than `max_pixels` are not decoded.
 
     Raises:
         UnavailableModelError: an unknown or unserved checkpoint.
@@ -94,7 +94,7 @@ def asked_of(body: WebuiRequest, options: Options, catalog: Catalog, max_pixels:
     elif isinstance(body, Txt2ImgRequest) and body.enable_hr:
         params = with_second_pass(params, body, catalog)
     params, maps = with_units(params, body.alwayson_scripts, model, catalog, max_pixels)
-    return Asked(params, maps, body.count, body.batch_size, model, short_hash(model, catalog), options)
+    return TranslatedRequest(params, maps, body.count, body.batch_size, model, short_hash(model, catalog), options)
 
 
 def _check_possible(body: WebuiRequest) -> None:
@@ -128,14 +128,14 @@ def _styled(body: WebuiRequest, catalog: Catalog) -> tuple[str, str | None]:
 
 
 def _clip_skip(body: WebuiRequest, options: Options, model: ModelSpec) -> int | None:
-    """As in A1111 none with SDXL, whatever is asked for."""
+    """The clip skip of a request; none with SDXL, as in A1111."""
     own = body.override_settings.get("CLIP_stop_at_last_layers")
     wanted = body.clip_skip if own is None and body.clip_skip is not None else options.CLIP_stop_at_last_layers
     return None if model.family == "sdxl" else wanted
 
 
 def _eta(body: WebuiRequest, sampler: str) -> float:
-    """Of DDIM. Clients send A1111's defaults, 0 and 1, with every sampler; ancestral ones draw all their noise here."""
+    """The eta of a request for DDIM. Clients send A1111's defaults, 0 and 1, with every sampler; they are ignored."""
     if body.eta is None or (body.eta in (0, 1) and not SAMPLERS[sampler].eta):
         return 0.0
     return body.eta
@@ -157,7 +157,7 @@ def _wants_refiner(body: WebuiRequest, model: ModelSpec) -> bool:
 
 
 def _with_picture(params: GenerationParams, body: Img2ImgRequest, max_pixels: int) -> GenerationParams:
-    """The same from a picture, and where it is repainted."""
+    """The parameters with the picture to start from and its mask."""
     if len(body.init_images) != 1:
         told = f"{len(body.init_images)} pictures" if body.init_images else "missing"
         raise InvalidValueError(f"init_images: {told}; send one picture, in base64", "init_images")
@@ -182,7 +182,7 @@ def _with_picture(params: GenerationParams, body: Img2ImgRequest, max_pixels: in
 
 
 def _check_shape(size: tuple[int, int], params: GenerationParams, mode: int) -> None:
-    """Cropping and filling are left to the client; where nothing is cropped or filled all modes are one."""
+    """Refuse resize modes that crop or fill; where the shapes agree, all modes are the same."""
     width, height = size
     wanted = (params.width or width, params.height or height)
     if size != wanted and (mode == LATENT_UPSCALE or width * wanted[1] != height * wanted[0]):

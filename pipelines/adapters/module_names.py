@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsa
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)$")
 
 
-class Places:
+class ModuleNames:
     """The modules of one model, by every name that files have for them."""
 
     def __init__(self, names: Iterable[str]) -> None:

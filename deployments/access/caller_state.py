@@ -1,8 +1,8 @@
-"""What callers leave here between requests: options of theirs, work under way, and orders to it.
+"""State of callers between requests: their options, their requests in flight, and orders to these.
 
 Everything belongs to the name of a key; without keys everybody on this machine is one caller. Each ingress replica has
-a desk of its own. Where limits are counted in Redis the desks share what they have through it, so that a request finds
-the options that another replica was told, and an order reaches work wherever it runs.
+its own state. Where limits are counted in Redis the replicas share it through Redis, so that a request finds the
+options that were set at another replica, and an order reaches a request wherever it runs.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ T = TypeVar("T")
 Order = Literal["interrupt", "skip", "show"]
 ORDERS: tuple[Order, ...] = ("interrupt", "skip", "show")
 TELLING_S = 0.5
-"""Seconds between two looks of work at what other replicas want of it."""
+"""Seconds between two checks of a request in flight for orders from other replicas."""
 FORGOTTEN_S = 30
-"""Seconds after which work that told nothing counts as gone with its replica."""
+"""Seconds without an update after which a request counts as lost with its replica."""
 
 
 class Work(Protocol):
-    """A request under way."""
+    """A request in flight."""
 
     id: str
 
     def state(self) -> dict[str, Any]:
-        """What is told of it, for JSON."""
+        """Its state, ready for JSON."""
 
     def follow(self, order: Order) -> None:
-        """End all of it, end what comes first, or show how far it is."""
+        """Obey `interrupt` (end all of it), `skip` (end the first unfinished batch) or `show` (make previews)."""
 
 
-class Desk:
-    """See the module's first lines."""
+class CallerState:
+    """Options and requests in flight of each key, in this replica or shared through Redis."""
 
     def __init__(self, store: str) -> None:
         """Share through `store` if it is a Redis; `memory://` shares nothing."""
@@ -58,21 +58,21 @@ class Desk:
             await self._shared.close()
 
     async def options(self, key: str | None) -> dict[str, Any]:
-        """What a caller said last, here or at another replica."""
+        """The options that a caller set last, here or at another replica."""
         own = self._options.get(_owner(key), {})
         if self._shared is None:
             return own
         return await self._shared.options(_owner(key), own)
 
     async def keep_options(self, key: str | None, options: Mapping[str, Any]) -> None:
-        """Keep them in place of the last ones."""
+        """Replace the options of a caller."""
         self._options[_owner(key)] = dict(options)
         if self._shared is not None:
             await self._shared.keep_options(_owner(key), options)
 
     @asynccontextmanager
     async def at_work(self, key: str | None, work: Work) -> AsyncIterator[None]:
-        """While this lasts, the caller hears of `work` and may give it orders."""
+        """Within the block, the caller sees `work` among the states and may give it orders."""
         own = self._work.setdefault(_owner(key), {})
         own[work.id] = work
         telling = asyncio.create_task(self._shared.keep_telling(_owner(key), work)) if self._shared else None
@@ -94,7 +94,7 @@ class Desk:
         return sorted(states.values(), key=lambda state: float(state.get("began", 0)))
 
     async def order(self, key: str | None, order: Order) -> int:
-        """Give an order to all of a caller's work; says to how many requests it went."""
+        """Give an order to all requests of a caller; returns how many it reached."""
         own = list(self._work.get(_owner(key), {}).values())
         for work in own:
             work.follow(order)
@@ -108,7 +108,7 @@ def _owner(key: str | None) -> str:
 
 
 class _Shared:
-    """The part that lies in Redis. If that does not answer, a replica goes on with what it knows itself."""
+    """The part in Redis. If Redis does not answer, a replica uses its own state."""
 
     def __init__(self, address: str) -> None:
         wait = STORE_TIMEOUT_S
@@ -128,7 +128,7 @@ class _Shared:
             return await ask()
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = time.monotonic() + STORE_REST_S
-            logger.warning("the limits store does not answer; this replica knows its own requests alone: %s", error)
+            logger.warning("the limits store does not answer, so this replica knows only its own requests: %s", error)
             return otherwise
 
     async def options(self, owner: str, own: dict[str, Any]) -> dict[str, Any]:
