@@ -1,12 +1,12 @@
-"""What adapters cost: eight different ones of four kinds in one batch against the same eight alone, and one in a tick.
+"""The cost of adapters: eight of four kinds in one batch compared with the same eight alone, and one in a tick.
 
 One process and thread, the tiny SDXL, guided jobs, medians of CPU time; every comparison alternates its sides. Prints
 JSON.
 
     python -m benchmarks.adapters [--repeats N] [--sides 256 512]
 
-The four kinds are LoRA, DoRA, LoHa and LoKr, two adapters of each, on every attention layer. "By hooks" a LoRA takes
-the way of those that fit no slots.
+The four kinds are LoRA, DoRA, LoHa and LoKr, two adapters of each, on every attention layer. "By hooks" means that a
+LoRA is applied like one that does not fit the slots.
 """
 
 from __future__ import annotations

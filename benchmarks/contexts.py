@@ -1,4 +1,4 @@
-"""What a long prompt costs, and what short ones pay for riding beside it: CPU seconds of UNet passes, prints JSON.
+"""The cost of a long prompt, and of short ones that share its ticks: CPU seconds of UNet passes, printed as JSON.
 
 python -m benchmarks.contexts [--rows 4] [--repeats 5]
 

@@ -1,4 +1,4 @@
-"""What a second control costs a tick, beside diffusers' pipelines doing the same.
+"""The cost of a second control in a tick, compared with diffusers' pipelines.
 
     python -m benchmarks.controls [--repeats 5] [--side 512]
 
@@ -43,7 +43,7 @@ def control_map(position: int, side: int) -> Image.Image:
 
 
 def controls(names: Sequence[str], side: int) -> tuple[ControlParams, ...]:
-    """Ready maps, all the way."""
+    """Controls with ready maps, for the whole schedule."""
     made = []
     for position, name in enumerate(names):
         buffer = io.BytesIO()

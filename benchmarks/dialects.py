@@ -1,4 +1,4 @@
-"""What a dialect costs over the main route, and when a stream's first partial image comes.
+"""The cost of a dialect compared with the main route, and the tick of a stream's first partial image.
 
     python -m benchmarks.dialects
 
@@ -70,7 +70,7 @@ async def milliseconds(client: httpx.AsyncClient) -> tuple[dict[str, float], dic
 
 
 async def first_partial(catalog: Catalog, steps: int, partials: int) -> list[int]:
-    """After how many ticks each partial image of a stream was asked of the VAE."""
+    """The tick after which each partial image of a stream was requested from the VAE."""
     done, shown = [0], []
 
     async def denoise(**_: Any) -> AsyncGenerator[Any, None]:

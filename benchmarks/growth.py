@@ -1,4 +1,4 @@
-"""What the processes of a graph hold while it runs, and how fast that grows."""
+"""The memory and files of a graph's processes while it runs, and their growth."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def _whole() -> dict[str, float]:
 def growth(samples: Samples, warm_up: float) -> dict[str, float]:
     """Levels after the warm-up and at the end, and the slope of a line between.
 
-    The line goes through the means of ten blocks of time: neighbouring samples hang together, means of minutes do so
-    much less, which makes their scatter the slope's uncertainty.
+    The line goes through the means of ten blocks of time: successive samples are correlated, means of minutes much
+    less, so their scatter gives the slope's uncertainty.
 
     Args:
         samples: what was measured.

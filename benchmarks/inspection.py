@@ -1,4 +1,4 @@
-"""How long it takes to say what a checkpoint of 7 GB is, and how much memory, beside libraries that read headers.
+"""Time and memory to identify a checkpoint of 7 GB, compared with libraries that read headers.
 
     python -m benchmarks.inspection [--repeats 5]
 

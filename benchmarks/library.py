@@ -1,4 +1,4 @@
-"""How soon a LoRA that is copied into a library's folder draws, and what its first request pays for it.
+"""The time until a LoRA that is copied into a library can be used, and the time its first request takes longer.
 
 The laptop graph over the embedded models, and diffusers' `load_lora_weights` of the same file in this process. Prints
 JSON.

@@ -1,4 +1,4 @@
-"""A bounded mixed load on the whole graph, and what its processes, queues and objects do under it.
+"""A bounded mixed load on the whole graph, with the memory, queues and objects of its processes under it.
 
     python -m benchmarks.load [--minutes 60] [--warm-up 10] [--rate 0.4] [--variety 40] [--catalog embedded]
 

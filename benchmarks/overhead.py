@@ -1,4 +1,4 @@
-"""What the graph costs: diffusers in one process, text2image.py, and the running graph over HTTP, side by side.
+"""The overhead of the graph: diffusers in one process, text2image.py, and the running graph over HTTP, in one run.
 
 The same request, weights and thread count three ways, alternated in one run; medians. Every repeat has a prompt of its
 own, so that the graph's cache of embeddings, which diffusers has not, saves nothing. Also how long the graph takes to

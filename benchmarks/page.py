@@ -1,4 +1,4 @@
-"""What a browser loads to show the page at `/`, in bytes and requests: the first time, and when it comes again.
+"""Bytes and requests that a browser needs to show the page at `/`, on the first and on a later visit.
 
     python -m benchmarks.page
 

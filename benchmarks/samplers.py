@@ -1,4 +1,4 @@
-"""What samplers by table save: a tick of theirs against one of diffusers' own steps, alone, with masks, with the UNet.
+"""The gain of samplers as tables: a tick compared with diffusers' own steps, alone, with masks, with the UNet.
 
 One process, the tiny SDXL at 1024 px (32x32 latents), guided jobs, medians; sides alternated. Times are those of one
 thread, which other processes hardly disturb. Prints JSON.

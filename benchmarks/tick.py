@@ -1,4 +1,4 @@
-"""What a tick costs: rows, company, LoRAs, ControlNets, strict mode; and how long a LoRA takes that was never seen.
+"""The cost of a tick by rows, shared jobs, LoRAs, ControlNets, strict mode; and the time to load a new LoRA.
 
 One process, the tiny SDXL at 1024 px (32x32 latents), medians; every comparison alternates its sides. Prints JSON.
 
@@ -63,7 +63,7 @@ class Bench:
         self.jobs = 0
 
     def stage(self, index: int, guided: bool = False) -> StagePlan:
-        """The plan of a job: another sampler for each, so that company is always mixed."""
+        """The plan of a job: another sampler for each, so that a shared tick is always mixed."""
         params = GenerationParams(
             model_name="SDXL1.0-base",
             prompt=f"a fox {index}",

@@ -1,4 +1,4 @@
-"""The usual way, to compare with: Ray Serve replicas of whole diffusers pipelines, one request at a time."""
+"""The usual design, for comparison: Ray Serve replicas of whole diffusers pipelines, one request at a time."""
 
 import base64
 import io

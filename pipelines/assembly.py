@@ -145,7 +145,7 @@ def load_compiled(
         component_id: the UNet.
         compiling: where programs are kept, and whether further ones come while it serves.
         max_rows: most rows of a tick.
-        strict: equal bytes whatever the neighbours.
+        strict: equal bytes whatever else is in the tick.
         control: what steers it, if anything.
     """
     # tvm takes a second to import, and only replicas that run it need to have it.

@@ -121,7 +121,7 @@ def take_map_embedder(controlnet: Any) -> torch.nn.Module:
 def mask_rows(controlnet: Any, mask: torch.Tensor) -> None:
     """Set which rows of the next pass a union ControlNet's attention lets see each other.
 
-    It attends over the rows of a batch, where its maps should be (`nn.MultiheadAttention` without `batch_first` reads
+    It attends over the rows of a batch, not over its maps (CTL-1; `nn.MultiheadAttention` without `batch_first` reads
     `[rows, maps, channels]`). A pipeline's rows are one picture's, uncond and cond; rows of others must stay out.
 
     Args:

@@ -1,4 +1,4 @@
-"""Passes of a network that are recorded once and replayed: on a GPU, CUDA graphs.
+"""Passes of a network that are recorded once and replayed: on a GPU, CUDA graphs (REC-1 to REC-4).
 
 A network of a thousand kernels is bound by launching them one by one. A CUDA graph launches all of them at once, but it
 repeats exactly what was recorded: the same kernels over the same addresses. So a recorded pass reads its inputs from

@@ -53,7 +53,7 @@ class SecondPass:
             strength=hires.strength,
             eta=params.eta,
         )
-        # An explicit `tvm` is asked of the first pass; the second one runs there where its size is compiled.
+        # An explicit `tvm` applies to the first pass; the second one uses tvm where its size is compiled.
         wanted = "auto" if first.wanted == "tvm" else first.wanted
         width, height = _larger(hires, first)
         backend = replace(first, wanted=wanted, width=width, height=height)

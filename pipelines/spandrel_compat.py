@@ -1,4 +1,4 @@
-"""spandrel without torchvision: of its forty architectures two that enlarge nothing import three functions of it."""
+"""spandrel without torchvision (WTS-8): two of its forty architectures, which enlarge nothing, import it."""
 
 from __future__ import annotations
 

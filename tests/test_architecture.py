@@ -1,4 +1,4 @@
-"""The house: import rules that bite, light processes that stay light, files that stay short."""
+"""The architecture: import rules hold, processes without torch stay without it, files stay short."""
 
 from __future__ import annotations
 

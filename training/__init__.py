@@ -1,1 +1,1 @@
-"""What made the embedded models: data from package registries, the recipe, the gates. `make train`, `make gates`."""
+"""Training of the embedded models: data from package registries, recipe, gates. `make train`, `make gates`."""

@@ -98,7 +98,7 @@ def _open_tail(last: ResnetBlock2D, norm: nn.GroupNorm, conv: nn.Conv2d, tap: Te
 def loss_of(
     vae: AutoencoderKL, sprites: Tensor, pixels: int, batch: int, canvases: tuple[int, int] = (448, 1100)
 ) -> Tensor:
-    """L1 and squared error, L1 of the picture at a quarter and a sixteenth, a whisper of KL."""
+    """L1 and squared error, L1 of the picture at a quarter and a sixteenth, and a very small KL term."""
     device = next(vae.parameters()).device
     pictures = torch.stack([crop(sprites, pixels, canvases) for _ in range(batch)]).to(device)
     posterior = vae.encode(pictures).latent_dist

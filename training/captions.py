@@ -1,4 +1,4 @@
-"""How prompts speak of a subject: a grammar of templates with synonyms and short forms."""
+"""Prompts for a subject: a grammar of templates with synonyms and short forms."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _things(subject: Subject, bare: bool = False) -> str:
 
 
 def spoken(subject: Subject, rng: random.Random) -> tuple[str, Subject]:
-    """One way to ask for `subject`, and what of it was said.
+    """A random prompt for `subject`, and the parts of it that the prompt mentions.
 
     Usually all of it, sometimes the things or the background alone, in one of ten nothing.
     """

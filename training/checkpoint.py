@@ -25,7 +25,7 @@ PARTS = {"text_encoder": "text", "unet": "unet-warm"}
 
 
 def save(build: Path) -> None:
-    """Write what `build` has come to."""
+    """Write the present state of `build`."""
     for part, model in (
         ("unet", unet_of_build(build)),
         ("text_encoder", CLIPTextModel.from_pretrained(build / "text")),
@@ -35,7 +35,7 @@ def save(build: Path) -> None:
 
 
 def restore(build: Path) -> None:
-    """Lay what was kept into an empty `build`; its text stage is done."""
+    """Restore the saved state into an empty `build`, whose text stage is then done."""
     for part, name in PARTS.items():
         shutil.copytree(FOLDER / part, build / name)
     (build / "text.done").touch()

@@ -1,4 +1,4 @@
-"""More of the decoder alone: true pictures out of latents that carry the UNet's own error, so that it cleans them.
+"""Further training of the decoder alone, on latents with the UNet's own error, so that it removes that error.
 
 A latent of the pool gets noise, the UNet takes it off again with guidance, as it does when it draws; what comes back
 shows the same picture, slightly wrong cell by cell. The encoder, and with it the UNet's task, stays as it is.

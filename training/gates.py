@@ -49,7 +49,7 @@ TOLERANCE = 128
 
 
 class Gates:
-    """Asks a running graph."""
+    """Sends the requests of the gates to a running graph."""
 
     def __init__(self, url: str, company: int = 4) -> None:
         """Send `company` requests at a time to `url`."""
@@ -136,7 +136,7 @@ class Gates:
         return {name: round(value, 3) for name, value in shares.items()}
 
     def pixel_art(self, model: str, count: int) -> dict[str, float]:
-        """How much of the steps between neighbours lies on the borders of squares, with Pixel_Art at 1 and at 0."""
+        """The share of steps between adjacent pixels that lies on borders of squares, with Pixel_Art at 1 and at 0."""
         prompts = [{"prompt": prompt(s), "seed": i} for i, s in enumerate(ASKED[:count])]
         drawn = {
             weight: self.draw(model, [p | {"loras": {"Pixel_Art": weight}} for p in prompts], 512) for weight in (1, 0)

@@ -18,7 +18,7 @@ SQUARE = 32
 """Pixels of a 512 px picture that become one: a latent's cell, or the autoencoder would smooth them away."""
 RANK = 4
 LAYERS = r".*(attn1\.to_out\.0|attn2\.to_out\.0|ff\.net\.2|conv2)"
-"""What writes to the picture; nothing that reads the text, so that one start fits the SD and the SDXL shape."""
+"""Modules that the LoRA adapts: none that reads the text, so that one start fits the SD and the SDXL shape."""
 
 
 def squares(pictures: Tensor, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Composites encoded once: what the UNets learn from."""
+"""Composites encoded once, the training data of the UNets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made out of the SDXL UNet: SSD (blocks removed), turbo (few steps), the refiner (low noise alone)."""
+"""Models derived from the SDXL UNet: SSD (blocks removed), turbo (few steps), the refiner (low noise only)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def refiner(base: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def conditions_of_refiner(second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> Any:
-    """What the refiner reads."""
+    """The conditioning of the refiner."""
 
     def encode(texts: list[str]) -> Conditions:
         tokens = ids(tokenizer, texts).to(next(second.parameters()).device)

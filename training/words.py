@@ -1,4 +1,4 @@
-"""What the embedded models know: objects, colours, drawn scenes, styles, counts and relations."""
+"""The vocabulary of the embedded models: objects, colours, drawn scenes, styles, counts and relations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the stages of training work: a build folder, a size, and what lies there already."""
+"""The build folder of the training stages: its size, and the results that exist already."""
 
 from __future__ import annotations
 

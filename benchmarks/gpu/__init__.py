@@ -1,1 +1,1 @@
-"""One command for a card: what this project does on it, measured beside diffusers."""
+"""One command that measures this project on a GPU, beside diffusers."""

@@ -1,4 +1,4 @@
-"""Everything that is worth knowing of a card, in less than nine minutes, on a machine without network.
+"""Measures a GPU in less than nine minutes, on a machine without network.
 
     python -m benchmarks.gpu [--seconds 520] [--file facts.jsonl] [--dry-run] [SECTION ...]
 

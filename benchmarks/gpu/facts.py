@@ -1,4 +1,4 @@
-"""Facts, one JSON line each, and how times are taken on a device that works by itself."""
+"""Measured facts, one JSON line each, and timing on a device that works asynchronously."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Facts:
-    """Tells facts, and knows how much time is left for more of them."""
+    """Prints facts, and knows how much time is left."""
 
     def __init__(self, seconds: float, file: Path | None, dry: bool) -> None:
         """Until `seconds` from now.
@@ -49,7 +49,7 @@ class Facts:
             torch.cuda.synchronize()
 
     def clean(self) -> None:
-        """Give back what nobody holds."""
+        """Free all memory that is not in use."""
         gc.collect()
         if not self.dry:
             torch.cuda.empty_cache()

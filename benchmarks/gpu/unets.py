@@ -1,4 +1,4 @@
-"""What one UNet takes: passes as they come and recorded, diffusers' loop, our engine, LoRAs, ControlNets, compiled."""
+"""Time and memory of one UNet: plain and recorded passes, diffusers' loop, our engine, LoRAs, ControlNets, compiled."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _passes(facts: Facts, case: Case, plain: TorchDenoiser, recorded: TorchDenoi
 
 
 def _kernels(facts: Facts, case: Case, plain: TorchDenoiser) -> None:
-    """How busy two rows keep the device, and with what."""
+    """How busy two rows keep the device, and which kernels take the time."""
     if facts.dry:
         return
     from torch.profiler import ProfilerActivity, profile

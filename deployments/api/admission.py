@@ -1,4 +1,4 @@
-"""Keys and rates are checked before a body is parsed; whatever goes wrong is answered in the contract's form."""
+"""Keys and rates are checked before a body is parsed (API-2); errors are answered in the contract's form."""
 
 from __future__ import annotations
 

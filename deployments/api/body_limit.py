@@ -18,9 +18,9 @@ PAUSE_S = 30.0
 class BodyLimit:
     """Reads a request's body before anything else does, and stops reading at the limit.
 
-    Ray Serve has no body limit, and a chunked body announces no length, so bytes are counted as they come. It belongs
-    in Serve's proxy (`proxy_middlewares` in app.py), whose own queue of body chunks is unbounded; it stands before the
-    application too, for a proxy that was started without it.
+    Ray Serve has no body limit, and a chunked body announces no length, so bytes are counted as they arrive. The limit
+    belongs in Serve's proxy (`proxy_middlewares` in app.py), whose own queue of body chunks has no bound; the
+    application has it too, for a proxy that was started without it (API-1).
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:

@@ -26,7 +26,7 @@ KEEP_ALIVE_S = 15.0
 class EventStream(StreamingResponse):
     """A watched request as a response. However it ends, its generators are closed before this returns.
 
-    Starlette leaves a generator that its client walked away from to the garbage collector, and the picture would go on.
+    Starlette leaves the generator of a disconnected client to the garbage collector, and the job would run on (API-9).
     """
 
     def __init__(

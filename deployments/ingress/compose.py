@@ -66,7 +66,7 @@ class Composition:
             plan: what was decided.
             params: the pictures that came with the request.
             expires: when UNets must be done, in seconds of Unix time.
-            watcher: None where nobody is told of progress: then no tensor passes through this process.
+            watcher: None for a plain request; then no tensor passes through this process.
             health: asked, while a call takes long, whether what the plan visits can still answer.
         """
         self._graph = graph

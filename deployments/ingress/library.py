@@ -42,7 +42,7 @@ class LibraryWatch:
         self._read_at = time.monotonic()
         self._reading: asyncio.Future[None] | None = None
         self._silent = False
-        """Whether somebody waited in vain for what still has not come."""
+        """Whether a request timed out while waiting for the folders, which still do not answer."""
         self._built = built
         self._library: Library | None = None
         self._thread = ThreadPoolExecutor(1, "library")

@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 ALLOWED = "s3://bucket/folder, gs://bucket/folder, az://container/folder"
 STORE_TIMEOUT_S = 10.0
-"""Seconds for one picture; a store that takes longer is told of in the log, and the picture goes inline."""
+"""Seconds for one picture; if a store takes longer, the log says so and the picture is sent inline."""
 
 
 class PictureLinks:
     """Puts pictures into a store and says where they are. Nothing is deleted here: the store has rules for that."""
 
     def __init__(self, where: LinkStore) -> None:
-        """Open the store; nothing is asked of it yet.
+        """Open the store; no request is sent to it yet.
 
         Raises:
             ValueError: obstore is not installed, or the address is of no store that can sign links.

@@ -23,7 +23,7 @@ class Pending:
     Serve 2.60 takes a call whose argument failed with ActorUnavailableError (its replica's node was lost a moment ago)
     for one to an unavailable replica, and sends it again for ever (tests/upstream). So where a deployment was
     unhealthy, or a result takes very long, the calls it depends on are checked: the first that raised is what happened.
-    Not sooner, for checking fetches tensors, and torch, into this process.
+    This is not done sooner, because it loads tensors, and torch, into this process (GRA-5).
     """
 
     def __init__(self, healthy: Callable[[], Awaitable[bool]]) -> None:

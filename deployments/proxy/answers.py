@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class ProxyAnswers:
     """Stands around Serve's proxy, inside a BodyLimit, which has read the body.
 
-    An ingress replica that dies takes its requests along, and the proxy then sends nothing. As the client has seen
-    nothing of an answer yet, the request is passed on once more, to another replica or to the successor.
+    An ingress replica that dies takes its requests along, and the proxy then sends nothing. As the client has not
+    received anything yet, the request is sent once more, to another replica or to the successor (GRA-4).
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -137,8 +137,8 @@ class EngineLoop:
         Args:
             engines: what runs the work of each component.
             worker: the thread that touches them.
-            on_tick: told of every tick and its seconds when it is over, on the event loop.
-            unwrap: what a request is told of an error that its tick raised.
+            on_tick: called on the event loop with each finished tick and its seconds.
+            unwrap: turns an error of a tick into the one that its requests raise.
         """
         self._engines = engines
         self._worker = worker

@@ -35,7 +35,7 @@ from pipelines.adapters.reading import Parameters
 from pipelines.torch_compat import ran_out_of_memory
 
 MOST_RANKS = 64
-"""LoHa and LoKr of more ranks than this are not written out as low-rank pairs: their own form is cheaper."""
+"""LoHa and LoKr of more ranks than this are not written out as low-rank pairs: their own form is cheaper (ADP-5)."""
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 Plain = nn.Linear | nn.Conv2d

@@ -1,4 +1,4 @@
-"""A layer's name in a file -> the module of a loaded model, however the file counts blocks and joins names."""
+"""A layer's name in a file -> the module of a loaded model, however the file counts blocks and joins names (ADP-7)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Layers that add, row by row, what adapters give them.
 
-The modules of a model change their class in place and for good, as `torch.nn.utils.parametrize` does it: names,
+The modules of a model change their class in place and for good (ADP-1), as `torch.nn.utils.parametrize` does it: names,
 weights and hooks stay. It happens before anything is compiled or captured, for `torch.compile` takes no notice of hooks
 that come later (`tests/upstream/test_torch.py`).
 """

@@ -1,11 +1,11 @@
 """Slots: the low-rank pairs of the adapters in use, side by side in tensors that stay where they are.
 
-Every adapted module has room for the same number of ranks, and an adapter takes the same ranks in all of them. So one
+Every adapted module has room for the same number of ranks, and an adapter takes the same ranks in all (ADP-2). One
 tensor of weights, `[rows, ranks]`, serves the whole model, a change of LoRAs is a copy between ticks, and what a
 captured graph or a compiled block reads never moves. Two products a layer suffice for any number of adapters and rows.
 
 A row's product with the ranks of others is multiplied by zero, so it must be finite: the rows of A are scaled until the
-magnitudes of each add up to at most 1/2 (`settled`), and no product is larger than what came in.
+magnitudes of each add up to at most 1/2 (`settled`, ADP-3), and no product is larger than its input.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class ControlNets:
     ) -> None:
         """Host `models`, by component id; `capturer` records passes that come often, None none.
 
-        A map's embedding depends on nothing else, so it is made once a map and the model's own layer stands aside: at
-        1024 px it would be most of a tick.
+        The embedding of a map depends on nothing else, so it is computed once for each map, outside of the model: at
+        1024 px it would be most of a tick (ENG-4).
 
         Raises:
             WeightsError: a ControlNet that wants its maps in another channel order than RGB.

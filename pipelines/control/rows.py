@@ -33,7 +33,7 @@ class Run:
 def runs_of(rows: Sequence[int], weights: Sequence[Any] | None = None) -> Iterator[Run]:
     """Split rows of a batch where one does not follow the one before it, or has another weight or factor.
 
-    A job's rows are always neighbours, so there are few runs.
+    The rows of a job always follow each other, so there are few runs.
     """
     begin = 0
     for position in range(1, len(rows) + 1):

@@ -1,4 +1,4 @@
-"""Which jobs share the next tick: pure policy, no tensors."""
+"""Which jobs share the next tick (ENG-7): pure policy, no tensors."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class StepEngine:
             loras: loads the LoRAs of a stage.
             control: where residuals come from, for jobs that bring a hint.
             max_rows: most rows of a tick; halved for a while when memory runs out.
-            strict: evaluate each job on its own, so that its bytes do not depend on its neighbours.
+            strict: evaluate each job alone, so that its bytes do not depend on other jobs (ENG-6).
             rows_that_fit: rows of a shape that fit into memory now, asked before every tick; None trusts `max_rows`.
             tables: of the samplers over `scheduler_config`; made here if None.
         """

@@ -1,4 +1,4 @@
-"""How many rows of a tick fit into memory, counted on the meta device: no weights, no arithmetic, no GPU needed."""
+"""How many rows of a tick fit into memory, counted on the meta device (ENG-8): no weights, no arithmetic, no GPU."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RowBudget:
 
 
 class RecoveringBudget:
-    """A row budget that is reduced when memory runs out and grows back."""
+    """A row budget that is reduced when memory runs out and grows back (ENG-13)."""
 
     def __init__(self, grow_after: int = GROW_AFTER_TICKS) -> None:
         """Double the budget after so many ticks in a row that had enough memory."""

@@ -1,4 +1,4 @@
-"""Whether two files hold the same text encoders or VAE, in whatever layout: by the bytes of their tensors.
+"""Whether two files hold the same text encoders or VAE, in whatever layout: by the bytes of their tensors (GRA-17).
 
 Fine-tunes mostly change the UNet alone. What they leave as it was need not be held twice. Names differ between layouts
 and shapes by dimensions of one, so that only bytes are compared: two sets of tensors are equal when each has its twin.

@@ -1,4 +1,4 @@
-"""Samplers as tables: what a solver does at a tick, as a small matrix that is read off diffusers' own scheduler.
+"""Samplers as tables: what a solver does at a tick, as a small matrix, read off diffusers' own scheduler (ENG-16).
 
 Every sampler here is linear in what it is given, and works on each element of the latents alone. So its own code, run
 once on basis vectors, tells the numbers it will multiply with: `[next model input; slots] = W [model output; noise;

@@ -54,7 +54,7 @@ class Table:
 
     @property
     def slots(self) -> int:
-        """Tensors of the latents' shape that are remembered between ticks, the latents included."""
+        """Tensors of the latents' shape that are remembered between ticks, the latents included (ENG-15)."""
         return len(self.weights[0]) - 1 if len(self.weights) else 1
 
     def guided(self, shares: np.ndarray) -> np.ndarray:

@@ -104,7 +104,7 @@ class TextEncoder:
     def encode(self, chunks: tuple[Chunk, ...], stage: StagePlan) -> EncodedText:
         """Encode the chunks of one text under the LoRAs of its stage, and weigh their tokens.
 
-        One chunk a forward pass: batched with others its last bits would depend on them, and on what the cache held.
+        One chunk a forward pass (ENG-2): in a batch its last bits would depend on the others and on the cache.
         """
         encoded = [self._encode(tuple(token.id for token in chunk), stage) for chunk in chunks]
         states = [

@@ -1,6 +1,6 @@
 """Single checkpoints: what of a file belongs to one component, under the names that diffusers' converters know.
 
-A checkpoint holds several models, and often a trainer's average of the UNet beside it (`model_ema.`), which is left
+A checkpoint holds several models (WTS-7), and often a trainer's average of the UNet (`model_ema.`), which is left
 aside as diffusers does. Only what a component needs is read, so that its replica never holds the rest.
 """
 

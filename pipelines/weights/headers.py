@@ -1,7 +1,7 @@
 """The header of a `.safetensors` file: names, number formats and shapes of its tensors, without reading the tensors.
 
-safetensors' own reader maps the whole file and keeps whatever a header lists; this one reads the header alone, with
-bounds on memory, and says in words what is wrong with a file. The format: eight bytes with the header's length, the
+safetensors' own reader maps the whole file and keeps whatever a header lists; this one reads only the header, with
+bounds on memory, and says what is wrong with a file (WTS-4). The format: eight bytes with the header's length, the
 header (a JSON object), the tensors (https://github.com/huggingface/safetensors#format).
 """
 

@@ -55,7 +55,7 @@ def _owned(model: nn.Module) -> nn.Module:
     """The module with tensors in this process' own memory.
 
     Loaders hand out tensors that are the mapped file: if its volume hangs, a forward pass waits for pages; if the file
-    is written over, the weights change in the middle of a picture; if it is cut, the process dies.
+    is written over, the weights change in the middle of a picture; if it is truncated, the process dies (WTS-9).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":

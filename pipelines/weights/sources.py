@@ -15,7 +15,7 @@ from pipelines.errors import WeightsError
 def fetch(what: str, source: HubSource | FolderSource, patterns: Sequence[str]) -> Path:
     """The local folder of a source; from the hub only the files that match `patterns`, unless they are cached.
 
-    Set `HF_HUB_OFFLINE=1` where the cache is filled beforehand: nothing is asked of the network then.
+    Set `HF_HUB_OFFLINE=1` where the cache is filled in advance: the network is not used then.
 
     Args:
         what: names the thing in messages, such as `component unet-sd15`.

@@ -1,8 +1,8 @@
 """Tensors of a `.safetensors` file, by plain reads.
 
-safetensors' own reader maps the file, and waits for its pages with Python's lock in hand: where a volume hangs, the
-whole process would stand still, every request in it and its health checks. A plain read waits without the lock. So
-files that are read while requests are served are read by this class; weights, which are read before, need not.
+safetensors' own reader maps the file and holds Python's lock while it waits for a page. On a volume that hangs, the
+whole process would stop, with all its requests and its health checks. A plain read waits without the lock, so this
+class reads the files that are needed while requests are served (GRA-18). Weights are read before that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who may ask and how much: keys, requests a minute, pixel-steps a day, over HTTP; with a real Redis too."""
+"""Access control over HTTP: keys, requests a minute, pixel-steps a day; with a real Redis too."""
 
 from __future__ import annotations
 

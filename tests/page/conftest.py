@@ -12,7 +12,7 @@ from tests.support.browser import CHROMIUM, chromium, complaints
 
 OpenPage = Callable[..., Page]
 PATIENCE_MS = 120_000
-"""Only how long a wait in vain lasts: every wait ends with what it waits for."""
+"""Only the limit of a failed wait: every wait ends with its event."""
 expect.set_options(timeout=PATIENCE_MS)
 
 

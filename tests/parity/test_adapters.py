@@ -144,7 +144,7 @@ def text2image(catalog: Catalog, folders: Path) -> Text2Image:
 
 @contextmanager
 def fresh_pipeline(model: str) -> Iterator[Any]:
-    """A pipeline of the oracle that nothing was done to, and that nobody else will get."""
+    """A fresh pipeline of the oracle, used by this test only."""
     folder, pipeline_class, _ = MODELS[model]
     oracle.pipeline.cache_clear()
     yield oracle.pipeline(folder, pipeline_class)

@@ -1,4 +1,4 @@
-"""Repainting a part of a picture equals diffusers' inpainting pipelines, alone and beside seven strangers."""
+"""Repainting a part of a picture equals diffusers' inpainting pipelines, alone and in a batch with seven other jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sdgraph's picture equals diffusers' within 1/255: alone, and ticking in a batch with strangers."""
+"""sdgraph's picture equals diffusers' within 1/255: alone, and in a batch with other jobs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def draw(client: httpx.Client, path: str = PATH, **fields: Any) -> tuple[np.ndar
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
-    """Returns when it has happened; the suite's own timeout ends a wait in vain."""
+    """Returns when it has happened; the suite's own timeout ends a wait for what never happens."""
     while not happened():
         time.sleep(0.2)
 

@@ -94,7 +94,7 @@ def finish(engine: StepEngine) -> tuple[dict[str, Latents], dict[str, SdgraphErr
 
 
 def check_healthy(done: dict[str, Latents], vae: VAE) -> None:
-    """The neighbours' pictures are diffusers'."""
+    """The pictures of the other jobs equal diffusers'."""
     assert set(done) == set(HEALTHY)
     for name, own in HEALTHY.items():
         picture = np.asarray(vae.decode(done[name])).astype(int)

@@ -1,4 +1,4 @@
-"""Files on a volume that hangs: each takes one thread, and nobody else waits."""
+"""Files on a volume that hangs: each takes one thread, and other requests do not wait."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def rows_of(batch: ControlBatch, rows: slice) -> ControlBatch:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_pictures_of_a_union_controlnet_do_not_see_each_other(catalog: Catalog, recorded: bool) -> None:
-    """Its attention goes over the rows of a batch: neither strangers' rows nor those that fill one change a picture."""
+    """Its attention goes over the rows of a batch: neither rows of other pictures nor padding rows change a picture."""
     union = ControlNetUnionModel.from_pretrained(ROOT / "models/tiny/controlnet-sdxl-union")
     nets = ControlNets({"net": union}, Annotators(catalog, "cpu"), FakeCapturer() if recorded else None)
     generator = torch.Generator().manual_seed(0)

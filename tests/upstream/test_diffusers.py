@@ -75,7 +75,7 @@ def test_a_controlnet_takes_embedded_maps_once_its_embedder_is_taken(tiny_models
 
 
 def test_a_union_controlnet_multiplies_by_scales_and_attends_over_rows(tiny_models: Path) -> None:
-    """So that rows of one pass can have scales of their own, and a mask keeps strangers apart: each is as if alone."""
+    """Rows of one pass can have scales of their own, and a mask separates rows of different pictures."""
     model = ControlNetUnionModel.from_pretrained(tiny_models / "controlnet-sdxl-union").eval()
     embed = compat.take_map_embedder(model)
     config, rows, generator = model.config, 2, torch.Generator().manual_seed(0)

@@ -95,7 +95,7 @@ def _work(router: APIRouter, ingress: Ingress) -> None:
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> OrderReply:
-        """End the caller's requests, and nobody else's: what is finished is sent, the rest is left out."""
+        """End the caller's requests, and no others: finished pictures are sent, the rest is left out."""
         return OrderReply(requests=await ingress.caller_state.order(caller_of(request).key, "interrupt"))
 
     @router.post("/skip")
