@@ -195,7 +195,7 @@ def with_library(config: Path, library: Path, folder: Path = ROOT / "build") -> 
         StartError: there is no such library.
     """
     if not library.is_dir():
-        raise StartError(f"library '{library}' is no folder; make it, and put .safetensors files into it")
+        raise StartError(f"library '{library}' is not a folder; create it and put .safetensors files into it")
     changed = yaml.safe_load(config.read_text())
     changed["applications"][0].setdefault("args", {})["library"] = str(library.resolve())
     folder.mkdir(exist_ok=True)

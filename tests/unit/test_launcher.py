@@ -34,5 +34,5 @@ def test_a_library_is_served_beside_the_configs_catalog(tmp_path: Path) -> None:
 
 
 def test_make_serve_names_a_library_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"library '.*nowhere' is no folder"):
+    with pytest.raises(SystemExit, match=r"library '.*nowhere' is not a folder"):
         main(["serve", str(LOCAL_CONFIG), "--library", str(tmp_path / "nowhere")])
