@@ -37,7 +37,7 @@ def draw(*shape: int) -> Tensor:
 def test_gemm(tile: Tile, rows: int, columns: int, depth: int) -> None:
     x, w, bias, y = draw(rows, depth), draw(columns, depth), draw(columns), torch.empty(1, rows, columns)
     packed = Layout("matrix", tile.panel(columns)).pack(w)
-    run(products.gemm("main", 1, rows, columns, depth, True, tile), x[None], packed, bias, y)
+    run(products.gemm("main", 1, rows, columns, depth, True, False, tile), x[None], packed, bias, y)
     assert torch.allclose(y[0], functional.linear(x, w, bias), atol=1e-3)
 
 
@@ -66,8 +66,8 @@ def test_winograd(m: int) -> None:
     y = torch.empty(2, height, width, filters)
     padded = functional.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     packed = Layout("winograd", tile.panel(filters), m).pack(w)
-    run(winograd.winograd_input("main", 2, height, width, channels, m), padded, spread)
-    run(products.gemm("main", points, tiles, filters, channels, False, tile), spread, packed, product)
+    run(winograd.winograd_input("main", 2, height, width, channels, m, False), padded, spread)
+    run(products.gemm("main", points, tiles, filters, channels, False, False, tile), spread, packed, product)
     run(winograd.winograd_output("main", 2, height, width, filters, m), product, bias, y)
     assert torch.allclose(y.permute(0, 3, 1, 2), functional.conv2d(x, w, bias, padding=1), atol=1e-3)
 
@@ -79,7 +79,7 @@ def test_group_norm_and_layer_norm_equal_torchs() -> None:
     expected = functional.group_norm(x.transpose(1, 2), 8, weight, bias, 1e-5).transpose(1, 2)
     assert torch.allclose(x * factors[:, :1] + factors[:, 1:], expected, atol=1e-4)
     flat = x.reshape(60, 48)
-    run(norms.layer_norm("main", 60, 48, 1e-5), flat, weight, bias, y)
+    run(norms.layer_norm("main", 60, 48, 1e-5, False), flat, weight, bias, y)
     assert torch.allclose(y, functional.layer_norm(flat, (48,), weight, bias), atol=1e-4)
 
 
@@ -91,8 +91,12 @@ def test_a_layouts_shape_is_what_it_packs_to() -> None:
         (Layout("conv", 16), filters),
         (Layout("winograd", 16, 4), filters),
         (Layout("winograd", 8, 2), filters),
+        (Layout("matrix16", 16), matrix),
+        (Layout("conv16", 16), filters),
+        (Layout("winograd16", 8, 2), filters),
     ):
-        assert tuple(layout.pack(weight).shape) == layout.shape(tuple(weight.shape))
+        packed = layout.pack(weight)
+        assert (tuple(packed.shape), packed.dtype) == (layout.shape(tuple(weight.shape)), layout.dtype)
 
 
 def test_what_is_not_aligned_is_copied() -> None:

@@ -14,27 +14,30 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from config.precision import Precision
 from pipelines.processor import processor_flags
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 COMPILER_SOURCES = (
-    *("compile.py", "convert.py", "lower.py", "norms.py", "packing.py"),
+    *("bfloat16.py", "compile.py", "convert.py", "lower.py", "norms.py", "packing.py"),
     *("feature_maps.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
 )
 BATCHES = (1, 2, 4, 8)
 """Rows that are compiled; others are padded to the next."""
 LEVELS = {
+    "x86-64-v4+bf16": ("avx512_bf16",),
     "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
     "x86-64-v3": ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
 }
-"""Processor levels of the x86-64 psABI, best first, and the flags Linux shows for what each adds to the one below."""
+"""Processor levels of the x86-64 psABI and one that multiplies bfloat16, best first, and the flags Linux shows for what
+each adds to the one below."""
 PROGRAM, DESCRIPTION = "unet.so", "artifact.json"
 
 
@@ -64,7 +67,8 @@ class ArtifactKey(BaseModel):
     """The processor it was made for, one of `LEVELS`."""
     sources: str
     """SHA-256 of the compiler's own files."""
-    dtype: Literal["float32"] = "float32"
+    dtype: Precision = "float32"
+    """What is multiplied."""
     tvm: str = importlib.metadata.version("apache-tvm")
     tvm_ffi: str = importlib.metadata.version("apache-tvm-ffi")
 
@@ -95,14 +99,16 @@ def needed_flags(level: str) -> tuple[str, ...]:
     return tuple(flag for name in names[names.index(level) :] for flag in LEVELS[name])
 
 
-def best_level(flags: frozenset[str] | None = None) -> str:
-    """The best level of a machine, this one by default.
+def best_level(flags: frozenset[str] | None = None, precision: Precision = "float32") -> str:
+    """The best level of a machine, this one by default, for programs of a precision.
 
     Raises:
         ArtifactError: the kernels are written for AVX2 and up.
     """
     have = processor_flags() if flags is None else flags
     for level in LEVELS:
+        if precision == "float32" and level.endswith("+bf16"):
+            continue  # nothing that float32 needs: one artifact serves both kinds of machines
         if have.issuperset(needed_flags(level)):
             return level
     raise ArtifactError(f"this processor reaches none of {list(LEVELS)}: backend tvm needs AVX2 and FMA")

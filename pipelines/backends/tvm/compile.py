@@ -1,6 +1,7 @@
 """Compile UNets ahead of time, from their configuration alone: no weights are read, a few seconds each.
 
 python -m pipelines.backends.tvm.compile --catalog embedded [--model SDXL1.0-base] [--size 1024x1024] [--rows 1 2]
+    [--precision float32]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import tvm
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from tvm import relax
 
 from config.catalog import Catalog
+from config.precision import Precision, WantedPrecision
 from config.sources import TVM_CACHE
 from pipelines.backends.tvm.artifacts import (
     BATCHES,
@@ -42,6 +44,7 @@ from pipelines.backends.tvm.lower import lower
 from pipelines.backends.tvm.packing import Layout
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
+from pipelines.processor import precision_here
 from pipelines.weights.files import read_config
 
 SPARE_BYTES = 2**20
@@ -76,6 +79,19 @@ class PositionalUNet(nn.Module):
         return cast(Tensor, outputs[0])
 
 
+def target_of(level: str) -> Any:
+    """What TVM compiles for."""
+    name, _, extra = level.partition("+")
+    return tvm.target.Target({"kind": "llvm", "mcpu": name, "mattr": ["+avx512bf16"] if extra else []})
+
+
+def tile_of(level: str, precision: Precision) -> Tile:
+    """How products are computed on machines of a level."""
+    if precision == "float32":
+        return Tile.of(512 if level.startswith("x86-64-v4") else 256)
+    return Tile.of(512 if level.startswith("x86-64-v4") else 256, "bfloat16" if "+bf16" in level else "emulated")
+
+
 def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> Artifact:
     """Write the program of `key` for a UNet of this configuration; describes it.
 
@@ -91,9 +107,8 @@ def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> 
     model = PositionalUNet(unet.to_empty(device="cpu").float().eval(), key.control)
     with torch.no_grad():
         exported = torch.export.export(model, example_inputs(config, key))
-    target = tvm.target.Target({"kind": "llvm", "mcpu": key.level})
-    converters = Converters(exported, Tile.of(512 if key.level == "x86-64-v4" else 256))
-    executable = lower(import_graph(converters, exported), target)
+    converters = Converters(exported, tile_of(key.level, key.dtype))
+    executable = lower(import_graph(converters, exported), target_of(key.level))
     executable.export_library(str(program))
     return Artifact(
         key=key,
@@ -118,10 +133,10 @@ def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> No
 
 
 def wanted_keys(
-    catalog: Catalog, models: Collection[str], sizes: Collection[str], rows: Iterable[int]
+    catalog: Catalog, models: Collection[str], sizes: Collection[str], rows: Iterable[int], precision: Precision
 ) -> dict[ArtifactKey, tuple[str, str]]:
     """Key -> component and size, of every UNet that the models' size tables want compiled; all of them if empty."""
-    level = best_level()
+    level = best_level(precision=precision)
     wanted: dict[ArtifactKey, tuple[str, str]] = {}
     for model in catalog.available_models():
         if models and model.name not in models:
@@ -132,7 +147,9 @@ def wanted_keys(
             for component in filter(None, (model.unet, model.refiner)):
                 for control in (False, True) if model.requires_controlnet and component == model.unet else (False,):
                     for count in rows:
-                        key = artifact_key(catalog, component, size.width, size.height, count, control, level)
+                        key = artifact_key(
+                            catalog, component, size.width, size.height, count, control, level, precision
+                        )
                         wanted.setdefault(key, (component, f"{size}, {count} rows{', control' if control else ''}"))
     return wanted
 
@@ -144,6 +161,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")
     parser.add_argument("--size", nargs="*", default=[], help="such as 1024x1024; the models' tables by default")
     parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=get_args(WantedPrecision),
+        help="`make compile` gives SDGRAPH_TVM_PRECISION if it is set; auto is what this processor multiplies best",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiles at a time")
     parser.add_argument(
         "--cache", type=Path, default=TVM_CACHE, help="`make compile` gives SDGRAPH_TVM_CACHE if it is set"
@@ -151,7 +174,8 @@ def main() -> None:
     options = parser.parse_args()
     catalog, cache = Catalog.load(options.catalog), ArtifactCache(options.cache)
     names = [catalog.model_choices().resolve(name) for name in options.model]
-    wanted = wanted_keys(catalog, names, options.size, options.rows)
+    precision = precision_here(options.precision)
+    wanted = wanted_keys(catalog, names, options.size, options.rows, precision)
     if not wanted:
         parser.error("no model's table has such a size")
     _check_is_writable(options.cache, parser)
@@ -160,7 +184,7 @@ def main() -> None:
     try:
         for key, artifact, made in tqdm(compiled, "compiling", len(configs), disable=None):
             component, what = wanted[key]
-            tqdm.write(f"{component} {what}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
+            tqdm.write(f"{component} {what}, {precision}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
     except Exception:  # a linker's words, wrapped twice
         if shutil.disk_usage(options.cache).free < SPARE_BYTES:
             sys.exit(f"--cache {options.cache}: no space left on device; what is compiled so far is kept")

@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from tvm import relax
 
 from pipelines.backends.tvm import norms, products, winograd
+from pipelines.backends.tvm.bfloat16 import HALF, PAIR, rounded_tensor
 from pipelines.backends.tvm.feature_maps import (
     FeatureMapConverters,
     UnsupportedOperationError,
@@ -25,7 +26,7 @@ from pipelines.backends.tvm.feature_maps import (
     filled,
     shape_of,
 )
-from pipelines.backends.tvm.packing import Layout
+from pipelines.backends.tvm.packing import Kind, Layout
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.tir import FLOAT
 
@@ -36,9 +37,16 @@ WINOGRAD_BYTES = 8 * 2**20
 """and on smaller ones if they are smaller than this."""
 
 
+FLOAT32_LAYERS = frozenset({"conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj"})
+"""Layers that multiply float32 in any precision: they meet the latents, the model output and the timestep, and are
+small."""
+
+
 def _attention(query: Any, key: Any, value: Any, result: Any) -> None:
-    """Torch's own attention, called from compiled code; all `[batch, tokens, heads, width]`."""
+    """Torch's own attention, called from compiled code; all `[batch, tokens, heads, width]`, of one type."""
     q, k, v, out = (from_dlpack(t) for t in (query, key, value, result))
+    if q.dtype == torch.uint16:
+        q, k, v, out = (t.view(torch.bfloat16) for t in (q, k, v, out))
     attended = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     out.copy_(attended.transpose(1, 2))
 
@@ -55,6 +63,7 @@ class Converters(FeatureMapConverters):
         self._parameters = dict(exported.graph_signature.inputs_to_parameters)
         self._tile = tile
         self._untransposed: dict[relax.Expr, relax.Expr] = {}
+        self._halves: dict[relax.Expr, relax.Expr] = {}
         self._kernels: dict[tuple[Any, ...], Any] = {}
         self.weights: dict[tuple[str, Layout], relax.Var] = {}
 
@@ -79,21 +88,41 @@ class Converters(FeatureMapConverters):
         if (name, layout) not in self.weights:
             shape = layout.shape(shape_of(imported))
             label = f"{name.replace('.', '_')}_{layout.kind}"
-            self.weights[name, layout] = relax.Var(label, relax.TensorType(shape, FLOAT))
+            dtype = PAIR if layout.halved else FLOAT
+            self.weights[name, layout] = relax.Var(label, relax.TensorType(shape, dtype))
         return self.weights[name, layout]
 
     def _bias(self, node: Any, imported: Any, width: int) -> relax.Expr:
         return relax.const(np.zeros(width, FLOAT)) if node is None else self._weight(node, Layout(), imported)
 
+    def _tile_for(self, weight: Any, depth: int) -> Tile:
+        """What the layer of a weight multiplies; pairs need an even number of values."""
+        layers = self._parameters.get(getattr(weight, "name", ""), "").split(".")
+        return self._tile.in_float32() if depth % 2 or FLOAT32_LAYERS.intersection(layers) else self._tile
+
+    def _operand(self, bb: Any, x: relax.Expr, tile: Tile) -> relax.Expr:
+        """The values of x as a product reads them: rounded once for all that read them."""
+        if not tile.halved or x.ty.dtype == HALF:
+            return x
+        if x not in self._halves:
+            self._halves[x] = bb.emit_te(rounded_tensor, x, primfunc_name_hint="rounded")
+        return self._halves[x]
+
     def _call(
-        self, bb: Any, make: Callable[..., Any], sizes: tuple[Any, ...], arguments: list[Any], out: tuple[int, ...]
+        self,
+        bb: Any,
+        make: Callable[..., Any],
+        sizes: tuple[Any, ...],
+        arguments: list[Any],
+        out: tuple[int, ...],
+        dtype: str = FLOAT,
     ) -> relax.Expr:
         """Call the kernel `make(name, *sizes)`, made once."""
         key = (make.__name__, *sizes)
         if key not in self._kernels:
             name = "_".join(str(s).replace(".", "p").replace("-", "m") for s in key if not isinstance(s, Tile))
             self._kernels[key] = bb.add_func(make(name, *sizes).without_attr("global_symbol"), name)
-        return bb.emit(relax.call_tir(self._kernels[key], arguments, relax.TensorType(out, FLOAT)))
+        return bb.emit(relax.call_tir(self._kernels[key], arguments, relax.TensorType(out, dtype)))
 
     # Products
 
@@ -105,42 +134,56 @@ class Converters(FeatureMapConverters):
         stride, pad = stride[0], padding[0]
         if taps != across or dilation[0] != 1 or groups != 1 or len({*given[3]} if len(given) > 3 else {1}) != 1:
             raise UnsupportedOperationError(f"{node}: a convolution with dilation, groups or unequal sides")
-        panel = self._tile.panel(filters)
+        tile = self._tile_for(node.args[1], channels)
+        panel = tile.panel(filters)
         bias = self._bias(argument(node, 2), bias, filters)
         if (taps, stride, pad) == (1, 1, 0):
-            packed = self._weight(node.args[1], Layout("matrix", panel), weight)
-            flat = bb.emit(relax.op.reshape(picture, (1, batch * height * width, channels)))
-            product = self._gemm(bb, flat, packed, bias)
+            packed = self._weight(node.args[1], Layout("matrix16" if tile.halved else "matrix", panel), weight)
+            flat = bb.emit(relax.op.reshape(self._operand(bb, picture, tile), (1, batch * height * width, channels)))
+            product = self._gemm(bb, flat, packed, bias, tile)
             return self.from_nhwc(bb, bb.emit(relax.op.reshape(product, (batch, height, width, filters))))
-        padded = bb.emit(relax.op.nn.pad(picture, (0, 0, pad, pad, pad, pad, 0, 0))) if pad else picture
-        if stride == 1 and taps == 3 and pad == 1 and (m := self._winograd_tile(height, width, channels, filters)):
-            return self.from_nhwc(bb, self._by_winograd(bb, node, padded, weight, bias, m))
-        packed = self._weight(node.args[1], Layout("conv", panel), weight)
+        sides = (0, 0, pad, pad, pad, pad, 0, 0)
+        m = self._winograd_tile(height, width, channels, filters, tile) if (taps, stride, pad) == (3, 1, 1) else 0
+        if m:
+            padded = bb.emit(relax.op.nn.pad(picture, sides))
+            return self.from_nhwc(bb, self._by_winograd(bb, node, padded, weight, bias, m, tile))
+        operand = self._operand(bb, picture, tile)
+        padded = bb.emit(relax.op.nn.pad(operand, sides)) if pad else operand
+        packed = self._weight(node.args[1], Layout("conv16" if tile.halved else "conv", panel), weight)
         high, wide = ((side + 2 * pad - taps) // stride + 1 for side in (height, width))
-        sizes = (batch, height + 2 * pad, width + 2 * pad, channels, filters, taps, stride, self._tile)
+        sizes = (batch, height + 2 * pad, width + 2 * pad, channels, filters, taps, stride, tile)
         y = self._call(bb, products.conv2d, sizes, [padded, packed, bias], (batch, high, wide, filters))
         return self.from_nhwc(bb, y)
 
-    def _winograd_tile(self, height: int, width: int, channels: int, filters: int) -> int:
+    def _winograd_tile(self, height: int, width: int, channels: int, filters: int, tile: Tile) -> int:
         """The m of F(m x m, 3 x 3) that pays here, 0 for none."""
-        m = next((m for m in (4, 2) if height % m == 0 and width % m == 0), 0)
-        size = 4 * (m + 2) ** 2 * channels * filters
+        # With m = 4 the transforms make eight times of bfloat16's rounding; with 2 they hardly add to it.
+        m = next((m for m in ((2,) if tile.halved else (4, 2)) if height % m == 0 and width % m == 0), 0)
+        size = (2 if tile.halved else 4) * (m + 2) ** 2 * channels * filters
         pays = min(height, width) >= WINOGRAD_SIDE or size <= WINOGRAD_BYTES
         return m if pays and channels % 8 == 0 and filters % 8 == 0 else 0
 
     def _by_winograd(
-        self, bb: Any, node: fx.Node, padded: relax.Expr, weight: Any, bias: relax.Expr, m: int
+        self, bb: Any, node: fx.Node, padded: relax.Expr, weight: Any, bias: relax.Expr, m: int, tile: Tile
     ) -> relax.Expr:
         batch, high, wide, channels = shape_of(padded)
         height, width, filters = high - 2, wide - 2, shape_of(weight)[0]
         points, tiles = (m + 2) ** 2, batch * (height // m) * (width // m)
-        packed = self._weight(node.args[1], Layout("winograd", self._tile.panel(filters), m), weight)
+        kind: Kind = "winograd16" if tile.halved else "winograd"
+        packed = self._weight(node.args[1], Layout(kind, tile.panel(filters), m), weight)
         sizes = (batch, height, width)
-        spread = self._call(bb, winograd.winograd_input, (*sizes, channels, m), [padded], (points, tiles, channels))
+        spread = self._call(
+            bb,
+            winograd.winograd_input,
+            (*sizes, channels, m, tile.halved),
+            [padded],
+            (points, tiles, channels),
+            HALF if tile.halved else FLOAT,
+        )
         product = self._call(
             bb,
             products.gemm,
-            (points, tiles, filters, channels, False, self._tile),
+            (points, tiles, filters, channels, False, False, tile),
             [spread, packed],
             (points, tiles, filters),
         )
@@ -148,21 +191,26 @@ class Converters(FeatureMapConverters):
             bb, winograd.winograd_output, (*sizes, filters, m), [product, bias], (batch, height, width, filters)
         )
 
-    def _gemm(self, bb: Any, x: relax.Expr, packed: relax.Var, bias: relax.Expr) -> relax.Expr:
-        """The product of x `[1, rows, depth]` and a packed matrix."""
+    def _gemm(
+        self, bb: Any, x: relax.Expr, packed: relax.Var, bias: relax.Expr, tile: Tile, halved: bool = False
+    ) -> relax.Expr:
+        """The product of x `[1, rows, depth]` and a packed matrix, in bfloat16 where `halved`."""
         (_, rows, depth), (_, panels, _, panel) = shape_of(x), shape_of(packed)
         columns = panels * panel
-        sizes = (1, rows, columns, depth, True, self._tile)
-        return self._call(bb, products.gemm, sizes, [x, packed, bias], (1, rows, columns))
+        sizes, out = (1, rows, columns, depth, True, halved, tile), (1, rows, columns)
+        return self._call(bb, products.gemm, sizes, [x, packed, bias], out, HALF if halved else FLOAT)
 
     def _linear(self, node: fx.Node, importer: Any) -> relax.Expr:
         bb = importer.block_builder
         x, weight, bias = filled(importer.retrieve_args(node), (None,), 2)
         *outer, depth = shape_of(x)
         columns = shape_of(weight)[0]
-        packed = self._weight(node.args[1], Layout("matrix", self._tile.panel(columns)), weight)
-        flat = bb.emit(relax.op.reshape(x, (1, math.prod(outer), depth)))
-        product = self._gemm(bb, flat, packed, self._bias(argument(node, 2), bias, columns))
+        tile = self._tile_for(node.args[1], depth)
+        layout = Layout("matrix16" if tile.halved else "matrix", tile.panel(columns))
+        packed = self._weight(node.args[1], layout, weight)
+        flat = bb.emit(relax.op.reshape(self._operand(bb, x, tile), (1, math.prod(outer), depth)))
+        halved = tile.halved and _feeds_attention(node)
+        product = self._gemm(bb, flat, packed, self._bias(argument(node, 2), bias, columns), tile, halved)
         return bb.emit(relax.op.reshape(product, (*outer, columns)))
 
     # Norms and attention
@@ -194,8 +242,15 @@ class Converters(FeatureMapConverters):
         rows, width = math.prod(shape[:-1]), shape[-1]
         gamma, beta = self._weight(node.args[2], Layout(), weight), self._weight(node.args[3], Layout(), bias)
         flat = bb.emit(relax.op.reshape(x, (rows, width)))
-        y = self._call(bb, norms.layer_norm, (rows, width, eps), [flat, gamma, beta], (rows, width))
-        return bb.emit(relax.op.reshape(y, shape))
+        normed = [
+            bb.emit(relax.op.reshape(self._call(bb, norms.layer_norm, sizes, [flat, gamma, beta], *out), shape))
+            for sizes, out in (
+                ((rows, width, eps, False), ((rows, width), FLOAT)),
+                ((rows, width, eps, True), ((rows, width), HALF)),  # for products; what nobody reads is eliminated
+            )
+        ]
+        self._halves[normed[0]] = normed[1]
+        return normed[0]
 
     def _transpose(self, node: fx.Node, importer: Any) -> relax.Expr:
         """Heads to the front and back: lazy, since torch's attention takes views."""
@@ -215,11 +270,21 @@ class Converters(FeatureMapConverters):
         if any(option not in (None, 0.0, False) for option in given[3:]) or node.kwargs.get("scale") is not None:
             raise UnsupportedOperationError(f"{node}: attention with a mask, dropout or a scale of its own")
         query, key, value = (self._untransposed[t] for t in given[:3])
-        shape = relax.TensorType(shape_of(query), FLOAT)
+        shape = relax.TensorType(shape_of(query), query.ty.dtype)
         attended = bb.emit(relax.call_dps_packed(SDPA, [query, key, value], shape))
         y = bb.emit(relax.op.permute_dims(attended, [0, 2, 1, 3]))
         self._untransposed[y] = attended
         return y
+
+
+def _feeds_attention(node: fx.Node) -> bool:
+    """Whether attention alone reads a product, through nothing but views."""
+    views = {"view.default", "reshape.default", "transpose.int"}
+    names = [(user, getattr(user.target, "__name__", "")) for user in node.users]
+    return bool(names) and all(
+        name == "scaled_dot_product_attention.default" or (name in views and _feeds_attention(user))
+        for user, name in names
+    )
 
 
 def import_graph(converters: Converters, exported: torch.export.ExportedProgram) -> tvm.IRModule:

@@ -37,6 +37,7 @@ class FeatureMapConverters:
             "upsample_nearest2d.vec": self._upsample,
             "contiguous.default": self._same,
             "dropout.default": self._same,
+            "to.dtype": self._to,
         }
 
     def to_nhwc(self, bb: Any, x: relax.Expr) -> relax.Expr:
@@ -129,6 +130,13 @@ class FeatureMapConverters:
             )
 
         return self.from_nhwc(bb, bb.emit_te(nearest, picture, primfunc_name_hint="upsample"))
+
+    def _to(self, node: fx.Node, importer: Any) -> relax.Expr:
+        """What has its type already stays as it is: also where a kernel rounds it to bfloat16."""
+        x, wanted = importer.retrieve_args(node)[0], node.meta["val"].dtype
+        if node.args[0].meta["val"].dtype == wanted:
+            return x
+        return importer.block_builder.emit(relax.op.astype(x, str(wanted).removeprefix("torch.")))
 
     def _same(self, node: fx.Node, importer: Any) -> relax.Expr:
         return importer.retrieve_args(node)[0]

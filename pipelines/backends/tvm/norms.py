@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as ir
 
+from pipelines.backends.tvm.bfloat16 import HALF, rounded
 from pipelines.backends.tvm.tir import FLOAT, VECTOR, kernel
 
 
@@ -54,8 +55,11 @@ def group_norm(name: str, batch: int, pixels: int, channels: int, groups: int, e
     return kernel(name, shapes | {"y": (batch, 2, channels)}, body)
 
 
-def layer_norm(name: str, rows: int, width: int, eps: float) -> Any:
-    """LayerNorm over the last axis: x, y `[rows, width]`, weight and bias `[width]`. Two passes, as it is defined."""
+def layer_norm(name: str, rows: int, width: int, eps: float, halved: bool) -> Any:
+    """LayerNorm over the last axis: x, y `[rows, width]`, weight and bias `[width]`. Two passes, as it is defined.
+
+    y is bfloat16 where `halved`.
+    """
     lanes = math.gcd(width, VECTOR)
 
     def body(x: Any, weight: Any, bias: Any, y: Any) -> None:
@@ -76,7 +80,7 @@ def layer_norm(name: str, rows: int, width: int, eps: float) -> Any:
             with ir.serial(0, width // lanes) as group, ir.vectorized(0, lanes) as z:
                 column = group * lanes + z
                 value = (x[row, column] - total[0]) * total[1] * weight[column] + bias[column]
-                ir.buffer_store(y, value, [row, column])
+                ir.buffer_store(y, rounded(value) if halved else value, [row, column])
 
     shapes = {"x": (rows, width), "weight": (width,), "bias": (width,)}
-    return kernel(name, shapes | {"y": (rows, width)}, body)
+    return kernel(name, shapes | {"y": (rows, width)}, body, {"y": HALF} if halved else None)

@@ -52,24 +52,38 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+Kind = Literal["plain", "matrix", "conv", "winograd", "matrix16", "conv16", "winograd16"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """A packed form."""
 
-    kind: Literal["plain", "matrix", "conv", "winograd"] = "plain"
+    kind: Kind = "plain"
     """`plain` as torch has it; `matrix` `[1, out / panel, in, panel]`; `conv` `[out / panel, k, k, in, panel]`;
-    `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed."""
+    `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed. With `16` bfloat16: two neighbours of `in` are one
+    int32, so that there are `in / 2`."""
     panel: int = 0
     """Output channels that lie side by side."""
     tile: int = 0
     """The m of Winograd's F(m x m, 3 x 3)."""
 
+    @property
+    def halved(self) -> bool:
+        """Whether it is bfloat16."""
+        return self.kind.endswith("16")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a packed weight."""
+        return torch.int32 if self.halved else torch.float32
+
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a packed weight of this torch shape."""
         if self.kind == "plain":
             return weight
-        out, into = weight[:2]
-        match self.kind:
+        out, into = weight[0], weight[1] // 2 if self.halved else weight[1]
+        match self.kind.removesuffix("16"):
             case "matrix":
                 return 1, out // self.panel, into, self.panel
             case "conv":
@@ -78,10 +92,17 @@ class Layout:
                 return (self.tile + 2) ** 2, out // self.panel, into, self.panel
 
     def pack(self, weight: Tensor) -> Tensor:
-        """The weight in this layout, contiguous float32; a plain one shares memory where it can."""
-        weight = weight.detach().float()
+        """The weight in this layout, contiguous; a plain one shares memory where it can."""
+        packed = self._pack(weight.detach().float())
+        if not self.halved:
+            return packed
+        *outer, into, panel = packed.shape
+        pairs = packed.view(*outer, into // 2, 2, panel).transpose(-1, -2).to(torch.bfloat16)
+        return pairs.contiguous().view(torch.int32).squeeze(-1)
+
+    def _pack(self, weight: Tensor) -> Tensor:
         out, into = (weight.shape[0], weight.shape[1]) if weight.ndim > 1 else (weight.shape[0], 0)
-        match self.kind:
+        match self.kind.removesuffix("16"):
             case "plain":
                 return aligned(weight)
             case "matrix":

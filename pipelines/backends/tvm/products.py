@@ -7,13 +7,16 @@ all rows pass it. A convolution is the same product with the taps as outer chunk
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tvm.tirx.script import builder as ir
 
+from pipelines.backends.tvm.bfloat16 import HALF, LANES, PAIR, add_products, instruction, pair, rounded
 from pipelines.backends.tvm.tir import FLOAT, kernel
 
 CHUNK = 256
@@ -32,11 +35,22 @@ class Tile:
     """Most columns of the result a block holds, the packing's width."""
     rows: int
     """Most rows of the result a block holds."""
+    arithmetic: Literal["float32", "bfloat16", "emulated"] = "float32"
+    """What is multiplied: float32, or pairs of bfloat16, by the processor's instruction or in float32."""
 
     @classmethod
-    def of(cls, vector_bits: int) -> Tile:
+    def of(cls, vector_bits: int, arithmetic: Literal["float32", "bfloat16", "emulated"] = "float32") -> Tile:
         """Blocks that fill 32 registers of 512 bits or 16 of 256."""
-        return cls(64, 6) if vector_bits >= 512 else cls(16, 6)
+        return cls(64, 6, arithmetic) if vector_bits >= 512 else cls(16, 6, arithmetic)
+
+    @property
+    def halved(self) -> bool:
+        """Whether products are of bfloat16."""
+        return self.arithmetic != "float32"
+
+    def in_float32(self) -> Tile:
+        """The same registers for a layer that is float32 in any case."""
+        return replace(self, arithmetic="float32")
 
     def panel(self, columns: int) -> int:
         """Columns of a panel of packed weights."""
@@ -67,9 +81,10 @@ class _Product:
     """Columns of the result, and how many of them a panel of packed weights has."""
     parts: int
     chunk: int
-    """The sum, as `parts` of `chunk` products each."""
+    """The sum, as `parts` of `chunk` products each, or pairs of them."""
     block: int
     """Rows that are held in registers."""
+    tile: Tile
 
     def write(
         self,
@@ -81,11 +96,21 @@ class _Product:
         """Write the loops.
 
         Args:
-            a: `(product, line, row, part, k)` -> the input's value.
-            b: `(product, panel, part, k, lane)` -> the weight's.
+            a: `(product, line, row, part, k)` -> the input's value, or pair of bfloat16.
+            b: `(product, panel, part, k, lane)` -> the weight's, likewise.
             bias: buffer `[columns]`, or None to begin with 0.
-            result: `(product, line, row)` -> the buffer of the result and the indices of the row in it.
+            result: `(product, line, row)` -> the buffer of the result and the indices of the row in it; if its
+                values are bfloat16, there must be one part.
         """
+        with instruction() if self._native else nullcontext():
+            self._write(a, b, bias, result)
+
+    @property
+    def _native(self) -> bool:
+        """Whether the processor's instruction is used; narrow layers have no whole vectors."""
+        return self.tile.arithmetic == "bfloat16" and self.panel % LANES == 0
+
+    def _write(self, a: Any, b: Any, bias: Any, result: Any) -> None:
         groups = self.lines // _divisor(self.lines, max(1, GROUP // self.width))
         panels = self.columns // self.panel
         shares = 1
@@ -114,6 +139,7 @@ class _Product:
     ) -> None:
         t, line, panel, part = where
         sums = ir.alloc_buffer((rows, self.panel), FLOAT)
+        pairs = ir.alloc_buffer((rows,), PAIR) if self.tile.halved else None
         for i in range(rows):
             y, indices = result(t, line, row + i)
             with ir.vectorized(0, self.panel) as z:
@@ -123,40 +149,57 @@ class _Product:
                 ir.buffer_store(sums, value, [i, z])
         with ir.serial(0, self.chunk) as k:
             for i in range(rows):
-                with ir.vectorized(0, self.panel) as z:
-                    ir.buffer_store(sums, sums[i, z] + a(t, line, row + i, part, k) * b(t, panel, part, k, z), [i, z])
+                if pairs is None:
+                    with ir.vectorized(0, self.panel) as z:
+                        product = a(t, line, row + i, part, k) * b(t, panel, part, k, z)
+                        ir.buffer_store(sums, sums[i, z] + product, [i, z])
+                else:
+                    ir.buffer_store(pairs, a(t, line, row + i, part, k), [i])
+                    weights = functools.partial(b, t, panel, part, k)
+                    add_products(sums, i, self.panel, pairs[i], weights, self._native)
         for i in range(rows):
             y, indices = result(t, line, row + i)
             with ir.vectorized(0, self.panel) as z:
-                ir.buffer_store(y, sums[i, z], [*indices, panel * self.panel + z])
+                value = rounded(sums[i, z]) if y.dtype == HALF else sums[i, z]
+                ir.buffer_store(y, value, [*indices, panel * self.panel + z])
 
 
 def _next_divisor(number: int, above: int) -> int | None:
     return next((n for n in range(above + 1, number + 1) if number % n == 0), None)
 
 
-def gemm(name: str, batch: int, rows: int, columns: int, depth: int, bias: bool, tile: Tile) -> Any:
+def gemm(name: str, batch: int, rows: int, columns: int, depth: int, bias: bool, halved: bool, tile: Tile) -> Any:
     """`y[t] = x[t] @ w[t] + bias`.
 
     x `[batch, rows, depth]`, w packed `[batch, columns / panel, depth, panel]`, bias `[columns]` if any,
-    y `[batch, rows, columns]`.
+    y `[batch, rows, columns]`, in bfloat16 where `halved`. If the tile multiplies bfloat16, x is that and w has pairs.
     """
-    panel, chunk, width = tile.panel(columns), _divisor(depth, CHUNK), _divisor(rows, GROUP)
+    panel, width = tile.panel(columns), _divisor(rows, GROUP)
+    steps = depth // 2 if tile.halved else depth
+    chunk = steps if halved else _divisor(steps, CHUNK)
     if width < tile.rows and rows > width:  # an awkward number of rows: one line, with a rest
         width = rows
-    loops = _Product(batch, rows // width, width, columns, panel, depth // chunk, chunk, tile.row_block(width))
+    loops = _Product(batch, rows // width, width, columns, panel, steps // chunk, chunk, tile.row_block(width), tile)
 
     def body(x: Any, w: Any, *rest: Any) -> None:
+        def value(t: Any, line: Any, row: Any, part: Any, k: Any) -> Any:
+            where, step = [t, line * width + row], part * chunk + k
+            return pair(x, where, step) if tile.halved else x[*where, step]
+
         loops.write(
-            lambda t, line, row, part, k: x[t, line * width + row, part * chunk + k],
+            value,
             lambda t, p, part, k, z: w[t, p, part * chunk + k, z],
             rest[0] if bias else None,
             lambda t, line, row: (rest[-1], [t, line * width + row]),
         )
 
-    shapes = {"x": (batch, rows, depth), "w": (batch, columns // panel, depth, panel)}
+    shapes = {"x": (batch, rows, depth), "w": (batch, columns // panel, steps, panel)}
     shapes |= {"bias": (columns,)} if bias else {}
-    return kernel(name, shapes | {"y": (batch, rows, columns)}, body)
+    return kernel(name, shapes | {"y": (batch, rows, columns)}, body, _types(tile) | ({"y": HALF} if halved else {}))
+
+
+def _types(tile: Tile) -> dict[str, str]:
+    return {"x": HALF, "w": PAIR} if tile.halved else {}
 
 
 def conv2d(
@@ -164,22 +207,25 @@ def conv2d(
 ) -> Any:
     """A convolution of x `[batch, height, width, channels]`, already padded, with `taps` x `taps` weights.
 
-    w packed `[filters / panel, taps, taps, channels, panel]`, bias `[filters]`, y `[batch, h, w, filters]`.
+    w packed `[filters / panel, taps, taps, channels, panel]`, bias `[filters]`, y `[batch, h, w, filters]`. If the tile
+    multiplies bfloat16, x is that and w has pairs.
     """
     high, wide = (height - taps) // stride + 1, (width - taps) // stride + 1
-    panel, chunk = tile.panel(filters), _divisor(channels, CHUNK)
-    pieces = channels // chunk
-    loops = _Product(1, batch * high, wide, filters, panel, taps * taps * pieces, chunk, tile.row_block(wide))
+    steps = channels // 2 if tile.halved else channels
+    panel, chunk = tile.panel(filters), _divisor(steps, CHUNK)
+    pieces = steps // chunk
+    loops = _Product(1, batch * high, wide, filters, panel, taps * taps * pieces, chunk, tile.row_block(wide), tile)
 
     def body(x: Any, w: Any, bias: Any, y: Any) -> None:
         def value(t: Any, line: Any, row: Any, part: Any, k: Any) -> Any:
             down, right, piece = part // (taps * pieces), part // pieces % taps, part % pieces
-            return x[line // high, line % high * stride + down, row * stride + right, piece * chunk + k]
+            where, step = [line // high, line % high * stride + down, row * stride + right], piece * chunk + k
+            return pair(x, where, step) if tile.halved else x[*where, step]
 
         def weight(t: Any, p: Any, part: Any, k: Any, z: Any) -> Any:
             return w[p, part // (taps * pieces), part // pieces % taps, part % pieces * chunk + k, z]
 
         loops.write(value, weight, bias, lambda t, line, row: (y, [line // high, line % high, row]))
 
-    shapes = {"x": (batch, height, width, channels), "w": (filters // panel, taps, taps, channels, panel)}
-    return kernel(name, shapes | {"bias": (filters,), "y": (batch, high, wide, filters)}, body)
+    shapes = {"x": (batch, height, width, channels), "w": (filters // panel, taps, taps, steps, panel)}
+    return kernel(name, shapes | {"bias": (filters,), "y": (batch, high, wide, filters)}, body, _types(tile))

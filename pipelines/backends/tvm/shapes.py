@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from config.catalog import Catalog
+from config.precision import Precision
 from pipelines.backends.tvm.artifacts import ArtifactKey, config_hash, sources_hash
 from pipelines.families import FAMILIES
 from pipelines.sampling.latents import LatentSpace
@@ -16,7 +17,14 @@ from pipelines.weights.files import read_config
 
 
 def artifact_key(
-    catalog: Catalog, component_id: str, width: int, height: int, rows: int, control: bool, level: str
+    catalog: Catalog,
+    component_id: str,
+    width: int,
+    height: int,
+    rows: int,
+    control: bool,
+    level: str,
+    precision: Precision = "float32",
 ) -> ArtifactKey:
     """The key of a UNet component for pictures of `width` x `height` pixels."""
     spec = catalog.component(component_id)
@@ -36,6 +44,7 @@ def artifact_key(
         pooled=pooled,
         control=control,
         level=level,
+        dtype=precision,
         sources=sources_hash(),
     )
 

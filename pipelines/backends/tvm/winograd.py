@@ -7,12 +7,16 @@ from typing import Any
 
 from tvm.tirx.script import builder as ir
 
+from pipelines.backends.tvm.bfloat16 import HALF, rounded
 from pipelines.backends.tvm.packing import WINOGRAD_AT, WINOGRAD_BT
 from pipelines.backends.tvm.tir import FLOAT, VECTOR, kernel
 
 
-def winograd_input(name: str, batch: int, height: int, width: int, channels: int, m: int) -> Any:
-    """B^T d B of every tile: x `[batch, height + 2, width + 2, channels]`, padded; y `[(m + 2)^2, tiles, channels]`."""
+def winograd_input(name: str, batch: int, height: int, width: int, channels: int, m: int, halved: bool) -> Any:
+    """B^T d B of every tile: x `[batch, height + 2, width + 2, channels]`, padded; y `[(m + 2)^2, tiles, channels]`.
+
+    y is bfloat16 where `halved`.
+    """
     side, high, wide = m + 2, height // m, width // m
     lanes = math.gcd(channels, VECTOR)
     transform = WINOGRAD_BT[m]
@@ -36,11 +40,12 @@ def winograd_input(name: str, batch: int, height: int, width: int, channels: int
                     for j in range(side):
                         with ir.vectorized(0, lanes) as z:
                             value = _weighted(transform[j], [half[i * side + r, z] for r in range(side)])
-                            ir.buffer_store(y, value, [i * side + j, tile, group * lanes + z])
+                            where = [i * side + j, tile, group * lanes + z]
+                            ir.buffer_store(y, rounded(value) if halved else value, where)
 
     tiles = batch * high * wide
     shapes = {"x": (batch, height + 2, width + 2, channels), "y": (side * side, tiles, channels)}
-    return kernel(name, shapes, body)
+    return kernel(name, shapes, body, {"y": HALF} if halved else None)
 
 
 def winograd_output(name: str, batch: int, height: int, width: int, filters: int, m: int) -> Any:

@@ -1,0 +1,89 @@
+"""bfloat16 in kernels: values are `uint16`, two neighbours of a sum are one `int32`, sums are float32.
+
+TVM's code generator knows no bfloat16. The processor's product (`vdpbf16ps`, Intel's Architecture Instruction Set
+Extensions) is therefore LLVM IR that a kernel brings along; where the processor lacks it, the same kernels multiply in
+float32, which holds products of two bfloat16 exactly.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tvm import te, tirx
+from tvm.tirx.script import builder as ir
+
+from pipelines.backends.tvm.tir import FLOAT
+
+HALF, PAIR = "uint16", "int32"
+LANES = 16
+"""Sums that one instruction goes on with."""
+
+_DOT = "sdgraph_dot_bfloat16"
+_DOT_LLVM = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define <16 x float> @{_DOT}(<16 x float> %sums, <16 x i32> %a, <16 x i32> %b) {{
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %z = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %z
+}}
+"""
+
+
+def rounded(value: Any) -> Any:
+    """A float32 expression as bfloat16, to the nearest, ties to even; infinities and NaN stay what they are.
+
+    A NaN whose mantissa is all ones would become a zero; arithmetic makes none.
+    """
+    bits = tirx.reinterpret("uint32", value)
+    odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
+    return ((bits + tirx.const(0x7FFF, "uint32") + odd) >> tirx.const(16, "uint32")).astype(HALF)
+
+
+def rounded_tensor(x: te.Tensor) -> te.Tensor:
+    """A float32 tensor as bfloat16."""
+    return te.compute(x.shape, lambda *index: rounded(x(*index)), name="rounded")
+
+
+def pair(buffer: Any, outer: list[Any], number: Any) -> Any:
+    """The values `2 number` and `2 number + 1` of a row of bfloat16, the first in the lower half."""
+    return tirx.reinterpret(PAIR, buffer[*outer, ir.ramp(2 * number, 1, 2)])
+
+
+def instruction() -> AbstractContextManager[Any]:
+    """Around the loops of a kernel that calls `add_products` with an instruction."""
+    return ir.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM)
+
+
+def add_products(sums: Any, row: int, panel: int, a: Any, b: Any, native: bool) -> None:
+    """Sums `[row, panel]` and the products of a pair with a panel of pairs.
+
+    Args:
+        sums: float32 buffer `[rows, panel]`.
+        row: which of them.
+        panel: columns, a multiple of `LANES` where `native`.
+        a: one pair.
+        b: column -> its pair.
+        native: by the processor's instruction.
+    """
+    if native:
+        for first in range(0, panel, LANES):
+            columns = ir.ramp(first, 1, LANES)
+            value = tirx.call_pure_extern(
+                f"{FLOAT}x{LANES}", _DOT, sums[row, columns], ir.broadcast(a, LANES), b(columns)
+            )
+            ir.buffer_store(sums, value, [row, columns])
+        return
+    with ir.vectorized(0, panel) as z:
+        other = b(z)
+        value = sums[row, z] + _low(a) * _low(other) + _high(a) * _high(other)
+        ir.buffer_store(sums, value, [row, z])
+
+
+def _low(word: Any) -> Any:
+    return tirx.reinterpret(FLOAT, word << tirx.const(16, PAIR))
+
+
+def _high(word: Any) -> Any:
+    return tirx.reinterpret(FLOAT, word & tirx.const(-0x10000, PAIR))
