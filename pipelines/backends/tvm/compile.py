@@ -124,9 +124,10 @@ def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> No
     """Run the program at `path` once on zeros, which take no memory: what ends a process shall end another one's."""
     with init_empty_weights():
         shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
+    layouts = [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
     weights = [
-        tvm_ffi.from_dlpack(torch.zeros(Layout(kind, panel, tile).shape(tuple(shapes[name]))))  # type: ignore[arg-type]
-        for name, kind, panel, tile in artifact.weights
+        tvm_ffi.from_dlpack(torch.zeros(layout.shape(tuple(shapes[name])), dtype=layout.dtype))
+        for name, layout in layouts
     ]
     inputs = [tvm_ffi.from_dlpack(tensor) for tensor in example_inputs(config, artifact.key)]
     relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"](*inputs, *weights)
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
     parser.add_argument(
         "--precision",
-        default="auto",
+        default="float32",
         choices=get_args(WantedPrecision),
         help="`make compile` gives SDGRAPH_TVM_PRECISION if it is set; auto is what this processor multiplies best",
     )
