@@ -6,7 +6,7 @@ CONFIG := config/serve.$(if $(filter tvm,$(BACKEND)),tvm,local).yaml
 # The README's request, alone and with a second one beside it.
 TVM_DEMO := --catalog embedded --model SDXL1.0-base --size 1024x1024 --rows 2 4
 # The folder that the graph reads compiled UNets from.
-TVM_CACHE := $(if $(SDGRAPH_TVM_CACHE),--cache "$(SDGRAPH_TVM_CACHE)")
+TVM_CACHE := $(if $(SDGRAPH_TVM_CACHE),--cache "$(SDGRAPH_TVM_CACHE)") $(if $(SDGRAPH_TVM_PRECISION),--precision $(SDGRAPH_TVM_PRECISION))
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 export RAY_ADDRESS := local

@@ -232,7 +232,7 @@ def bind_compiled(
             max_rows=args.max_rows,
             controlnets=None if colocated else _control_of(ids, catalog, bound),
             strict=args.reproducible == "strict",
-            compiled=Compiling(cache, args.compile, args.compile_sizes),
+            compiled=Compiling(cache, args.compile, args.compile_sizes, runtime.precision),
         )
         compiled |= dict.fromkeys(ids, app)
     return compiled

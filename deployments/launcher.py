@@ -174,6 +174,12 @@ def request_picture(url: str, body: Mapping[str, object], timeout_s: float = 600
         return base64.b64decode(reply["images"][0]["image"]), dict(response.headers)
 
 
+def _backend(headers: Mapping[str, str]) -> str:
+    """What drew, and in which numbers where the reply says it."""
+    precision = headers.get("x-precision")
+    return headers["x-backend"] + (f" in {precision}" if precision else "")
+
+
 def demo(config: Path, result: Path) -> None:
     """Start the graph of a config, send the README's request, write the picture, stop."""
     begin = time.monotonic()
@@ -183,7 +189,7 @@ def demo(config: Path, result: Path) -> None:
         picture, headers = request_picture(url, README_REQUEST)
         result.write_bytes(picture)
         print(
-            f"{result}: {len(picture)} bytes in {time.monotonic() - begin:.1f} s on {headers['x-backend']} "
+            f"{result}: {len(picture)} bytes in {time.monotonic() - begin:.1f} s on {_backend(headers)} "
             f"({headers['server-timing']})"
         )
 

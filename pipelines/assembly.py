@@ -155,7 +155,7 @@ def load_compiled(
 
     load_unet = functools.partial(load_model, UNet2DConditionModel, catalog.component(component_id), "cpu")
     cache = ArtifactCache(compiling.folder)
-    compiled = load_denoiser(catalog, component_id, cache, load_unet, grows=compiling.mode != "ahead")
+    compiled = load_denoiser(catalog, component_id, cache, load_unet, compiling.mode != "ahead", compiling.precision)
     if compiled is None:
         return None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from config.catalog import ModelSpec
 from config.choices import Choices
+from config.precision import Precision
 from pipelines.errors import InvalidValueError
 from pipelines.plan import BackendName, CompiledSize
 
@@ -42,8 +43,7 @@ class BackendChoice:
 
     def for_stage(self, component: str, steered: bool, loras: bool) -> BackendName:
         """The backend of one stage; the refiner of an explicit `tvm` runs there too where it is compiled."""
-        wanted = (component, self.width, self.height, steered)
-        here = next((c for c in self.compiled if (c.component, c.width, c.height, c.control) == wanted), None)
+        here = self._compiled(component, steered)
         cannot = self._why_not(here, loras)
         if self.wanted == "tvm":
             if cannot and component == self.model.unet:
@@ -55,6 +55,15 @@ class BackendChoice:
             on = f"torch: {cannot}" if cannot else "tvm"
             logger.info("%s at %dx%d runs on %s", component, self.width, self.height, on)
         return "torch" if cannot or self.wanted == "torch" else "tvm"
+
+    def precision(self, component: str, steered: bool) -> Precision | None:
+        """What the compiled UNet of a stage multiplies, None if there is none."""
+        here = self._compiled(component, steered)
+        return None if here is None else here.precision
+
+    def _compiled(self, component: str, steered: bool) -> CompiledSize | None:
+        wanted = (component, self.width, self.height, steered)
+        return next((c for c in self.compiled if (c.component, c.width, c.height, c.control) == wanted), None)
 
     def _why_not(self, here: CompiledSize | None, loras: bool) -> str | None:
         """Why tvm cannot run a stage, None if it can."""

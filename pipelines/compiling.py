@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from config.precision import WantedPrecision
 from pipelines.plan import CompiledSize, StagePlan
 
 CompileMode = Literal["ahead", "on_demand", "tables"]
@@ -22,6 +23,8 @@ class Compiling:
     mode: CompileMode = "ahead"
     most_sizes: int = 0
     """Sizes that a UNet may have compiled while it serves, those that it had before included."""
+    precision: WantedPrecision = "float32"
+    """Of the programs that are loaded and compiled."""
 
 
 @dataclass(frozen=True)

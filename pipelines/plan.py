@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
+from config.precision import Precision
 from pipelines.control_plan import ControlParams, ControlUse
 from pipelines.enlargement import Enlargement, HiresParams
 
@@ -122,6 +123,8 @@ class CompiledSize:
     """Whether ControlNets may steer it."""
     speedup: float
     """How many times as fast as torch it was when its replica started."""
+    precision: Precision = "float32"
+    """What it multiplies."""
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -250,6 +253,8 @@ class StagePlan(_Plan):
 
     component: str
     backend: BackendName
+    precision: Precision | None = None
+    """What a compiled UNet multiplies; None on torch, where the replica's device decides."""
     sampler: str
     schedule: ScheduleSlice
     guidance_scale: float

@@ -108,9 +108,12 @@ def make_plan(
         component_id: str, schedule: ScheduleSlice, backend: BackendChoice, enlargement: Enlargement | None = None
     ) -> StagePlan:
         own = component_id == model.unet  # the refiner takes neither LoRAs nor ControlNets
+        steered = own and bool(controls)
+        name = backend.for_stage(component_id, steered, own and bool(loras))
         return StagePlan(
             component=component_id,
-            backend=backend.for_stage(component_id, own and bool(controls), own and bool(loras)),
+            backend=name,
+            precision=backend.precision(component_id, steered) if name == "tvm" else None,
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,

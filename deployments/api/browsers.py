@@ -7,7 +7,15 @@ from typing import Any
 
 from deployments.api.raw import SEED_HEADER
 
-READABLE_HEADERS = ("x-request-id", "x-backend", "x-prompt-tokens", SEED_HEADER, "server-timing", "retry-after")
+READABLE_HEADERS = (
+    "x-request-id",
+    "x-backend",
+    "x-precision",
+    "x-prompt-tokens",
+    SEED_HEADER,
+    "server-timing",
+    "retry-after",
+)
 
 
 def cors(origins: Sequence[str]) -> dict[str, Any]:

@@ -39,7 +39,10 @@ async def _disconnected(request: Request) -> None:
 def describe(response: Response, generated: Generated) -> None:
     """Tell stages, backend and how long the prompt is in the reply's headers."""
     response.headers["server-timing"] = server_timing(generated.times)
-    response.headers["x-backend"] = generated.plan.stages[0].backend
+    first = generated.plan.stages[0]
+    response.headers["x-backend"] = first.backend
+    if first.precision is not None:
+        response.headers["x-precision"] = first.precision
     if (size := prompt_size(generated)) is not None:
         response.headers["x-prompt-tokens"] = size
 

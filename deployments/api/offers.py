@@ -38,7 +38,7 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
             "sizes": [str(size) for size in model.sizes],
             "tvm_sizes": [str(size) for size in model.tvm_sizes],
             "tvm_compiled": [
-                {"size": str(entry), "speedup": round(entry.speedup, 2)}
+                {"size": str(entry), "speedup": round(entry.speedup, 2), "precision": entry.precision}
                 for entry in compiled
                 if entry.component == model.unet and entry.control == model.requires_controlnet
             ],

@@ -127,6 +127,6 @@ def _config(nodes: Nodes, library: Path) -> dict[str, Any]:
 
 def compile_into(folder: Path) -> subprocess.CompletedProcess[str]:
     """`make compile` of one size."""
-    wanted = ["--catalog", "tiny", "--model", "SD1.5", "--size", "512x512", "--rows", "2"]
+    wanted = ["--catalog", "tiny", "--model", "SD1.5", "--size", "512x512", "--rows", "2", "--precision", "float32"]
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(folder)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

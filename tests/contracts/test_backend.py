@@ -176,8 +176,8 @@ async def test_an_explicit_tvm_for_an_uncompiled_size_is_refused(
 async def test_models_tell_what_is_compiled(with_compiled: Connect, compiled: Graph) -> None:
     async with with_compiled(claiming(compiled, 2.0)) as client:
         models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
-    assert models["SD1.5"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0}]
-    assert models["SD1.5-ControlNet"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0}]
+    assert models["SD1.5"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0, "precision": "float32"}]
+    assert models["SD1.5-ControlNet"]["tvm_compiled"] == [{"size": "128x128", "speedup": 2.0, "precision": "float32"}]
     assert models["SD2"]["tvm_compiled"] == []
 
 
@@ -260,7 +260,7 @@ async def test_the_first_request_of_a_size_has_it_compiled(
         (pending,) = await until(client, "tvm_compiling")
         assert pending["size"] == "144x144"
         assert pending["state"] in ("waiting", "compiling", "loading")
-        assert await until(client, "tvm_compiled") == [{"size": "144x144", "speedup": 2.0}]
+        assert await until(client, "tvm_compiled") == [{"size": "144x144", "speedup": 2.0, "precision": "float32"}]
         later = await post(client, **fields)
         assert later.headers["x-backend"] == "tvm"
         assert np.abs(pixels(picture(first)) - pixels(picture(later))).max() <= 2

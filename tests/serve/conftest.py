@@ -89,7 +89,7 @@ def url(
 ) -> Iterator[str]:
     """Base URL of the running graph; a failed start shows the graph's own log."""
     programs = tmp_path_factory.mktemp("tvm")
-    wanted = ["--catalog", "tiny", "--model", "SD1.5", "--size", "512x512", "--rows", "2"]
+    wanted = ["--catalog", "tiny", "--model", "SD1.5", "--size", "512x512", "--rows", "2", "--precision", "float32"]
     command = [sys.executable, "-m", "pipelines.backends.tvm.compile", *wanted, "--cache", str(programs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     environment = {"SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}

@@ -24,6 +24,7 @@ from pipelines.backends.tvm.artifacts import (
     best_level,
     config_hash,
     needed_flags,
+    program_kinds,
     sources_hash,
 )
 
@@ -50,11 +51,12 @@ def test_a_key_changes_with_every_part_of_it() -> None:
         "pooled": 1280,
         "control": True,
         "level": "x86-64-v4",
+        "dtype": "bfloat16",
         "sources": "t",
         "tvm": "0.28",
         "tvm_ffi": "0.2",
     }
-    assert set(changes) | {"dtype"} == set(ArtifactKey.model_fields), "dtype has one value"
+    assert set(changes) == set(ArtifactKey.model_fields)
     ids = {KEY.model_copy(update={name: value}).id for name, value in changes.items()} | {KEY.id}
     assert len(ids) == len(changes) + 1
 
@@ -117,6 +119,21 @@ def test_the_level_of_a_machine() -> None:
     assert best_level(V4 - {"avx512vl"}) == "x86-64-v3"
     with pytest.raises(ArtifactError, match="needs AVX2 and FMA"):
         best_level(V3 - {"fma"})
+
+
+def test_kinds_of_programs_a_machine_runs_best_first() -> None:
+    new = V4 | {"avx512_bf16"}
+    assert best_level(new) == "x86-64-v4", "float32 needs no more"
+    assert best_level(new, "bfloat16") == "x86-64-v4+bf16"
+    assert program_kinds("auto", new) == (
+        ("bfloat16", "x86-64-v4+bf16"),
+        ("float32", "x86-64-v4"),
+        ("float32", "x86-64-v3"),
+    )
+    assert program_kinds("auto", V4) == (("float32", "x86-64-v4"), ("float32", "x86-64-v3"))
+    assert program_kinds("bfloat16", V3) == (("bfloat16", "x86-64-v3"),), "emulated, since it was asked for by name"
+    assert program_kinds("float32", new) == program_kinds("float32", V4)
+    assert program_kinds("auto", V3 - {"fma"}) == ()
 
 
 def test_a_compile_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:

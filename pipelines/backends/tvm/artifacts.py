@@ -14,12 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from config.precision import Precision
+from config.precision import Precision, WantedPrecision
 from pipelines.processor import processor_flags
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,31 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of a UNet's configuration, without private entries such as `_name_or_path`."""
     shown = {key: value for key, value in config.items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+class ProgramKind(NamedTuple):
+    """What programs have in common that share packed weights."""
+
+    precision: Precision
+    level: str
+
+
+def every_kind() -> tuple[ProgramKind, ...]:
+    """The kinds there are; float32 has no use for the instructions of bfloat16."""
+    kinds = [ProgramKind("bfloat16", level) for level in LEVELS]
+    return (*kinds, *(ProgramKind("float32", level) for level in LEVELS if not level.endswith("+bf16")))
+
+
+def program_kinds(wanted: WantedPrecision, flags: frozenset[str] | None = None) -> tuple[ProgramKind, ...]:
+    """Kinds that a machine, this one by default, can run in the wanted precision, best first; none if it is too old.
+
+    `auto` takes bfloat16 by the processor's instruction, and float32 where nothing is compiled so.
+    """
+    have = processor_flags() if flags is None else flags
+    kinds = [kind for kind in every_kind() if have.issuperset(needed_flags(kind.level))]
+    if wanted == "auto":
+        return tuple(kind for kind in kinds if kind.precision == "float32" or kind.level.endswith("+bf16"))
+    return tuple(kind for kind in kinds if kind.precision == wanted)
 
 
 class ArtifactCache:

@@ -53,7 +53,8 @@ def pair(buffer: Any, outer: list[Any], number: Any) -> Any:
 
 def instruction() -> AbstractContextManager[Any]:
     """Around the loops of a kernel that calls `add_products` with an instruction."""
-    return ir.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM)
+    begun: AbstractContextManager[Any] = ir.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM)
+    return begun
 
 
 def add_products(sums: Any, row: int, panel: int, a: Any, b: Any, native: bool) -> None:

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=list(BATCHES), choices=BATCHES)
     parser.add_argument(
         "--precision",
-        default="float32",
+        default="auto",
         choices=get_args(WantedPrecision),
         help="`make compile` gives SDGRAPH_TVM_PRECISION if it is set; auto is what this processor multiplies best",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,28 +33,48 @@ class PackedWeights:
     """A model's weights in the layouts that programs ask for, each made once."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        """Pack from a state dict, which `forget` lets go of and `remember` brings back."""
-        self._state: Mapping[str, Tensor] = state
+        """Pack from a state dict, which `pack` and `forget` let go of and `remember` brings back."""
+        self._state = dict(state)
         self._packed: dict[tuple[str, Layout], Any] = {}
         self.seconds = 0.0
 
+    def pack(self, artifacts: Iterable[Artifact]) -> None:
+        """All that programs ask for, each unpacked weight let go of as soon as it is packed."""
+        wanted: dict[str, dict[Layout, None]] = {}
+        for artifact in artifacts:
+            for name, layout in layouts_of(artifact):
+                wanted.setdefault(name, {})[layout] = None
+        for name, layouts in wanted.items():
+            for layout in layouts:
+                self._pack(name, layout)
+            del self._state[name]
+        self.forget()
+
     def arguments(self, artifact: Artifact) -> list[Any]:
         """The weights of a program, in its order."""
-        begin = time.perf_counter()
-        names = [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
+        names = layouts_of(artifact)
         for name, layout in names:
-            if (name, layout) not in self._packed:
-                self._packed[name, layout] = tvm_ffi.from_dlpack(layout.pack(self._state[name]))
-        self.seconds += time.perf_counter() - begin
+            self._pack(name, layout)
         return [self._packed[name] for name in names]
+
+    def _pack(self, name: str, layout: Layout) -> None:
+        if (name, layout) not in self._packed:
+            begin = time.perf_counter()
+            self._packed[name, layout] = tvm_ffi.from_dlpack(layout.pack(self._state[name]))
+            self.seconds += time.perf_counter() - begin
 
     def remember(self, state: Mapping[str, Tensor]) -> None:
         """The same weights again, for programs that ask for layouts which are not packed yet."""
-        self._state = state
+        self._state = dict(state)
 
     def forget(self) -> None:
         """Let go of the unpacked weights; plain ones live on in the packed copy."""
         self._state = {}
+
+
+def layouts_of(artifact: Artifact) -> list[tuple[str, Layout]]:
+    """Name and layout of each weight that a program takes, in its order."""
+    return [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,10 @@ class Program:
 
 
 class TvmDenoiser:
-    """A Denoiser over compiled programs, on the CPU in float32. Shapes without a program are an error, never slow."""
+    """A Denoiser over compiled programs, on the CPU. Shapes without a program are an error, never slow.
+
+    Its inputs and outputs are float32, whatever its programs multiply.
+    """
 
     def __init__(self, config: Mapping[str, Any], programs: Sequence[Program]) -> None:
         self.config = config
@@ -102,8 +125,7 @@ class TvmDenoiser:
 
     def add(self, program: Program) -> None:
         """Take one more program; on any thread, between or beside evaluations."""
-        key = program.artifact.key
-        shape = Shape(key.height, key.width, key.control)
+        key, shape = program.artifact.key, shape_of(program.artifact.key)
         self._programs = {**self._programs, shape: {**self._programs.get(shape, {}), key.rows: program}}
 
     @property
@@ -121,7 +143,7 @@ class TvmDenoiser:
         """
         if any(batch.loras):
             raise DenoiseError("backend tvm takes no LoRAs")
-        shape = _shape_of(batch)
+        shape = _needed(batch)
         if shape not in self._programs:
             raise DenoiseError(
                 f"nothing is compiled for latents of {shape.width}x{shape.height}, control {shape.control}"
@@ -145,7 +167,7 @@ class TvmDenoiser:
 
     def padding(self, batch: StepBatch) -> int:
         """Rows that only fill the compiled batch sizes."""
-        shape = _shape_of(batch)
+        shape = _needed(batch)
         runs = self._runs(shape, len(batch.sample))
         return sum(self._program(shape, last - first).artifact.key.rows - (last - first) for first, last in runs)
 
@@ -177,7 +199,12 @@ class TvmDenoiser:
         return programs[min(rows for rows in programs if rows >= count)]
 
 
-def _shape_of(batch: StepBatch) -> Shape:
+def shape_of(key: ArtifactKey) -> Shape:
+    """What a program evaluates."""
+    return Shape(key.height, key.width, key.control)
+
+
+def _needed(batch: StepBatch) -> Shape:
     *_, height, width = batch.sample.shape
     return Shape(height, width, batch.controlled is not None)
 
@@ -204,6 +231,17 @@ def speedup(fast: TvmDenoiser, slow: Any, batch: StepBatch) -> float:
             if step:
                 taken.append(time.perf_counter() - begin)
     return statistics.median(seconds[slow]) / statistics.median(seconds[fast])
+
+
+def seconds(denoiser: Any, batch: StepBatch) -> float:
+    """The median of three evaluations, after one."""
+    taken = []
+    for step in range(MEASURED_STEPS + 1):
+        begin = time.perf_counter()
+        denoiser.predict(batch)
+        if step:
+            taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
 
 
 def trial_batch(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:

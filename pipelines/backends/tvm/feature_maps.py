@@ -133,8 +133,8 @@ class FeatureMapConverters:
 
     def _to(self, node: fx.Node, importer: Any) -> relax.Expr:
         """What has its type already stays as it is: also where a kernel rounds it to bfloat16."""
-        x, wanted = importer.retrieve_args(node)[0], node.meta["val"].dtype
-        if node.args[0].meta["val"].dtype == wanted:
+        x, wanted, given = importer.retrieve_args(node)[0], node.meta["val"].dtype, node.args[0]
+        if isinstance(given, fx.Node) and given.meta["val"].dtype == wanted:
             return x
         return importer.block_builder.emit(relax.op.astype(x, str(wanted).removeprefix("torch.")))
 

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config.catalog import Catalog, Size
+from config.precision import WantedPrecision
+from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
-from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache, ArtifactError, best_level
-from pipelines.backends.tvm.denoiser import PackedWeights, Shape, TvmDenoiser, load_programs, speedup, trial_batch
+from pipelines.backends.tvm.artifacts import (
+    BATCHES,
+    LEVELS,
+    Artifact,
+    ArtifactCache,
+    ArtifactError,
+    ProgramKind,
+    every_kind,
+    program_kinds,
+)
+from pipelines.backends.tvm.denoiser import (
+    PackedWeights,
+    Program,
+    Shape,
+    TvmDenoiser,
+    load_programs,
+    seconds,
+    shape_of,
+    trial_batch,
+)
 from pipelines.backends.tvm.shapes import artifact_key
 from pipelines.diffusers_compat import with_defaults
 from pipelines.plan import CompiledSize
@@ -29,6 +49,8 @@ class CompiledDenoiser:
     denoiser: TvmDenoiser
     sizes: tuple[CompiledSize, ...]
     weights: PackedWeights
+    kind: ProgramKind
+    """Of all its programs, and of those that come later."""
 
 
 def load_denoiser(
@@ -37,63 +59,119 @@ def load_denoiser(
     cache: ArtifactCache,
     load_unet: Callable[[], UNet2DConditionModel],
     grows: bool = False,
+    precision: WantedPrecision = "float32",
 ) -> CompiledDenoiser | None:
-    """Everything that is compiled of a UNet, None if nothing is or this processor is too old.
+    """What is compiled of a UNet, None if nothing is or this processor is too old.
+
+    All its programs are of one kind, since each kind has a packed copy of the weights: the best that this machine runs
+    and that something is compiled of.
 
     Args:
         catalog: says what the UNet is and which sizes its models want compiled.
         component_id: the UNet.
         cache: where programs are kept.
-        load_unet: loads torch's copy, on the CPU; called only if something is compiled. It serves to pack the weights
-            and to be measured against; then it goes.
+        load_unet: loads torch's copy, on the CPU; called only if something is compiled. It is measured, then packed,
+            and goes weight by weight meanwhile.
         grows: whether programs may come later, so that having none is no reason to return None.
+        precision: `SDGRAPH_TVM_PRECISION`.
     """
-    try:
-        level = best_level()
-    except ArtifactError as error:
-        logger.warning("%s", error)
+    kinds = program_kinds(precision)
+    if not kinds:
+        logger.warning("this processor reaches none of %s: backend tvm needs AVX2 and FMA", list(LEVELS))
         return None
-    keys = {
-        artifact_key(catalog, component_id, size.width, size.height, rows, control, level): size
-        for size, control in size_table(catalog, component_id)
-        for rows in BATCHES
-    }
     nothing = None
     if grows:
         from diffusers import UNet2DConditionModel
 
         config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
-        nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}))
-    if not any((cache.folder / key.id).is_dir() for key in keys):
+        nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}), kinds[0])
+    compiled = _compiled(catalog, component_id, cache, kinds)
+    if not compiled:
         return nothing
+    artifacts = sorted(compiled.values(), key=_measured_first)
     unet = load_unet()
-    weights = PackedWeights(unet.state_dict())
-    programs = load_programs(cache, list(keys), weights)
-    if not programs:
+    config, weights = dict(unet.config), PackedWeights(unet.state_dict())
+    trials: dict[Shape, StepBatch] = {}
+    for artifact in artifacts:
+        if not artifact.key.control:
+            trials.setdefault(shape_of(artifact.key), trial_batch(config, artifact))
+    torch_denoiser = TorchDenoiser(unet)
+    torch_seconds = {shape: seconds(torch_denoiser, batch) for shape, batch in trials.items()}
+    unet.to("meta")  # the weights are left to the packing, which lets go of each that is packed
+    del unet, torch_denoiser
+    weights.pack(artifacts)
+    programs = load_programs(cache, [artifact.key for artifact in artifacts], weights)
+    denoiser = TvmDenoiser(config, _finite(component_id, config, programs, trials))
+    if not denoiser.shapes:
         return nothing
-    denoiser, torch_denoiser = TvmDenoiser(dict(unet.config), programs), TorchDenoiser(unet)
-    ratios: dict[tuple[int, int], float] = {}
-    for program in sorted(programs, key=lambda p: (abs(p.artifact.key.rows - 2), p.artifact.key.control)):
-        key = program.artifact.key
-        if Shape(key.height, key.width, False) in denoiser.shapes and (key.height, key.width) not in ratios:
-            ratios[key.height, key.width] = speedup(
-                denoiser, torch_denoiser, trial_batch(denoiser.config, program.artifact)
-            )
-    weights.forget()
+    ratios = {
+        (shape.height, shape.width): torch_seconds[shape] / seconds(denoiser, batch)
+        for shape, batch in trials.items()
+        if shape in denoiser.shapes
+    }
     sizes = {}
-    for program in programs:
-        key, size = program.artifact.key, keys[program.artifact.key]
-        ratio = ratios.get((key.height, key.width), 0.0)
-        sizes[size, key.control] = CompiledSize(component_id, size.width, size.height, key.control, ratio)
+    for (size, _), artifact in compiled.items():
+        key = artifact.key
+        if shape_of(key) in denoiser.shapes:
+            ratio = ratios.get((key.height, key.width), 0.0)
+            sizes[size, key.control] = CompiledSize(
+                component_id, size.width, size.height, key.control, ratio, precision=key.dtype
+            )
+    kind = ProgramKind(artifacts[0].key.dtype, artifacts[0].key.level)
     logger.info(
-        "%s: %d programs, weights packed in %.1f s; times as fast as torch: %s",
+        "%s: %d programs, %s on %s, weights packed in %.1f s; times as fast as torch: %s",
         component_id,
         len(programs),
+        kind.precision,
+        kind.level,
         weights.seconds,
         {str(size): round(size.speedup, 2) for size in sizes.values()},
     )
+    return CompiledDenoiser(denoiser, tuple(sizes.values()), weights, kind)
 
-    return CompiledDenoiser(denoiser, tuple(sizes.values()), weights)
+
+def _compiled(
+    catalog: Catalog, component_id: str, cache: ArtifactCache, kinds: Sequence[ProgramKind]
+) -> dict[tuple[Size, str], Artifact]:
+    """The sound programs of the best kind that has some, by size and id; the log says what is left aside."""
+    found: dict[tuple[Size, str], Artifact] = {}
+    for kind in (*kinds, *(kind for kind in every_kind() if kind not in kinds)):
+        of_kind: dict[tuple[Size, str], Artifact] = {}
+        for size, control in size_table(catalog, component_id):
+            for rows in BATCHES:
+                sides = size.width, size.height
+                key = artifact_key(catalog, component_id, *sides, rows, control, kind.level, precision=kind.precision)
+                try:
+                    if artifact := cache.find(key):
+                        of_kind[size, key.id] = artifact
+                except ArtifactError as error:
+                    logger.warning("%s: %s", component_id, error)
+        if of_kind and not found and kind in kinds:
+            found = of_kind
+        elif of_kind:
+            left = sorted({str(size) for size, _ in of_kind})
+            logger.warning("%s: programs in %s for %s are left aside: %s", component_id, *kind, left)
+    return found
+
+
+def _finite(
+    component_id: str, config: Mapping[str, Any], programs: Sequence[Program], trials: Mapping[Shape, StepBatch]
+) -> list[Program]:
+    """Programs without those of a size whose output overflows."""
+    sound = list(programs)
+    for shape, batch in trials.items():
+        denoiser = TvmDenoiser(config, sound)
+        if shape in denoiser.shapes and not denoiser.predict(batch).isfinite().all():
+            size = f"{shape.width}x{shape.height}"
+            logger.warning("%s: compiled for latents of %s its output is not finite: left to torch", component_id, size)
+            sides = (shape.height, shape.width)
+            sound = [p for p in sound if (p.artifact.key.height, p.artifact.key.width) != sides]
+    return sound
+
+
+def _measured_first(artifact: Artifact) -> tuple[int, bool]:
+    """Two rows before others, without a ControlNet before with one."""
+    return abs(artifact.key.rows - 2), artifact.key.control
 
 
 def size_table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:

@@ -18,7 +18,7 @@ from config.catalog import Catalog
 from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.apart import compile_apart
-from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactKey, best_level
+from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactKey
 from pipelines.backends.tvm.denoiser import TvmDenoiser, load_programs, speedup, trial_batch
 from pipelines.backends.tvm.loading import CompiledDenoiser, size_table
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
@@ -65,6 +65,7 @@ class OnDemand:
         self._cache = cache
         self._denoiser = compiled.denoiser
         self._weights = compiled.weights
+        self._kind = compiled.kind
         self._load_unet = load_unet
         self._most = most_sizes
         self._compile = compile_program
@@ -133,8 +134,9 @@ class OnDemand:
     def _make(self, wanted: WantedProgram) -> CompiledSize:
         """A program, from the compiler to the denoiser."""
         self._tell(wanted, "compiling")
-        rows, control, level = wanted.rows, wanted.control, best_level()
-        key = artifact_key(self._catalog, self._component, wanted.width, wanted.height, rows, control, level)
+        rows, control, (precision, level) = wanted.rows, wanted.control, self._kind
+        sides = wanted.width, wanted.height
+        key = artifact_key(self._catalog, self._component, *sides, rows, control, level, precision=precision)
         config = read_config(self._catalog.component(self._component))
         artifact = self._compile(self._cache, config, key)
         self._tell(wanted, "loading")
@@ -147,7 +149,7 @@ class OnDemand:
         finally:
             self._weights.forget()
         self._denoiser.add(program)
-        return CompiledSize(self._component, wanted.width, wanted.height, control, ratio)
+        return CompiledSize(self._component, *sides, control, ratio, precision=precision)
 
 
 def table_of(catalog: Catalog, component_id: str) -> tuple[WantedProgram, ...]:
