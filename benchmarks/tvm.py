@@ -1,28 +1,33 @@
-"""One UNet evaluation on every backend: torch eager, channels_last, torch.compile, and tvm. Prints JSON.
+"""One UNet evaluation on every backend: torch in float32 and bfloat16, OpenVINO, and tvm in both. Prints JSON.
 
-    python -m benchmarks.tvm [--model sd15-512 ...] [--repeats 5] [--no-torch-compile]
+    python -m benchmarks.tvm [--model sd15-512 ...] [--sides eager tvm_bfloat16 ...] [--repeats 5] [--threads 1]
 
 Real configurations with random weights, and the embedded models; a guided request, two rows. First all sides in one
-process, alternated, so that what else the machine does meets them alike; then torch eager and tvm each alone in a fresh
-process, since two thread pools in one process disturb each other. The environment TVM needs is set here.
+process, alternated, so that what else the machine does meets them alike; then torch eager and the best tvm each alone
+in a fresh process, since two thread pools in one process disturb each other. `cpu` are seconds of processor time of all
+threads, which other work on the machine hardly changes. The environment TVM needs is set here. OpenVINO is the extra
+`openvino`; its side is left out where it is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-THREADS = str(os.cpu_count() or 1)
+THREADS = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv else str(os.cpu_count() or 1)
 os.environ |= {
     "TVM_BIND_THREADS": "0",
     "TVM_NUM_THREADS": THREADS,
@@ -33,8 +38,10 @@ os.environ |= {
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
+from torch.utils.dlpack import from_dlpack  # noqa: E402
 
 from config.catalog import ROOT  # noqa: E402
+from config.precision import Precision  # noqa: E402
 from config.sources import TVM_CACHE  # noqa: E402
 from pipelines.backends.base import StepBatch  # noqa: E402
 from pipelines.backends.torch_backend import TorchDenoiser  # noqa: E402
@@ -46,7 +53,7 @@ from pipelines.backends.tvm.artifacts import (  # noqa: E402
     config_hash,
     sources_hash,
 )
-from pipelines.backends.tvm.compile import compile_unet  # noqa: E402
+from pipelines.backends.tvm.compile import PositionalUNet, compile_unet  # noqa: E402
 from pipelines.backends.tvm.denoiser import PackedWeights, TvmDenoiser, load_programs, trial_batch  # noqa: E402
 
 SDXL = {
@@ -94,6 +101,9 @@ CASES = {
 }
 
 
+SIDES = ("eager", "channels_last", "torch_bfloat16", "torch_compile", "openvino", "tvm_float32", "tvm_bfloat16")
+
+
 def load(case: Case) -> UNet2DConditionModel:
     if isinstance(case.config, Path):
         return UNet2DConditionModel.from_pretrained(case.config / "unet").float().eval()
@@ -101,11 +111,12 @@ def load(case: Case) -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=case.latents[0], **case.config).eval()
 
 
-def key_of(case: Case, unet: UNet2DConditionModel) -> ArtifactKey:
+def key_of(case: Case, unet: UNet2DConditionModel, precision: Precision) -> ArtifactKey:
     height, width = case.latents
-    shape = {"height": height, "width": width, "rows": 2, "tokens": case.tokens, "pooled": case.pooled}
+    shape: dict[str, Any] = {"height": height, "width": width, "rows": 2, "tokens": case.tokens, "pooled": case.pooled}
     config = json.loads(unet.to_json_string())
-    return ArtifactKey(config=config_hash(config), control=False, level=best_level(), sources=sources_hash(), **shape)
+    shape |= {"level": best_level(precision=precision), "dtype": precision}
+    return ArtifactKey(config=config_hash(config), control=False, sources=sources_hash(), **shape)
 
 
 def evaluate(denoiser: Any, batch: StepBatch) -> tuple[float, torch.Tensor]:
@@ -118,137 +129,165 @@ def resident_gib() -> float:
     return round(psutil.Process().memory_info().rss / 2**30, 2)
 
 
+def peak_gib() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+class TorchModule:
+    """A torch module that takes what a UNet takes, as a denoiser."""
+
+    def __init__(self, unet: Callable[..., Any], dtype: torch.dtype = torch.float32) -> None:
+        self._unet = unet
+        self._dtype = dtype
+
+    @torch.inference_mode()
+    def predict(self, batch: StepBatch) -> torch.Tensor:
+        """The model output in float32."""
+        added = {name: t.to(self._dtype) for name, t in batch.added_conditions.items()} or None
+        sample, context = batch.sample.to(self._dtype), batch.prompt_embeds.to(self._dtype)
+        output: torch.Tensor = self._unet(sample, batch.timesteps, context, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+        return output.float()
+
+
+class OpenVinoUNet:
+    """A UNet converted to OpenVINO, which multiplies bfloat16 by itself where the processor does."""
+
+    def __init__(self, unet: UNet2DConditionModel, batch: StepBatch) -> None:
+        import openvino
+
+        inputs = (batch.sample, batch.timesteps, batch.prompt_embeds, *batch.added_conditions.values())
+        model = openvino.convert_model(PositionalUNet(unet, False), example_input=inputs)
+        model.reshape({port: list(t.shape) for port, t in zip(model.inputs, inputs, strict=True)})
+        settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": int(THREADS)}
+        self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+
+    def predict(self, batch: StepBatch) -> torch.Tensor:
+        """The model output."""
+        inputs = (batch.sample, batch.timesteps, batch.prompt_embeds, *batch.added_conditions.values())
+        return torch.from_numpy(self._compiled([t.numpy() for t in inputs])[0])
+
+
 class Sides:
     """The backends of one case, made one after the other over the same weights."""
 
     def __init__(self, case: Case) -> None:
+        self.case = case
         self.unet = load(case)
-        self.key = key_of(case, self.unet)
         self.facts: dict[str, Any] = {"parameters_m": round(sum(p.numel() for p in self.unet.parameters()) / 1e6)}
 
-    def eager(self) -> TorchDenoiser:
-        """Torch as it is."""
-        return TorchDenoiser(self.unet)
+    def make(self, side: str, batch: StepBatch) -> Any:
+        """A side by its name."""
+        match side:
+            case "eager":
+                return TorchDenoiser(self.unet)
+            case "channels_last":
+                return TorchModule(self._copy(torch.float32))
+            case "torch_bfloat16":
+                return TorchModule(self._copy(torch.bfloat16), torch.bfloat16)
+            case "torch_compile":
+                denoiser = TorchModule(torch.compile(self.unet))
+                self.facts["torch_compile_s"] = round(evaluate(denoiser, batch)[0], 1)
+                return denoiser
+            case "openvino":
+                return OpenVinoUNet(self.unet, batch)
+            case _:
+                return self.tvm("bfloat16" if side.endswith("bfloat16") else "float32")
 
-    def channels_last(self) -> Any:
-        """Torch with its weights in NHWC; in place."""
-        return TorchDenoiser(self.unet.to(memory_format=torch.channels_last))
+    def _copy(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The UNet in NHWC."""
+        return copy.deepcopy(self.unet).to(dtype=dtype, memory_format=torch.channels_last)
 
-    def compiled(self, batch: StepBatch) -> Any:
-        """torch.compile of the UNet's forward, its first call included in the cold seconds."""
-        unet: Callable[..., Any] = torch.compile(self.unet)
-
-        class Compiled:
-            @torch.inference_mode()
-            def predict(self, batch: StepBatch) -> torch.Tensor:
-                added = dict(batch.added_conditions) or None
-                output: torch.Tensor = unet(
-                    batch.sample, batch.timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False
-                )[0]
-                return output
-
-        denoiser = Compiled()
-        self.facts["torch_compile_s"] = round(evaluate(denoiser, batch)[0], 1)
-        return denoiser
-
-    def program(self) -> Artifact:
+    def program(self, precision: Precision) -> Artifact:
         """The compiled program, made now if need be."""
-        config = json.loads(self.unet.to_json_string())
-        artifact, _ = ArtifactCache(TVM_CACHE).make(self.key, lambda path: compile_unet(config, self.key, path))
-        self.facts["tvm_compile_s"] = artifact.compile_seconds
+        key, config = key_of(self.case, self.unet, precision), json.loads(self.unet.to_json_string())
+        artifact, _ = ArtifactCache(TVM_CACHE).make(key, lambda path: compile_unet(config, key, path))
+        self.facts[f"{precision}_compile_s"] = artifact.compile_seconds
         return artifact
 
-    def tvm(self) -> TvmDenoiser:
-        """The program over packed weights."""
+    def tvm(self, precision: Precision, alone: bool = False) -> TvmDenoiser:
+        """The program over packed weights; alone, torch's copy goes meanwhile."""
+        artifact, config = self.program(precision), dict(self.unet.config)
         weights = PackedWeights(self.unet.state_dict())
-        before, begin = resident_gib(), time.perf_counter()
-        denoiser = TvmDenoiser(dict(self.unet.config), load_programs(ArtifactCache(TVM_CACHE), [self.key], weights))
-        self.facts["pack_s"] = round(weights.seconds, 1)
-        self.facts["load_s"] = round(time.perf_counter() - begin - weights.seconds, 2)
-        self.facts["packed_gib"] = round(resident_gib() - before, 2)
+        if alone:
+            del self.unet
+            gc.collect()
+            weights.pack([artifact])
+        programs = load_programs(ArtifactCache(TVM_CACHE), [artifact.key], weights)
+        packed = [from_dlpack(weight) for weight in weights.arguments(artifact)]
+        self.facts[f"{precision}_pack_s"] = round(weights.seconds, 1)
+        self.facts[f"{precision}_packed_gib"] = round(sum(t.nbytes for t in packed) / 2**30, 2)
         weights.forget()
-        return denoiser
+        return TvmDenoiser(config, programs)
 
 
-def alternate(denoisers: dict[str, Any], batch: StepBatch, repeats: int) -> dict[str, Any]:
-    """Median and best seconds of each side, one after the other in every round, after a warm-up."""
-    outputs = {name: evaluate(denoiser, batch)[1] for name, denoiser in denoisers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in denoisers}
+def together(name: str, sides: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Median seconds and processor seconds of each side, one after the other in every round, after a warm-up."""
+    made = Sides(CASES[name])
+    batch = trial_batch(dict(made.unet.config), made.program("float32"))
+    denoisers = {side: made.make(side, batch) for side in sides}
+    exact = evaluate(denoisers["eager"], batch)[1]
+    errors = {side: float((evaluate(d, batch)[1] - exact).norm() / exact.norm()) for side, d in denoisers.items()}
+    walls: dict[str, list[float]] = {side: [] for side in sides}
+    cpus: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):
-        for name, denoiser in denoisers.items():
-            seconds[name].append(evaluate(denoiser, batch)[0])
-    reference = outputs["eager"]
-    return {
-        "median_s": {name: round(statistics.median(s), 4) for name, s in seconds.items()},
-        "best_s": {name: round(min(s), 4) for name, s in seconds.items()},
-        "relative_error": float((outputs["tvm"] - reference).norm() / reference.norm()),
-    }
-
-
-def together(name: str, repeats: int, torch_compile: bool) -> dict[str, Any]:
-    """All sides in this process. channels_last changes the weights in place, so it has rounds of its own with eager."""
-    sides = Sides(CASES[name])
-    batch = trial_batch(dict(sides.unet.config), sides.program())
-    denoisers: dict[str, Any] = {"eager": sides.eager(), "tvm": sides.tvm()}
-    if torch_compile:
-        denoisers["torch.compile"] = sides.compiled(batch)
-    result = alternate(denoisers, batch, repeats)
-    denoisers = {"eager": denoisers["eager"], "tvm": denoisers["tvm"]}
-    denoisers["channels_last"] = sides.channels_last()
-    denoisers.pop("eager")
-    seconds: dict[str, list[float]] = {side: [] for side in denoisers}
-    for step in range(repeats + 1):
         for side, denoiser in denoisers.items():
-            taken = evaluate(denoiser, batch)[0]
-            if step:
-                seconds[side].append(taken)
-    result["median_s"]["channels_last"] = round(statistics.median(seconds["channels_last"]), 4)
-    result["median_s"]["tvm beside channels_last"] = round(statistics.median(seconds["tvm"]), 4)
-    median = result["median_s"]
-    result["tvm_times_as_fast_as"] = {
-        side: round(median[side] / median["tvm"], 2) for side in ("eager", "torch.compile") if side in median
+            begin = time.process_time()
+            walls[side].append(evaluate(denoiser, batch)[0])
+            cpus[side].append(time.process_time() - begin)
+    median = {side: round(statistics.median(s), 4) for side, s in walls.items()}
+    cpu = {side: round(statistics.median(s), 4) for side, s in cpus.items()}
+    return made.facts | {
+        "median_s": median,
+        "cpu_s": cpu,
+        "times_as_fast_as_eager": {side: round(median["eager"] / s, 2) for side, s in median.items()},
+        "times_as_fast_as_eager_cpu": {side: round(cpu["eager"] / s, 2) for side, s in cpu.items()},
+        "relative_error": errors,
     }
-    result["tvm_times_as_fast_as"]["channels_last"] = round(
-        median["channels_last"] / median["tvm beside channels_last"], 2
-    )
-    return sides.facts | result
 
 
 def alone(name: str, side: str, repeats: int) -> dict[str, Any]:
     """One side in this process: what `together` starts a fresh one for."""
     sides = Sides(CASES[name])
-    batch = trial_batch(dict(sides.unet.config), sides.program())
-    make: dict[str, Callable[[], Any]] = {"eager": sides.eager, "tvm": sides.tvm}
-    denoiser = make[side]()
-    if side == "tvm":
-        del sides
-        gc.collect()
+    batch = trial_batch(dict(sides.unet.config), sides.program("float32"))
+    before = peak_gib()
+    if side.startswith("tvm_"):
+        denoiser: Any = sides.tvm("bfloat16" if side.endswith("bfloat16") else "float32", alone=True)
+    else:
+        denoiser = sides.make(side, batch)
+    packing = peak_gib()
     evaluate(denoiser, batch)
     seconds = [evaluate(denoiser, batch)[0] for _ in range(repeats)]
-    return {"median_s": round(statistics.median(seconds), 4), "resident_gib": resident_gib()}
+    facts = {"median_s": round(statistics.median(seconds), 4), "resident_gib": resident_gib()}
+    return facts | {"peak_gib": {"weights loaded": before, "packed": packing, "evaluated": peak_gib()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch-compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--alone", choices=("eager", "tvm"), help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=int(THREADS), help="of every side; the machine's cores")
+    parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(int(THREADS))
+    torch.set_num_threads(options.threads)
     if options.alone:
         json.dump(alone(options.model[0], options.alone, options.repeats), sys.stdout)
         return
+    wanted = ["eager", *(side for side in options.sides if side != "eager")]
+    if importlib.util.find_spec("openvino") is None and "openvino" in wanted:
+        print("openvino is not installed: pip install '.[openvino]'", file=sys.stderr)
+        wanted.remove("openvino")
     results = {}
     for name in options.model:
-        results[name] = together(name, options.repeats, options.torch_compile)
+        results[name] = together(name, wanted, options.repeats)
         print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
         gc.collect()
-        for side in ("eager", "tvm"):
+        for side in (side for side in wanted if side == "eager" or side.startswith("tvm_")):
             command = [sys.executable, "-m", "benchmarks.tvm", "--alone", side, "--model", name]
-            done = subprocess.run(
-                [*command, "--repeats", str(options.repeats)], cwd=ROOT, check=True, capture_output=True, text=True
-            )
+            command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
             results[name][f"{side}_alone"] = json.loads(done.stdout.splitlines()[-1])
             print(side, results[name][f"{side}_alone"], file=sys.stderr, flush=True)
     json.dump(results, sys.stdout, indent=2)

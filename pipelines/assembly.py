@@ -24,7 +24,7 @@ from pipelines.adapters.reading import AdapterFile, read_adapter
 from pipelines.adapters.store import LoraStore
 from pipelines.backends.base import Denoiser
 from pipelines.backends.torch_backend import TorchDenoiser
-from pipelines.compiling import Compiling
+from pipelines.compiling import Compiling, RefusedSize
 from pipelines.control.annotators import Annotators
 from pipelines.control.nets import ControlNets
 from pipelines.control.types import ControlSource
@@ -170,6 +170,14 @@ def load_compiled(
     if compiling.mode == "tables":
         on_demand.want(*table_of(catalog, component_id))
     return CompiledUNet(engine, compiled.sizes, on_demand)
+
+
+def refused_sizes(catalog: Catalog, component_id: str, compiling: Compiling) -> tuple[RefusedSize, ...]:
+    """What is compiled of a UNet and not run here, with reasons."""
+    from pipelines.backends.tvm import loading
+    from pipelines.backends.tvm.artifacts import ArtifactCache
+
+    return loading.refused_sizes(catalog, component_id, ArtifactCache(compiling.folder), compiling.precision)
 
 
 def engine_over(

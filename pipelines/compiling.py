@@ -61,8 +61,24 @@ class CompilingSize:
 
 
 @dataclass(frozen=True)
+class RefusedSize:
+    """A size that is compiled, but not in a form that this replica runs."""
+
+    component: str
+    """The UNet."""
+    width: int
+    height: int
+    control: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
 class CompileReport:
     """What a replica can run by now, and what it works on."""
 
     sizes: tuple[CompiledSize, ...]
     pending: tuple[CompilingSize, ...]
+    refused: tuple[RefusedSize, ...] = ()

@@ -47,6 +47,11 @@ def routes(ingress: Ingress, route_class: type[APIRoute]) -> APIRouter:
                 for entry in ingress.compiled.pending()
                 if entry.component == model.unet and entry.control == model.requires_controlnet
             ],
+            "tvm_refused": [
+                {"size": str(entry), "reason": entry.reason}
+                for entry in ingress.compiled.refused()
+                if entry.component == model.unet and entry.control == model.requires_controlnet
+            ],
             "on_a_gpu": ingress.acceleration.model_dump(),
             "refiner": model.refiner is not None,
             "inpainting": catalog.component(model.unet).inpainting,

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 from deployments.graph import Graph
-from pipelines.compiling import CompileReport, CompilingSize, WantedProgram
+from pipelines.compiling import CompileReport, CompilingSize, RefusedSize, WantedProgram
 from pipelines.plan import CompiledSize, GenerationPlan
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class CompiledSizes:
         """Sizes that are being compiled, or could not be."""
         return [size for answer in self._answers.values() for size in answer.pending]
 
+    def refused(self) -> list[RefusedSize]:
+        """Sizes whose programs the replicas do not run, with reasons."""
+        return [size for answer in self._answers.values() for size in answer.refused]
+
     def want_what_lacks(self, plan: GenerationPlan) -> None:
         """Have compiled what a request would have run on, where that is done on demand."""
         if not self._on_demand:
@@ -95,7 +99,7 @@ class CompiledSizes:
             # They were measured against torch on the CPU: beside a GPU they are for requests that name tvm.
             if component in self._on_a_gpu:
                 sizes = [replace(size, speedup=0.0) for size in sizes]
-            self._answers[component] = CompileReport(tuple(sizes), answer.pending)
+            self._answers[component] = replace(answer, sizes=tuple(sizes))
 
 
 def _is_unfinished(answer: CompileReport) -> bool:

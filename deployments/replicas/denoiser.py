@@ -20,7 +20,7 @@ from deployments.replicas.sealing import seal, unseal
 from deployments.telemetry.metrics import metrics
 from deployments.telemetry.stages import Timed, stopwatch
 from pipelines.acceleration import Acceleration
-from pipelines.compiling import CompileReport, Compiling, CompilingState, WantedProgram
+from pipelines.compiling import CompileReport, Compiling, CompilingState, RefusedSize, WantedProgram
 from pipelines.errors import SdgraphError, UncompiledError
 from pipelines.plan import CompiledSize, StagePlan
 
@@ -69,6 +69,7 @@ class DenoiserDeployment(Replica):
         acceleration = acceleration or Acceleration()
         self._capturer = capturer_for(self._device, acceleration.graphs)
         self._compiled: dict[str, tuple[CompiledSize, ...]] = {}
+        self._refused: dict[str, tuple[RefusedSize, ...]] = {}
         self._on_demand: dict[str, OnDemand] = {}
         self._colocated: dict[str, ControlNets] = {}
         control = {component: self._control_of(component, catalog, controlnets) for component in components}
@@ -102,8 +103,9 @@ class DenoiserDeployment(Replica):
         strict: bool,
         control: Mapping[str, ControlSource | None],
     ) -> dict[str, StepEngine]:
-        from pipelines.assembly import load_compiled
+        from pipelines.assembly import load_compiled, refused_sizes
 
+        self._refused = {component: refused_sizes(catalog, component, compiling) for component in control}
         loaded = {c: load_compiled(catalog, c, compiling, max_rows, strict, source) for c, source in control.items()}
         unets = {component: unet for component, unet in loaded.items() if unet}
         self._compiled = {component: unet.sizes for component, unet in unets.items()}
@@ -172,9 +174,10 @@ class DenoiserDeployment(Replica):
         return self._report(component)
 
     def _report(self, component: str) -> CompileReport:
+        refused = self._refused.get(component, ())
         if component in self._on_demand:
-            return self._on_demand[component].report()
-        return CompileReport(self._compiled.get(component, ()), ())
+            return replace(self._on_demand[component].report(), refused=refused)
+        return CompileReport(self._compiled.get(component, ()), (), refused)
 
     def _check_is_compiled(self, stage: StagePlan) -> None:
         """Another replica may have what this one has not yet.

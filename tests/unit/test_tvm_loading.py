@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 import pytest
@@ -40,8 +39,13 @@ def make(cache: ArtifactCache, catalog: Catalog, kind: ProgramKind, size: Size) 
 
 def taken(cache: ArtifactCache, catalog: Catalog, flags: frozenset[str], wanted: str = "auto") -> set[tuple[str, str]]:
     kinds = program_kinds(wanted, flags)  # type: ignore[arg-type]
-    found = _compiled(catalog, UNET, cache, kinds)
+    found, _ = _compiled(catalog, UNET, cache, kinds)
     return {(str(size), artifact.key.dtype) for (size, _), artifact in found.items()}
+
+
+def reasons(cache: ArtifactCache, catalog: Catalog, flags: frozenset[str], wanted: str = "auto") -> dict[str, str]:
+    kinds = program_kinds(wanted, flags)  # type: ignore[arg-type]
+    return {str(size): size.reason for size in _compiled(catalog, UNET, cache, kinds)[1]}
 
 
 def test_float32_serves_where_nothing_is_compiled_in_bfloat16(sized: Catalog, tmp_path: Path) -> None:
@@ -51,40 +55,35 @@ def test_float32_serves_where_nothing_is_compiled_in_bfloat16(sized: Catalog, tm
     assert taken(cache, sized, NEW, "bfloat16") == set(), "asked for by name"
 
 
-def test_of_a_mixed_table_one_precision_is_taken(
-    sized: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_of_a_mixed_table_one_precision_is_taken(sized: Catalog, tmp_path: Path) -> None:
     cache = ArtifactCache(tmp_path)
     make(cache, sized, NATIVE, SIZES[0])
     make(cache, sized, PLAIN, SIZES[1])
-    with caplog.at_level(logging.WARNING):
-        assert taken(cache, sized, NEW) == {("128x128", "bfloat16")}
-    assert "unet-sd15: programs in float32 for x86-64-v4 are left aside: ['256x256']" in caplog.text
+    assert taken(cache, sized, NEW) == {("128x128", "bfloat16")}
+    told = reasons(cache, sized, NEW)
+    assert told == {"256x256": "a program in float32 for x86-64-v4 is left aside: another kind is run here"}
     assert taken(cache, sized, NEW, "float32") == {("256x256", "float32")}
 
 
 def test_instructions_that_the_machine_lacks_are_never_loaded(
-    sized: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    sized: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, old = ArtifactCache(tmp_path), NEW - {"avx512_bf16"}
     make(cache, sized, NATIVE, SIZES[0])
     monkeypatch.setattr("pipelines.backends.tvm.artifacts.processor_flags", lambda: old)
-    with caplog.at_level(logging.WARNING):
-        assert taken(cache, sized, old) == set()
-        assert taken(cache, sized, old, "bfloat16") == set()
-    assert "is for x86-64-v4+bf16; this processor has no avx512_bf16" in caplog.text
+    for wanted in ("auto", "bfloat16"):
+        assert taken(cache, sized, old, wanted) == set()
+        told = reasons(cache, sized, old, wanted)
+        assert told["128x128"].endswith("is for x86-64-v4+bf16; this processor has no avx512_bf16")
 
 
-def test_a_half_written_program_is_left_and_told(
-    sized: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_half_written_program_is_left_and_told(sized: Catalog, tmp_path: Path) -> None:
     cache = ArtifactCache(tmp_path)
     key = make(cache, sized, NATIVE, SIZES[0])
     make(cache, sized, PLAIN, SIZES[0])
     (tmp_path / key.id / "unet.so").write_bytes(b"prog")
-    with caplog.at_level(logging.WARNING):
-        assert taken(cache, sized, NEW) == {("128x128", "float32")}
-    assert f"artifact {key.id} is damaged" in caplog.text
+    assert taken(cache, sized, NEW) == {("128x128", "float32")}
+    assert reasons(cache, sized, NEW)["128x128"].startswith(f"artifact {key.id} is damaged")
 
 
 def test_packing_lets_go_of_each_weight_that_is_packed(sized: Catalog) -> None:

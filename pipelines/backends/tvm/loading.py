@@ -32,6 +32,7 @@ from pipelines.backends.tvm.denoiser import (
     trial_batch,
 )
 from pipelines.backends.tvm.shapes import artifact_key
+from pipelines.compiling import RefusedSize
 from pipelines.diffusers_compat import with_defaults
 from pipelines.plan import CompiledSize
 from pipelines.weights.files import read_config
@@ -85,7 +86,9 @@ def load_denoiser(
 
         config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
         nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}), kinds[0])
-    compiled = _compiled(catalog, component_id, cache, kinds)
+    compiled, refused = _compiled(catalog, component_id, cache, kinds)
+    for size in refused:
+        logger.warning("%s at %s: %s", component_id, size, size.reason)
     if not compiled:
         return nothing
     artifacts = sorted(compiled.values(), key=_measured_first)
@@ -130,11 +133,19 @@ def load_denoiser(
     return CompiledDenoiser(denoiser, tuple(sizes.values()), weights, kind)
 
 
+def refused_sizes(
+    catalog: Catalog, component_id: str, cache: ArtifactCache, precision: WantedPrecision
+) -> tuple[RefusedSize, ...]:
+    """What is compiled of a UNet and not run here, with reasons."""
+    return _compiled(catalog, component_id, cache, program_kinds(precision))[1]
+
+
 def _compiled(
     catalog: Catalog, component_id: str, cache: ArtifactCache, kinds: Sequence[ProgramKind]
-) -> dict[tuple[Size, str], Artifact]:
-    """The sound programs of the best kind that has some, by size and id; the log says what is left aside."""
+) -> tuple[dict[tuple[Size, str], Artifact], tuple[RefusedSize, ...]]:
+    """The sound programs of the best kind that has some, by size and id; and what is left aside."""
     found: dict[tuple[Size, str], Artifact] = {}
+    refused: dict[RefusedSize, None] = {}
     for kind in (*kinds, *(kind for kind in every_kind() if kind not in kinds)):
         of_kind: dict[tuple[Size, str], Artifact] = {}
         for size, control in size_table(catalog, component_id):
@@ -145,13 +156,14 @@ def _compiled(
                     if artifact := cache.find(key):
                         of_kind[size, key.id] = artifact
                 except ArtifactError as error:
-                    logger.warning("%s: %s", component_id, error)
+                    refused[RefusedSize(component_id, *sides, control, str(error))] = None
         if of_kind and not found and kind in kinds:
             found = of_kind
-        elif of_kind:
-            left = sorted({str(size) for size, _ in of_kind})
-            logger.warning("%s: programs in %s for %s are left aside: %s", component_id, *kind, left)
-    return found
+            continue
+        reason = f"a program in {kind.precision} for {kind.level} is left aside: another kind is run here"
+        for (size, _), artifact in of_kind.items():
+            refused[RefusedSize(component_id, size.width, size.height, artifact.key.control, reason)] = None
+    return found, tuple(refused)
 
 
 def _finite(
