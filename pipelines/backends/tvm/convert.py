@@ -242,15 +242,16 @@ class Converters(FeatureMapConverters):
         rows, width = math.prod(shape[:-1]), shape[-1]
         gamma, beta = self._weight(node.args[2], Layout(), weight), self._weight(node.args[3], Layout(), bias)
         flat = bb.emit(relax.op.reshape(x, (rows, width)))
-        normed = [
-            bb.emit(relax.op.reshape(self._call(bb, norms.layer_norm, sizes, [flat, gamma, beta], *out), shape))
-            for sizes, out in (
-                ((rows, width, eps, False), ((rows, width), FLOAT)),
-                ((rows, width, eps, True), ((rows, width), HALF)),  # for products; what nobody reads is eliminated
-            )
-        ]
-        self._halves[normed[0]] = normed[1]
-        return normed[0]
+
+        def normed(halved: bool) -> relax.Expr:
+            sizes, dtype = (rows, width, eps, halved), HALF if halved else FLOAT
+            y = self._call(bb, norms.layer_norm, sizes, [flat, gamma, beta], (rows, width), dtype)
+            return bb.emit(relax.op.reshape(y, shape))
+
+        y = normed(False)
+        if self._tile.halved:
+            self._halves[y] = normed(True)  # for products; of the two, what nobody reads is eliminated
+        return y
 
     def _transpose(self, node: fx.Node, importer: Any) -> relax.Expr:
         """Heads to the front and back: lazy, since torch's attention takes views."""

@@ -87,8 +87,8 @@ def load_denoiser(
         config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
         nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}), kinds[0])
     compiled, refused = _compiled(catalog, component_id, cache, kinds)
-    for size in refused:
-        logger.warning("%s at %s: %s", component_id, size, size.reason)
+    for left in refused:
+        logger.warning("%s at %s: %s", component_id, left, left.reason)
     if not compiled:
         return nothing
     artifacts = sorted(compiled.values(), key=_measured_first)
