@@ -1,4 +1,4 @@
-"""The edges of the graph, typed: the only file that says `.remote`.
+"""The typed calls between deployments: the only file that calls `.remote` (GRA-8).
 
 A `Graph` knows the handle of each deployment by the ids of the components it hosts. Its methods begin a call and return
 a `Call`: awaited, it gives the result; handed on to the next method un-awaited, the result goes from replica to replica

@@ -1,4 +1,4 @@
-"""Everything this project knows about Ray that Ray does not promise: private names, wordings, environment variables.
+"""Everything about Ray that Ray does not document: private names, texts of messages, environment variables (GRA-11).
 
 tests/upstream/test_ray.py has a test for each; when a new Ray breaks one, this is the file to change.
 """
@@ -41,9 +41,9 @@ ENVIRONMENT: Mapping[str, str] = {
 """How `make` and the launcher start Ray on one machine."""
 
 SERVING_STATES = ("HEALTHY", "UPSCALING", "DOWNSCALING")
-"""Status of a deployment that serves, if only by waking: one that sleeps is healthy."""
-CONTROLLER_PATIENCE_S = 2.0
-"""Seconds that a question to Serve's controller is waited for; it takes milliseconds where the head is well."""
+"""Statuses of a deployment that can serve; one that is scaled to zero is healthy."""
+CONTROLLER_TIMEOUT_S = 2.0
+"""Seconds to wait for an answer of Serve's controller, which takes milliseconds while the head is up (GRA-19)."""
 FAILED_TO_START = "failed to start"
 """Serve's words, in a deployment's status, for replicas that raise when they are made; they stay until one starts."""
 PROXY_ERROR_TYPE = "text/plain"
@@ -66,7 +66,7 @@ def current_request_id() -> str:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What really happened.
+    """The original error behind the wrappers of Ray, Serve and task groups.
 
     Ray wraps a replica's exception, once an edge; a task group groups them; and Serve has a wrapper for a call that
     could not begin because one it depends on died.
@@ -95,7 +95,8 @@ def raised_elsewhere(error: BaseException) -> bool:
 def gpu_share() -> float:
     """GPUs that Ray gave the actor this code runs in, such as 0.25; none outside an actor.
 
-    What torch sees says nothing: since 2.60 Ray leaves every GPU visible to actors that asked for none (ray#54868).
+    The GPUs that torch sees do not tell: since 2.60 Ray leaves every GPU visible to actors that asked for none
+    (ray#54868, ENG-12).
     """
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 0.0
@@ -103,13 +104,13 @@ def gpu_share() -> float:
 
 
 class DeploymentStates:
-    """What Serve's controller says of the deployments of the application this code runs in.
+    """The states that Serve's controller reports for the deployments of the application this code runs in.
 
-    The controller lives on the head, which may be away while replicas serve. What it said last holds meanwhile.
+    The controller runs on the head node, which may be down while replicas serve. Its last answer holds meanwhile.
     """
 
     def __init__(self) -> None:
-        """Nothing is asked before the first call: this travels to the ingress by pickle."""
+        """The controller is not asked before the first call, because this object is pickled for the ingress."""
         self._said: Mapping[str, str] = {}
         self._said_at = 0.0
         self._asking: asyncio.Future[Mapping[str, str]] | None = None
@@ -120,9 +121,9 @@ class DeploymentStates:
             self._asking = asyncio.get_running_loop().run_in_executor(_asking_threads(), _states)
             self._asking.add_done_callback(self._answered)
         with suppress(Exception):  # it died, or Serve is going down
-            await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_PATIENCE_S)
+            await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_TIMEOUT_S)
         states, silent_s = self._said, time.monotonic() - self._said_at
-        if states and silent_s > 2 * CONTROLLER_PATIENCE_S:
+        if states and silent_s > 2 * CONTROLLER_TIMEOUT_S:
             note = f"Serve's controller has not answered for {silent_s:.0f} s; this is what it said last"
             states = {name: f"{state} ({note})" for name, state in states.items()}
         return bool(states) and all(state.startswith(SERVING_STATES) for state in states.values()), states

@@ -1,4 +1,4 @@
-"""State of callers between requests: their options, their requests in flight, and orders to these.
+"""State of callers between requests (API-10): their options, their requests in flight, and orders to these.
 
 Everything belongs to the name of a key; without keys everybody on this machine is one caller. Each ingress replica has
 its own state. Where limits are counted in Redis the replicas share it through Redis, so that a request finds the

@@ -76,7 +76,7 @@ class _Request:
     result: asyncio.Future[Latents]
     job: DenoiseJob | None = None
     leaving: bool = False
-    """Whether its last tick is queued: it is in no engine any more, and its result is under way."""
+    """Whether its last tick is queued: it has left its engine, and its result is being copied."""
     updates: asyncio.Queue[Update] | None = None
     position: int | None = None
 

@@ -1,4 +1,4 @@
-"""A denoiser's side of the ControlNet deployment."""
+"""A denoiser's calls to the ControlNet deployment (ENG-5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The throughput of a denoiser replica, measured from its ticks."""
+"""The throughput of a denoiser replica, measured from its ticks (ENG-9)."""
 
 from __future__ import annotations
 

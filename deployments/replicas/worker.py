@@ -1,4 +1,4 @@
-"""Threads of a replica: the one on which it touches its models, and those beside it."""
+"""Threads of a replica: one for its models (ENG-3), and further ones for files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.support.library import LORA, extended, put
 
 
 async def test_a_controller_that_does_not_answer_leaves_what_it_said_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_compat, "CONTROLLER_PATIENCE_S", 0.02)
+    monkeypatch.setattr(ray_compat, "CONTROLLER_TIMEOUT_S", 0.02)
     answers, said = threading.Event(), {"vae": "HEALTHY", "unet": "UPDATING: a replica starts"}
 
     def states() -> Mapping[str, str]:
@@ -30,19 +30,19 @@ async def test_a_controller_that_does_not_answer_leaves_what_it_said_last(monkey
     monkeypatch.setattr(ray_compat, "_states", states)
     ask = DeploymentStates()
     assert await ask() == (False, {}), "it never said anything"
-    monkeypatch.setattr(ray_compat, "CONTROLLER_PATIENCE_S", 60)
+    monkeypatch.setattr(ray_compat, "CONTROLLER_TIMEOUT_S", 60)
     answers.set()
     assert await ask() == (False, said)
     said["unet"] = "HEALTHY"
     assert await ask() == (True, said)
-    monkeypatch.setattr(ray_compat, "CONTROLLER_PATIENCE_S", 0.02)
+    monkeypatch.setattr(ray_compat, "CONTROLLER_TIMEOUT_S", 0.02)
     answers.clear()
     while (told := await ask())[1] == said:
         assert told[0]
     ready, states_now = told
     assert ready, "replicas serve without it"
     assert states_now["vae"].startswith("HEALTHY (Serve's controller has not answered for ")
-    monkeypatch.setattr(ray_compat, "CONTROLLER_PATIENCE_S", 60)
+    monkeypatch.setattr(ray_compat, "CONTROLLER_TIMEOUT_S", 60)
     answers.set()
     await ask()  # what was asked before
     assert await ask() == (True, said)
