@@ -51,7 +51,7 @@ class OutstandingWork:
             return context.total_num_requests / context.config.get_target_ongoing_requests(), remembered
         outstanding = sum(work) + queued * remembered.get(OUTSTANDING, 0.0)
         wanted = outstanding / (remembered[PACE] * self._target_s)
-        # One that works is wanted whole; an idle one is not, so that its deployment can go to sleep.
+        # A busy replica counts as a whole one; an idle one does not, so that its deployment can scale to zero.
         return max(wanted, 1.0) if context.total_num_requests > 0 else math.ceil(wanted), remembered
 
 

@@ -51,7 +51,7 @@ def _check_list(params: GenerationParams, model: ModelSpec, catalog: Catalog) ->
 
 
 def _check_wire_fields(params: GenerationParams, model: ModelSpec, catalog: Catalog) -> None:
-    """The two fields of the wire belong to the models made for them, which cannot do without (the contract)."""
+    """`controlnet_name` and `controlnet_image` belong to the models that require a ControlNet (the contract)."""
     for param, value in ((NAME, params.controlnet_name), (IMAGE, params.controlnet_image)):
         if value is None and model.requires_controlnet:
             raise InvalidValueError(f"{param} is required with {model.name}, or {LIST} in its place", param)

@@ -94,7 +94,7 @@ class GenerationParams:
 
     @property
     def controls(self) -> tuple[ControlParams, ...]:
-        """What steers the picture: `controlnets`, or the one control of the two fields of the wire."""
+        """The controls of the picture: `controlnets`, or the one of `controlnet_name` and `controlnet_image`."""
         if self.controlnet_name is None or self.controlnet_image is None:
             return self.controlnets
         one = ControlParams(

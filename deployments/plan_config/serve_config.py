@@ -15,46 +15,45 @@ from deployments.plan_config.shares import CPUS, DENOISING, MAX_ROWS, ROW_PRICE,
 from pipelines.library.library import extend
 
 DRAIN_S = 620
-"""A replica that leaves finishes its pictures first: the longest may take the deadline, 600 s."""
+"""Seconds in which a removed replica finishes its pictures: the longest may take the deadline, 600 s."""
 
 _CLUSTER_HEAD = """\
-# Printed by `{command}`: edit that, not this.
+# Printed by `{command}`. Change the command, not this file.
 #
 # Shares of cards are memory arithmetic (pipelines/footprint.py): weights in the catalog's number format from the
-# published configurations, {rows} rows of a tick at the largest size that a component's models list or default to (0.6
-# of what is free is theirs), LoRAs, annotators and a CUDA context; measure on your cards. A share bounds a replica's
-# memory, not its compute: the UNet that never sleeps has a card to itself, and no more than four denoisers share one.
-# `sdgraph/role` is a label of nodes: {roles}.
+# published configurations, {rows} rows of a tick at the largest size that a component's models list or default to
+# (they may take 0.6 of the free memory), LoRAs, annotators and a CUDA context. Measure on your own cards. A share
+# limits a replica's memory, not its compute: the UNet that always runs has a card to itself, and at most four
+# denoisers share one. `sdgraph/role` is a label of nodes: {roles}.
 #
-# Queues: max_ongoing_requests of a denoiser is a little above the jobs one tick can hold (max_rows / 2 guided jobs),
-# and max_queued_requests, of each ingress replica, is a few times that: what waits longer would miss its deadline. A
-# full queue is a 503 with Retry-After; a denoiser that could not finish in time refuses at once with the same.
+# Queues: max_ongoing_requests of a denoiser is a little above the jobs that one tick can hold (max_rows / 2 guided
+# jobs). max_queued_requests, of each ingress replica, is a few times that, because a longer queue would miss the
+# deadline. A full queue is a 503 with Retry-After; a denoiser that cannot finish in time refuses with the same.
 #
-# Autoscaling: denoisers by outstanding work (deployments/autoscaling.py; benchmarks/autoscaling.py compares it with
-# Serve's own policy; target_ongoing_requests counts until a replica has timed its first ticks), the others by
-# requests.
-# upscale_delay_s 15 rides out a burst of seconds, for a new card takes minutes to come; downscale_delay_s 300 keeps a
-# card through a pause shorter than its next start would be worth.
-# What the catalog's first model needs never sleeps. The rest does: after downscale_to_zero_delay_s of quiet the last
-# replica goes. 900: a wake costs a user the start (weights from the volume, and minutes more where no node is up), so
-# a model asked for every quarter of an hour stays. Serve reports a waiting request to the autoscaler at once (pushed
-# every second, see the environment in k8s/base/rayservice.yaml), whatever the upscale delay.
-# max_replicas: all of them at once fit the cards.
-# ControlNets live in the UNet's process: their residuals, 54 MB a row and tick for SDXL at 1024x1024, stay on the card
-# there; from a deployment of their own they would go through the memory of both hosts.
-# graceful_shutdown_timeout_s: a replica that leaves finishes its pictures first; the longest may take the deadline,
-# 600.
+# Autoscaling: denoisers scale by outstanding work (deployments/autoscaling.py; benchmarks/autoscaling.py compares it
+# with Serve's own policy; target_ongoing_requests applies until a replica has timed its first ticks), the others by
+# requests. upscale_delay_s 15 ignores a burst of seconds, because a new card takes minutes to start.
+# downscale_delay_s 300 keeps a card through a pause that is shorter than a new start would be worth.
+# The components of the catalog's first model always run. All others scale to zero after downscale_to_zero_delay_s
+# without a request: 900, because the next user waits for the start (weights from the volume, and minutes more if no
+# node is up), so a model that is requested every quarter of an hour stays. Serve reports a waiting request to the
+# autoscaler at once, whatever the upscale delay (it is pushed every second, see the environment in
+# k8s/base/rayservice.yaml).
+# max_replicas: the cards hold all of them at once.
+# ControlNets run in the UNet's process: their residuals, 54 MB a row and tick for SDXL at 1024x1024, stay on the card
+# there. From a deployment of their own they would pass through the memory of both hosts.
+# graceful_shutdown_timeout_s: a removed replica finishes its pictures first, which may take the deadline, 600 s.
 """
 
 _ONE_CARD_HEAD = """\
-# Printed by `{command}`: edit that, not this.
+# Printed by `{command}`. Change the command, not this file.
 #
-# One NVIDIA card of {gigabytes:g} GB on this machine: loopback only, no keys. Shares of the card add up to 1, and
-# torch's allocator is held to them (deployments/replicas/base.py). They are memory arithmetic
+# One NVIDIA card of {gigabytes:g} GB on this machine: loopback only, no keys. The shares of the card add up to 1, and
+# torch's allocator is limited to them (deployments/replicas/base.py). They are memory arithmetic
 # (pipelines/footprint.py), not measured: weights in the catalog's number format, LoRAs, annotators, a CUDA context
-# for each process, and what one guided picture takes; all that is left is for more rows of a tick.
-# ControlNets live in the UNet's process: their residuals are 54 MB a row and tick for SDXL, and a second process
-# would only take turns with the first on one card.
+# for each process, and one guided picture. The remaining memory is for more rows in a tick.
+# ControlNets run in the UNet's process: their residuals are 54 MB a row and tick for SDXL, and on one card a second
+# process would only take turns with the first.
 """
 
 

@@ -97,7 +97,7 @@ def plan_cluster(args: AppArgs, catalog: Catalog, large: Cards, small: Cards) ->
 
 
 def plan_one_card(args: AppArgs, catalog: Catalog, card: Cards) -> list[Deployment]:
-    """The deployments of a graph that shares one card: all awake, shares adding up to 1; what is left is for rows.
+    """The deployments of a graph on one card: all always run, and their shares add up to 1; the rest is for rows.
 
     Raises:
         PlanError: the card is too small for the models.
