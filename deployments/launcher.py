@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import ipaddress
 import json
 import os
 import secrets
@@ -77,14 +76,16 @@ def running_graph(
     Raises:
         StartError: the config is wrong, the port is in use, or the graph exited or was not ready in time.
     """
-    host, _ = _address(config)
+    _port(config)
     _check_port_is_free(port)
+    # A cluster that the caller names has an address and a token of its own.
+    alone = {} if environment and "RAY_ADDRESS" in environment else confinement()
     serve = Path(sys.executable).with_name("serve")
     output = log.open("w") if log else None
     child = subprocess.Popen(
         [str(serve), "run", str(config)],
         cwd=ROOT,
-        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **authentication(host), **(environment or {})},
+        env={**DEFAULTS, **os.environ, **ENVIRONMENT, **alone, **(environment or {})},
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
     )
@@ -109,24 +110,23 @@ def laptop_config(folder: Path, port: int, application: str = "sdgraph", **args:
     return path
 
 
-def authentication(host: str) -> Mapping[str, str]:
-    """Ray's own: by a token where others than this machine are served or RAY_AUTH_MODE says so, else off.
+def confinement() -> Mapping[str, str]:
+    """Variables that bind Ray to loopback and require a token: the user's own if Ray finds one, otherwise a new one.
 
-    Without RAY_AUTH_TOKEN it is one that nobody knows.
+    Loopback alone is not enough: other users of the machine reach it, and Serve's replicas listen on all interfaces
+    (SEC-5).
     """
-    local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    if local and os.environ.get("RAY_AUTH_MODE") != "token":
-        return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+    token = {} if ray_compat.has_token() else {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {**ray_compat.LOOPBACK, "RAY_AUTH_MODE": "token", **token}
 
 
-def _address(config: Path) -> tuple[str, int]:
-    """Host and port of a Serve config, which is looked through first."""
+def _port(config: Path) -> int:
+    """Port of a Serve config, which is looked through first."""
     try:
         options = strict_config.check(config).get("http_options") or {}
     except (OSError, ValueError) as error:
         raise StartError(str(error)) from error
-    return options.get("host", "127.0.0.1"), options.get("port", 8000)
+    return int(options.get("port", 8000))
 
 
 def _check_port_is_free(port: int) -> None:
@@ -212,10 +212,9 @@ def with_library(config: Path, library: Path, folder: Path = ROOT / "build") -> 
 
 def serve(config: Path) -> None:
     """Become `serve run <config>`, unless it is wrong, or something listens on its port: Serve would share the port."""
-    host, port = _address(config)
-    _check_port_is_free(port)
+    _check_port_is_free(_port(config))
     command = Path(sys.executable).with_name("serve")
-    environment = {**os.environ, **ENVIRONMENT, **authentication(host)}
+    environment = {**os.environ, **ENVIRONMENT, **confinement()}
     os.execve(command, [str(command), "run", str(config)], environment)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,10 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """How `make` and the launcher start Ray on one machine."""
+LOOPBACK: Mapping[str, str] = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Makes a node that cannot be part of a cluster: its address is 127.0.0.1, and its ports are on loopback (SEC-5)."""
+TOKEN_FILE = Path(os.path.expanduser("~/.ray/auth_token"))
+"""Where Ray looks for a token if the environment has none; `ray get-auth-token --generate` writes it."""
 
 SERVING_STATES = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 """Statuses of a deployment that can serve; one that is scaled to zero is healthy."""
@@ -48,6 +53,11 @@ FAILED_TO_START = "failed to start"
 """Serve's words, in a deployment's status, for replicas that raise when they are made; they stay until one starts."""
 PROXY_ERROR_TYPE = "text/plain"
 """Content type of the errors that Serve's proxy answers by itself; the application never sends one like it."""
+
+
+def has_token() -> bool:
+    """Whether Ray finds a token of this user, in the environment or in `TOKEN_FILE`."""
+    return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or TOKEN_FILE.exists()
 
 
 def as_ingress(ingress: C) -> C:

@@ -23,9 +23,12 @@ from deployments.launcher import running_graph, with_library
 from tests.support.http import encoded, photo
 from tests.support.library import UNET, put
 from tests.support.live import draw, request
+from tests.support.redis_server import RedisServer, redis_server
 from tests.support.upscalers import FILE
 
 CONFIG = Path(__file__).with_name("graph.yaml")
+TOKEN = "7" * 64
+"""Ray's."""
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +87,14 @@ def library(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def url(
-    library: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector
+    library: Path, tmp_path_factory: pytest.TempPathFactory, graph_log: Path, collector: Collector, redis: RedisServer
 ) -> Iterator[str]:
     """Base URL of the running graph; a failed start shows the graph's own log."""
     programs = tmp_path_factory.mktemp("tvm")
@@ -95,6 +104,7 @@ def url(
     environment = {"SDGRAPH_MAX_BODY_BYTES": str(8 * 2**20)}
     environment |= {"SDGRAPH_TVM_PRECISION": "float32"}  # pictures are compared to the bit or nearly, on any machine
     environment |= {"RAY_metrics_report_interval_ms": "1000"}  # ten seconds by default
+    environment |= {"RAY_AUTH_TOKEN": TOKEN, "SDGRAPH_LIMITS_STORE": f"{redis.url}/1"}
     environment |= {"SDGRAPH_TVM_CACHE": str(programs), "SDGRAPH_LOG_FORMAT": "json", "RAY_DEDUP_LOGS": "0"}
     environment |= {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.telemetry.tracing:otlp",

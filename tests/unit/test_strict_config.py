@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from config.catalog import ROOT
+from deployments import ray_compat
 from deployments.app import AppArgs, deployment_names
-from deployments.launcher import LOCAL_CONFIG, StartError, authentication, main, running_graph
+from deployments.launcher import LOCAL_CONFIG, StartError, confinement, main, running_graph
 from deployments.strict_config import check, problems
 from tests.support import bound
 
@@ -74,16 +75,17 @@ def test_make_serve_and_the_launcher_refuse_a_wrong_config(tmp_path: Path) -> No
         pytest.fail("it started")
 
 
-def test_ray_asks_for_a_token_where_others_can_reach_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_asks_for_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_compat, "TOKEN_FILE", tmp_path / "auth_token")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    for host in ("127.0.0.1", "localhost", "::1"):
-        assert authentication(host) == {}
-    made = authentication("0.0.0.0")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    made = confinement()
     assert made["RAY_AUTH_MODE"] == "token"
     assert len(made["RAY_AUTH_TOKEN"]) == 64
-    assert made != authentication("0.0.0.0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert authentication("127.0.0.1")["RAY_AUTH_MODE"] == "token"
+    assert made != confinement(), "one for each start"
+    ray_compat.TOKEN_FILE.write_text("the user's")
+    assert "RAY_AUTH_TOKEN" not in confinement(), "Ray reads it by itself"
+    ray_compat.TOKEN_FILE.unlink()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-    assert authentication("192.0.2.1")["RAY_AUTH_TOKEN"] == "given"
+    assert "RAY_AUTH_TOKEN" not in confinement(), "it is handed on with the environment"
+    assert confinement()["RAY_AUTH_MODE"] == "token"

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import ipaddress
 import os
 import re
 import runpy
@@ -42,9 +43,10 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from pydantic import BaseModel
 from ray import cloudpickle, serve
 from ray._common.usage import usage_lib
-from ray._private import services
+from ray._private import ray_constants, services, worker
 from ray._private.authentication import authentication_token_setup
 from ray._private.telemetry import open_telemetry_metric_recorder
+from ray._raylet import AuthenticationTokenLoader
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve import RunTarget
 from ray.serve._private import constants, deployment_state
@@ -68,8 +70,10 @@ from deployments.graph import Graph
 from deployments.ray_compat import (
     ENVIRONMENT,
     FAILED_TO_START,
+    LOOPBACK,
     PROXY_ERROR_TYPE,
     SERVING_STATES,
+    TOKEN_FILE,
     as_ingress,
     cause_of,
     current_request_id,
@@ -223,6 +227,42 @@ def test_ray_auth_mode_disabled_leaves_no_token_behind(monkeypatch: pytest.Monke
     monkeypatch.delenv("RAY_AUTH_MODE")
     authentication_token_setup.enable_token_auth_by_default()
     enable.assert_called_once()
+
+
+def test_where_ray_looks_for_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In these three places: with none of them it has none."""
+    assert authentication_token_setup._get_default_token_path() == TOKEN_FILE
+    loader = AuthenticationTokenLoader.instance()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("a token")
+
+    def found() -> bool:
+        loader.reset_cache()
+        return bool(loader.has_token(ignore_auth_mode=True))
+
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert found()
+    moved = file.rename(tmp_path / "moved")
+    assert not found()
+    for name, value in {"RAY_AUTH_TOKEN": "a token", "RAY_AUTH_TOKEN_PATH": str(moved)}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert found()
+    assert not found()
+
+
+def test_the_address_of_a_node_that_cannot_be_one_of_several_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, value),) = LOOPBACK.items()
+    assert name == ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    for set_to, expected in ((value, False), ("1", True)):
+        monkeypatch.setenv(name, set_to)
+        assert runpy.run_path(str(ray_constants.__file__))["ENABLE_RAY_CLUSTER"] is expected
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+    monkeypatch.setattr(worker, "_global_node", None)
+    assert ipaddress.ip_address(services.get_node_ip_address()).is_loopback
 
 
 def test_ray_usage_stats_enabled_0_sends_nothing_home(monkeypatch: pytest.MonkeyPatch) -> None:
