@@ -108,9 +108,10 @@ def plan_one_card(args: AppArgs, catalog: Catalog, card: Cards) -> list[Deployme
     if sum(needs.values()) > 1:
         listed = ", ".join(f"{name} {need * card.gigabytes:.1f}" for name, need in needs.items())
         total = sum(needs.values()) * card.gigabytes
+        models = [model.name for model in catalog.available_models()]
+        fewer = f"serve fewer models (--models with some of {models}) or " if len(models) > 1 else ""
         raise PlanError(
-            f"a card of {card.gigabytes:g} GB does not hold {total:.1f} GB ({listed}); serve fewer models (--models "
-            f"with some of {[m.name for m in catalog.available_models()]})"
+            f"a card of {card.gigabytes:g} GB does not hold {total:.1f} GB ({listed}); {fewer}use a larger card"
         )
     shares = {name: math.ceil(need * 100) / 100 for name, need in needs.items()}
     hungry = max(hosted, key=lambda name: (max(part.row for part in parts[name]) > 0, needs[name]))

@@ -87,6 +87,7 @@ def test_chosen_models_are_planned_alone() -> None:
         ("1x24,2x24", (), "each once"),
         ("4x4", (), "unet-sd15-torch needs .* GB, and its cards have 4; give it larger ones"),
         ("1x12,1x8", (), "is too small: .* cards for what always runs"),
+        ("1x8", ("SDXL1.0-base",), r"does not hold 18\.\d GB \(.*\); use a larger card$"),
         (
             "1x24",
             ("SDXL1.0-base", "SSD", "SDXL-turbo", "SDXL-ControlNet"),
