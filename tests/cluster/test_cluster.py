@@ -175,7 +175,7 @@ def test_idle_deployments_go_to_sleep_and_wake(client: httpx.Client, cluster: Cl
     first = draw(client)
     wait_for(lambda: not cluster.running() & SLEEPERS)
     assert cluster.running() == DECLARED.keys() - SLEEPERS
-    assert client.get("/readyz").status_code == 200, "asleep is ready"
+    wait_for(lambda: client.get("/readyz").status_code == 200)  # asleep is ready
     again = draw_awaking(client, cluster, {"unet-sd15-torch", "text-encoder-sd15", "vae-sd15"})
     assert np.abs(first - again).max() <= 1
 
