@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config.catalog import Catalog
+from config.precision import Precision
 from pipelines.acceleration import Acceleration
 from pipelines.adapters.layers import Adapter
 from pipelines.adapters.reading import AdapterFile, read_adapter
@@ -32,7 +33,7 @@ from pipelines.engine.batching import BatchKey
 from pipelines.engine.curve import RowCurves, trial_batch
 from pipelines.engine.engine import StepEngine
 from pipelines.engine.memory import RowBudget
-from pipelines.errors import InvalidValueError, WeightsError
+from pipelines.errors import WeightsError
 from pipelines.families import FAMILIES
 from pipelines.pictures.precision import overflows
 from pipelines.pictures.upscaling import TILE, Upscaler
@@ -74,6 +75,7 @@ def load_engine(
     row_price: float | None = None,
     capturer: Capturer | None = None,
     acceleration: Acceleration | None = None,
+    precision: Precision = "float32",
 ) -> StepEngine:
     """A UNet component on the torch backend, in an engine ready for jobs.
 
@@ -88,15 +90,16 @@ def load_engine(
             first ones cost (`engine/curve.py`); None takes `max_rows` at their word.
         capturer: records passes that come often, one for all networks of this process; None none.
         acceleration: what else is done to the UNet on a GPU.
+        precision: what it computes in on a CPU.
 
     Raises:
         WeightsError: the weights are missing, or the UNet does not fit its VAE.
     """
-    unet = load_model(UNet2DConditionModel, catalog.component(component_id), device)
+    unet = load_model(UNet2DConditionModel, catalog.component(component_id), device, precision)
     denoiser = TorchDenoiser(unet, strict, capturer, acceleration if device == "cuda" else None)
 
     def fit(use: LoraUse, base: str) -> Adapter:
-        return denoiser.adapters.fit(load_lora(catalog, use, base, "unet"), denoiser.device, denoiser.dtype)
+        return denoiser.adapters.fit(load_lora(catalog, use, base, "unet"), denoiser.device, denoiser.unet_dtype)
 
     engine = engine_over(denoiser, catalog, component_id, LoraStore(fit), max_rows, strict, control)
     if row_price is not None:
@@ -159,11 +162,13 @@ def load_compiled(
     if compiled is None:
         return None
 
-    def refuse(use: LoraUse, base: str) -> Adapter:
-        raise InvalidValueError(f"backend 'tvm' takes no LoRAs, so '{use.name}' needs 'auto' or 'torch'", "backend")
+    denoiser = compiled.denoiser
+
+    def fit(use: LoraUse, base: str) -> Adapter:
+        return denoiser.fit(load_lora(catalog, use, base, "unet"))
 
     rows = min(max_rows, max(BATCHES))
-    engine = engine_over(compiled.denoiser, catalog, component_id, LoraStore(refuse), rows, strict, control)
+    engine = engine_over(denoiser, catalog, component_id, LoraStore(fit), rows, strict, control)
     if compiling.mode == "ahead":
         return CompiledUNet(engine, compiled.sizes)
     on_demand = OnDemand(catalog, component_id, cache, compiled, load_unet, compiling.most_sizes)
@@ -237,13 +242,18 @@ def record_common_passes(denoiser: TorchDenoiser, catalog: Catalog, component_id
 
 
 def load_controlnets(
-    catalog: Catalog, component_ids: Sequence[str], device: Device, capturer: Capturer | None = None
+    catalog: Catalog,
+    component_ids: Sequence[str],
+    device: Device,
+    capturer: Capturer | None = None,
+    precision: Precision = "float32",
 ) -> ControlNets:
-    """ControlNets of one UNet, with the annotators of the catalog; `capturer` as for `load_engine`."""
+    """ControlNets of one UNet, with the annotators of the catalog; `capturer` and `precision` as for `load_engine`."""
     models = {}
     for component_id in component_ids:
         spec = catalog.component(component_id)
-        models[component_id] = load_model(ControlNetUnionModel if spec.union else ControlNetModel, spec, device)
+        model_class = ControlNetUnionModel if spec.union else ControlNetModel
+        models[component_id] = load_model(model_class, spec, device, precision)
     return ControlNets(models, Annotators(catalog, device), capturer)
 
 

@@ -67,8 +67,8 @@ class BackendChoice:
 
     def _why_not(self, here: CompiledSize | None, loras: bool) -> str | None:
         """Why tvm cannot run a stage, None if it can."""
-        if loras:
-            return "compiled UNets take no LoRAs. Only ['auto', 'torch'] allowed with them"
+        if here is not None and loras and not here.loras:
+            return "compiled for this size without LoRAs on this server. Only ['auto', 'torch'] allowed with them"
         if here is not None:
             return None
         sizes = _compiled_for(self.model, self.compiled)

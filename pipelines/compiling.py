@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +38,24 @@ class WantedProgram:
     """Whether ControlNets may steer it."""
     rows: int
     """Of a picture: two with guidance, one without. More pictures are so many runs, which cost a CPU no more."""
+    loras: bool = False
+    """Whether requests may bring LoRAs; those that bring none have a program without room for them."""
 
     @classmethod
     def of(cls, stage: StagePlan) -> WantedProgram:
         """What a stage needs."""
-        return cls(stage.width, stage.height, bool(stage.controls), 2 if stage.guided else 1)
+        rows = 2 if stage.guided else 1
+        return cls(stage.width, stage.height, bool(stage.controls), rows, bool(stage.loras))
+
+    def is_of(self, size: CompiledSize) -> bool:
+        """Whether what runs this size runs the program's rows."""
+        same = (size.width, size.height, size.control) == (self.width, self.height, self.control)
+        return same and (size.loras or not self.loras)
+
+    @property
+    def without_loras(self) -> WantedProgram:
+        """The same for requests that bring none."""
+        return replace(self, loras=False)
 
 
 @dataclass(frozen=True)

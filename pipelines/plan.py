@@ -125,6 +125,8 @@ class CompiledSize:
     """How many times as fast as torch it was when its replica started."""
     precision: Precision = "float32"
     """What it multiplies."""
+    loras: bool = False
+    """Whether requests may bring LoRAs."""
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"

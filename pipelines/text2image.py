@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from config.catalog import Catalog
+from config.precision import Precision
 from pipelines.acceleration import Acceleration
 from pipelines.assembly import (
     CompiledUNet,
@@ -22,6 +23,7 @@ from pipelines.assembly import (
 from pipelines.control.nets import LazyControl
 from pipelines.control.types import ControlHint
 from pipelines.engine.engine import StepEngine
+from pipelines.errors import UncompiledError
 from pipelines.pictures.enlarging import enlarged
 from pipelines.pictures.masks import canvas_of, read_start
 from pipelines.plan import GenerationParams, GenerationPlan, StagePlan
@@ -61,6 +63,7 @@ class Text2Image:
         compiled: Sequence[CompiledUNet] = (),
         acceleration: Acceleration | None = None,
         capturer: Capturer | None = None,
+        precision: Precision = "float32",
     ) -> None:
         """Serve `catalog`.
 
@@ -72,6 +75,7 @@ class Text2Image:
             compiled: UNets on the tvm backend; ControlNets of this process steer them too.
             acceleration: what is done on a GPU; its defaults if None.
             capturer: records passes that come often; by default CUDA graphs on a GPU that has them.
+            precision: what UNets and ControlNets on torch compute in on a CPU.
         """
         self._acceleration = acceleration or Acceleration()
         self._capturer = capturer = capturer or capturer_for(device, self._acceleration.graphs)
@@ -79,12 +83,13 @@ class Text2Image:
         self._device = device
         self._limits = limits
         self._strict = strict
+        self._precision = precision
         self._compiled = {unet.sizes[0].component: unet for unet in compiled}
         self._ids = itertools.count()
         self.text_encoders = functools.cache(functools.partial(load_text_encoders, catalog, device=device))
         self.torch_engine = functools.cache(self._load_engine)
         self.controlnets = functools.cache(
-            functools.partial(load_controlnets, catalog, device=device, capturer=capturer)
+            functools.partial(load_controlnets, catalog, device=device, capturer=capturer, precision=precision)
         )
         self.vae = functools.cache(functools.partial(load_vae, catalog, device=device))
         self.upscaler = functools.cache(functools.partial(load_upscaler, catalog, device=device))
@@ -111,14 +116,22 @@ class Text2Image:
         return [self._decode(work) for work in works]
 
     def _plan(self, params: GenerationParams) -> GenerationPlan:
-        """Everything decided; unless tvm was asked for by name, a prompt longer than what is compiled runs on torch."""
+        """Everything decided; unless tvm was asked for by name, what is more than is compiled runs on torch."""
         sizes = [size for unet in self._compiled.values() for size in unet.sizes]
         plan = make_plan(params, self._catalog, self._limits, sizes)
         compiled = [stage for stage in plan.stages if stage.backend == "tvm" and params.backend != "tvm"]
         texts = [self.text_encoders(plan.text_encoder).encode(stage) for stage in compiled]
-        if any(text.size is not None and text.size.chunks > 1 for text in texts):
+        if any(text.size is not None and text.size.chunks > 1 for text in texts) or any(map(self._misfits, compiled)):
             return make_plan(replace(params, seed=plan.seed), self._catalog, self._limits)
         return plan
+
+    def _misfits(self, stage: StagePlan) -> bool:
+        """Whether a stage brings LoRAs that compiled UNets do not take."""
+        try:
+            self.engine(stage).loras.mixture(stage)
+        except UncompiledError:
+            return True
+        return False
 
     def _load_engine(self, component: str) -> StepEngine:
         control = self._control_of(component)
@@ -130,6 +143,7 @@ class Text2Image:
             control=control,
             capturer=self._capturer,
             acceleration=self._acceleration,
+            precision=self._precision,
         )
 
     def _control_of(self, unet: str) -> LazyControl | None:

@@ -65,7 +65,7 @@ class CompiledSizes:
         for stage in plan.stages:
             component, wanted = stage.component, WantedProgram.of(stage)
             answer = self._answers.get(component)
-            there = answer is not None and any(_is_of(size, wanted) for size in answer.sizes)
+            there = answer is not None and any(wanted.is_of(size) for size in answer.sizes)
             if component in self._graph.compiled_components and component not in self._on_a_gpu and not there:
                 self._ask_once(component, wanted)
 
@@ -104,7 +104,3 @@ class CompiledSizes:
 
 def _is_unfinished(answer: CompileReport) -> bool:
     return any(size.state in UNFINISHED for size in answer.pending)
-
-
-def _is_of(size: CompiledSize, wanted: WantedProgram) -> bool:
-    return (size.width, size.height, size.control) == (wanted.width, wanted.height, wanted.control)

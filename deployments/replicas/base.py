@@ -12,6 +12,7 @@ from deployments.ray_compat import gpu_share, raised_elsewhere
 from deployments.replicas.worker import Worker
 from deployments.telemetry.logs import LogFormat, show_logs
 from pipelines.errors import LostDeviceError
+from pipelines.processor import precision_here
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Replica:
 
     def __init__(self, runtime: Runtime) -> None:
         self._device = runtime.apply()
+        self._precision = precision_here(runtime.precision)
         self._worker = Worker(on_error=self._notice)
         self._lost: BaseException | None = None
 

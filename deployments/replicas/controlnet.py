@@ -40,7 +40,7 @@ class ControlNetDeployment(Replica):
 
         acceleration = acceleration or Acceleration()
         capturer = capturer_for(self._device, acceleration.graphs)
-        self._nets = load_controlnets(catalog, components, self._device, capturer)
+        self._nets = load_controlnets(catalog, components, self._device, capturer, self._precision)
         self._component = components[0]
         self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
         self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)

@@ -83,6 +83,7 @@ class DenoiserDeployment(Replica):
                 row_price=row_price if self._device == "cuda" else None,
                 capturer=self._capturer,
                 acceleration=acceleration,
+                precision=self._precision,
             )
             # On the thread that ticks: what is recorded while rows are measured is recorded there too.
             self._engines = self._worker.finish(lambda: {c: load(c, control=control[c]) for c in components})
@@ -122,7 +123,7 @@ class DenoiserDeployment(Replica):
         own = catalog.controlnets_of(component)
         if not own:
             return None
-        self._colocated[component] = load_controlnets(catalog, own, self._device, self._capturer)
+        self._colocated[component] = load_controlnets(catalog, own, self._device, self._capturer, self._precision)
         return ColocatedControl(self._colocated[component])
 
     async def check_health(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from pipelines.adapters.building import MisfitError, build
 from pipelines.adapters.layers import Adapter, Layer, Mixture
 from pipelines.adapters.linear_changes import LoraLayer
 from pipelines.adapters.module_names import ModuleNames
-from pipelines.adapters.modules import Hook, RowsHook, SlottedModule, adapt
+from pipelines.adapters.modules import AdaptedModule, Hook, RowsHook, SlottedModule, adapt
 from pipelines.adapters.reading import AdapterFile, refuse
 from pipelines.adapters.slots import BUCKETS, Placed, Slots
 from pipelines.adapters.transfer import moved
@@ -59,12 +59,16 @@ class RowAdapters:
                 not depend on which other adapters have been in use.
         """
         self._modules, self._pass = adapt(model)
+        self.modules: Mapping[str, AdaptedModule] = self._modules
+        """Those that take adapters, by name."""
         self._names = ModuleNames(self._modules)
         self._others = ModuleNames(name for name, _ in model.named_modules() if name not in self._modules)
         self._slotted = {name: module for name, module in self._modules.items() if isinstance(module, SlottedModule)}
         self._slots = Slots(self._slotted, buckets)
         weight = next(iter(self._slotted.values())).weight
-        self._device, self._dtype = weight.device, weight.dtype
+        # A model without weights has its adapters where what computes in its place has its rows.
+        self._device = torch.device("cpu") if weight.is_meta else weight.device
+        self._dtype = weight.dtype
         self._weights = torch.zeros(0, self._slots.most, dtype=self._dtype, device=self._device)
         self._layouts: dict[tuple[frozenset[str], int, int], int] = {}
         self._read: tuple[slice, frozenset[str], int] | None = None

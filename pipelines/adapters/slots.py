@@ -46,6 +46,12 @@ def pairs(adapter: Adapter) -> dict[str, LoraLayer]:
     return {name: layer for name, own in adapter.layers.items() for layer in own if isinstance(layer, LoraLayer)}
 
 
+def in_slots(adapter: Adapter) -> bool:
+    """Whether all of an adapter goes by the slots of a model, so that none of it needs hooks."""
+    own = [layer for layers in adapter.layers.values() for layer in layers]
+    return adapter.slot_ranks > 0 and all(isinstance(layer, LoraLayer) for layer in own)
+
+
 @dataclass
 class _Place:
     """The ranks of one adapter."""
@@ -168,7 +174,10 @@ class Slots:
 
     def _empty(self, name: str, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._modules[name].weight
-        return weight.new_zeros(capacity, *weight.shape[1:]), weight.new_zeros(capacity, weight.shape[0])
+        out, *inner = weight.shape
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        down = torch.zeros((capacity, *inner), dtype=weight.dtype, device=device)
+        return down, torch.zeros((capacity, out), dtype=weight.dtype, device=device)
 
     def _write(self, adapter: Adapter, start: int) -> None:
         """An adapter's layers into its ranks; what others left there goes, in modules that it does not touch too."""

@@ -33,7 +33,10 @@ class TorchDenoiser:
         capturer: Capturer | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
-        """Wrap `unet`, in its own device and dtype.
+        """Wrap `unet`, on its own device and in its own dtype.
+
+        On a CPU rows are float32 whatever the UNet computes in: noise, latents and text are those of float32 then, and
+        only what the UNet makes of them is rounded.
 
         Args:
             unet: loaded, and neither compiled nor captured yet.
@@ -47,7 +50,9 @@ class TorchDenoiser:
         self._halves = UNetHalves(unet.eval())
         self.config: Mapping[str, Any] = unet.config
         self.device: torch.device = unet.device
-        self.dtype: torch.dtype = unet.dtype
+        self.unet_dtype: torch.dtype = unet.dtype
+        """What its weights are, and what it computes in."""
+        self.dtype: torch.dtype = torch.float32 if unet.device.type == "cpu" else unet.dtype
         self.adapters = RowAdapters(unet, buckets=() if strict else BUCKETS)  # before anything is compiled
         self.compiled_blocks = 0
         """Blocks that torch.compile was given."""
@@ -102,12 +107,13 @@ class TorchDenoiser:
 
     def _evaluate(self, batch: StepBatch) -> torch.Tensor:
         with self.adapters.active(batch.loras) as slots, self._uncompiled(slots is None):
-            lower = self._halves.lower(batch.sample, batch.timesteps, batch.prompt_embeds, batch.added_conditions)
+            text = batch.prompt_embeds.to(self.unet_dtype)
+            lower = self._halves.lower(batch.sample.to(self.unet_dtype), batch.timesteps, text, batch.added_conditions)
             residuals = None
             if batch.controlled is not None:
-                given = batch.controlled.pending.result().on(self.device, self.dtype)
+                given = batch.controlled.pending.result().on(self.device, self.unet_dtype)
                 residuals = spread(given, batch.controlled.rows, len(batch.sample))
-            return self._halves.upper(lower, batch.prompt_embeds, residuals)
+            return self._halves.upper(lower, text, residuals).to(self.dtype)
 
     def _uncompiled(self, hooked: bool) -> AbstractContextManager[Any]:
         """Hooks of adapters that come and go would have a block compiled again and again: such passes go without."""

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.catalog import ComponentSpec
+from config.precision import Precision
 from pipelines.diffusers_compat import clip_from_checkpoint, model_from_checkpoint
 from pipelines.errors import WeightsError
 from pipelines.weights.checkpoints import read_state
@@ -20,13 +21,14 @@ from pipelines.weights.vocabulary import clip_tokenizer
 Device = Literal["cpu", "cuda"]
 
 
-def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
+def load_model(model_class: Any, spec: ComponentSpec, device: Device, precision: Precision = "float32") -> Any:
     """A component's module on its device, in the number format of its spec there.
 
     Args:
         model_class: diffusers' class, such as `UNet2DConditionModel`.
         spec: the component; not a text encoder.
-        device: a CPU computes in float32 whatever the spec says.
+        device: where it computes; on a CPU the spec's format says nothing.
+        precision: what it computes in on a CPU.
 
     Raises:
         WeightsError: the weights are missing, pickled or damaged, or a tensor of them is missing, of another shape or
@@ -48,6 +50,11 @@ def load_model(model_class: Any, spec: ComponentSpec, device: Device) -> Any:
     check_loaded(where, info)
     model = _owned(model.to(device))
     check_finite(where, model)
+    if device == "cpu" and precision == "bfloat16":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.to(torch.bfloat16)  # one by one, so that the old ones go at once
+        # Convolutions in bfloat16 take pictures so; a weight in another order would be reordered in each call.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

@@ -65,7 +65,8 @@ def _found(cache: ArtifactCache, key: ArtifactKey) -> Artifact | None:
 
 def _run(cache: ArtifactCache, config: Mapping[str, Any], key: ArtifactKey, seconds: float) -> str:
     """Compile in a process; what it said if it failed."""
-    task = json.dumps({"folder": str(cache.folder.resolve()), "config": dict(config), "key": key.model_dump()})
+    folder = str(cache.folder.resolve())
+    task = json.dumps({"folder": folder, "config": dict(config), "key": key.model_dump(), "niceness": NICENESS})
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "TVM_BIND_THREADS": "0"}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
@@ -99,8 +100,8 @@ def _end_with_parent() -> None:
 
 def _work() -> None:
     """Make what standard input says."""
-    os.nice(NICENESS)
     task = json.loads(sys.stdin.readline())
+    os.nice(task["niceness"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 

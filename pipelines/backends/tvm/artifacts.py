@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,12 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 COMPILER_SOURCES = (
     *("bfloat16.py", "compile.py", "convert.py", "lower.py", "norms.py", "packing.py"),
-    *("feature_maps.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
+    *("feature_maps.py", "low_rank.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
 )
 BATCHES = (1, 2, 4, 8)
 """Rows that are compiled; others are padded to the next."""
+LORA_ROWS = 2
+"""Most rows of a program that takes LoRAs."""
 LEVELS = {
     "x86-64-v4+bf16": ("avx512_bf16",),
     "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
@@ -39,6 +41,11 @@ LEVELS = {
 """Processor levels of the x86-64 psABI and one that multiplies bfloat16, best first, and the flags Linux shows for what
 each adds to the one below."""
 PROGRAM, DESCRIPTION = "unet.so", "artifact.json"
+
+
+def program_rows(batches: Iterable[int] = BATCHES) -> list[tuple[int, bool]]:
+    """Rows, and whether with LoRAs: those are for single pictures, which more pictures take turns in."""
+    return [(rows, False) for rows in batches] + [(rows, True) for rows in batches if rows <= LORA_ROWS]
 
 
 class ArtifactError(RuntimeError):
@@ -63,6 +70,8 @@ class ArtifactKey(BaseModel):
     """Width of the pooled text, 0 for SD."""
     control: bool
     """Whether it takes a ControlNet's residuals."""
+    loras: bool = False
+    """Whether it takes LoRAs."""
     level: str
     """The processor it was made for, one of `LEVELS`."""
     sources: str

@@ -38,6 +38,7 @@ from pipelines.backends.tvm.artifacts import (
     ArtifactCache,
     ArtifactKey,
     best_level,
+    program_rows,
 )
 from pipelines.backends.tvm.convert import Converters, import_graph
 from pipelines.backends.tvm.lower import lower
@@ -107,7 +108,7 @@ def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> 
     model = PositionalUNet(unet.to_empty(device="cpu").float().eval(), key.control)
     with torch.no_grad():
         exported = torch.export.export(model, example_inputs(config, key))
-    converters = Converters(exported, tile_of(key.level, key.dtype))
+    converters = Converters(exported, tile_of(key.level, key.dtype), key.loras)
     executable = lower(import_graph(converters, exported), target_of(key.level))
     executable.export_library(str(program))
     return Artifact(
@@ -147,11 +148,11 @@ def wanted_keys(
                 continue
             for component in filter(None, (model.unet, model.refiner)):
                 for control in (False, True) if model.requires_controlnet and component == model.unet else (False,):
-                    for count in rows:
-                        key = artifact_key(
-                            catalog, component, size.width, size.height, count, control, level, precision
-                        )
-                        wanted.setdefault(key, (component, f"{size}, {count} rows{', control' if control else ''}"))
+                    for count, loras in program_rows(rows):
+                        sides = size.width, size.height
+                        key = artifact_key(catalog, component, *sides, count, control, level, loras, precision)
+                        extras = f"{', control' if control else ''}{', LoRAs' if loras else ''}"
+                        wanted.setdefault(key, (component, f"{size}, {count} rows{extras}"))
     return wanted
 
 

@@ -26,6 +26,7 @@ from pipelines.backends.tvm.feature_maps import (
     filled,
     shape_of,
 )
+from pipelines.backends.tvm.low_rank import ADD_LOW_RANK
 from pipelines.backends.tvm.packing import Kind, Layout
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.tir import FLOAT
@@ -57,11 +58,12 @@ tvm_ffi.register_global_func(SDPA, _attention, override=True)
 class Converters(FeatureMapConverters):
     """One model's conversion; `weights` fills up on the way."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, tile: Tile) -> None:
-        """Convert `exported` for a machine with `tile`'s registers."""
+    def __init__(self, exported: torch.export.ExportedProgram, tile: Tile, loras: bool = False) -> None:
+        """Convert `exported` for a machine with `tile`'s registers, and for `loras` where layers take some."""
         super().__init__()
         self._parameters = dict(exported.graph_signature.inputs_to_parameters)
         self._tile = tile
+        self._loras = loras
         self._untransposed: dict[relax.Expr, relax.Expr] = {}
         self._halves: dict[relax.Expr, relax.Expr] = {}
         self._kernels: dict[tuple[Any, ...], Any] = {}
@@ -139,21 +141,24 @@ class Converters(FeatureMapConverters):
         bias = self._bias(argument(node, 2), bias, filters)
         if (taps, stride, pad) == (1, 1, 0):
             packed = self._weight(node.args[1], Layout("matrix16" if tile.halved else "matrix", panel), weight)
-            flat = bb.emit(relax.op.reshape(self._operand(bb, picture, tile), (1, batch * height * width, channels)))
+            whole = (1, batch * height * width, channels)
+            flat = bb.emit(relax.op.reshape(self._operand(bb, picture, tile), whole))
             product = self._gemm(bb, flat, packed, bias, tile)
+            product = self._adapted(bb, node, picture, whole, product)
             return self.from_nhwc(bb, bb.emit(relax.op.reshape(product, (batch, height, width, filters))))
         sides = (0, 0, pad, pad, pad, pad, 0, 0)
         m = self._winograd_tile(height, width, channels, filters, tile) if (taps, stride, pad) == (3, 1, 1) else 0
         if m:
             padded = bb.emit(relax.op.nn.pad(picture, sides))
-            return self.from_nhwc(bb, self._by_winograd(bb, node, padded, weight, bias, m, tile))
+            y = self._by_winograd(bb, node, padded, weight, bias, m, tile)
+            return self.from_nhwc(bb, self._adapted(bb, node, picture, shape_of(picture), y))
         operand = self._operand(bb, picture, tile)
         padded = bb.emit(relax.op.nn.pad(operand, sides)) if pad else operand
         packed = self._weight(node.args[1], Layout("conv16" if tile.halved else "conv", panel), weight)
         high, wide = ((side + 2 * pad - taps) // stride + 1 for side in (height, width))
         sizes = (batch, height + 2 * pad, width + 2 * pad, channels, filters, taps, stride, tile)
         y = self._call(bb, products.conv2d, sizes, [padded, packed, bias], (batch, high, wide, filters))
-        return self.from_nhwc(bb, y)
+        return self.from_nhwc(bb, self._adapted(bb, node, picture, shape_of(picture), y))
 
     def _winograd_tile(self, height: int, width: int, channels: int, filters: int, tile: Tile) -> int:
         """The m of F(m x m, 3 x 3) that pays here, 0 for none."""
@@ -208,10 +213,25 @@ class Converters(FeatureMapConverters):
         tile = self._tile_for(node.args[1], depth)
         layout = Layout("matrix16" if tile.halved else "matrix", tile.panel(columns))
         packed = self._weight(node.args[1], layout, weight)
-        flat = bb.emit(relax.op.reshape(self._operand(bb, x, tile), (1, math.prod(outer), depth)))
-        halved = tile.halved and _feeds_attention(node)
+        whole = (1, math.prod(outer), depth)
+        flat = bb.emit(relax.op.reshape(self._operand(bb, x, tile), whole))
+        halved = tile.halved and _feeds_attention(node) and not self._loras
         product = self._gemm(bb, flat, packed, self._bias(argument(node, 2), bias, columns), tile, halved)
+        product = self._adapted(bb, node, x, whole, product)
         return bb.emit(relax.op.reshape(product, (*outer, columns)))
+
+    def _adapted(self, bb: Any, node: fx.Node, x: relax.Expr, shape: tuple[int, ...], y: relax.Expr) -> relax.Expr:
+        """What LoRAs make of a layer's output for x, seen in a shape; without room for them the output itself.
+
+        Not in its place: TVM's memory planner gives away what it takes for the last use of a tensor.
+        """
+        if not self._loras:
+            return y
+        weight = node.args[1]
+        layer = self._parameters[getattr(weight, "name", "")].removeprefix("unet.").removesuffix(".weight")
+        name = tvm.ir.StringImm(layer)
+        given = x if shape_of(x) == shape else bb.emit(relax.op.reshape(x, shape))
+        return bb.emit(relax.call_dps_packed(ADD_LOW_RANK, [given, y, name], relax.TensorType(shape_of(y), FLOAT)))
 
     # Norms and attention
 

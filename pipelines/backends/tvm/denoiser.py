@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 import time
@@ -16,13 +17,18 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from tvm import relax
 
+from pipelines.adapters.layers import Adapter, Mixture
+from pipelines.adapters.reading import AdapterFile
+from pipelines.adapters.rows import RowAdapters
+from pipelines.adapters.slots import BUCKETS, in_slots
 from pipelines.backends.base import StepBatch
 from pipelines.backends.tvm import convert  # noqa: F401  registers the attention that programs call
 from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactError, ArtifactKey
+from pipelines.backends.tvm.low_rank import adapted
 from pipelines.backends.tvm.packing import Layout, aligned
 from pipelines.backends.tvm.shapes import example_inputs
 from pipelines.control.buffers import spread
-from pipelines.errors import DenoiseError, UncompiledError
+from pipelines.errors import DenoiseError, InvalidValueError, UncompiledError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +90,7 @@ class Shape:
     height: int
     width: int
     control: bool
+    loras: bool = False
 
 
 class Program:
@@ -115,8 +122,12 @@ class TvmDenoiser:
     Its inputs and outputs are float32, whatever its programs multiply.
     """
 
-    def __init__(self, config: Mapping[str, Any], programs: Sequence[Program]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], programs: Sequence[Program], adapters: RowAdapters | None = None
+    ) -> None:
+        """Evaluate `programs`, with LoRAs by `adapters` of the UNet's skeleton if there are some."""
         self.config = config
+        self.adapters = adapters
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._programs: Mapping[Shape, Mapping[int, Program]] = {}
@@ -128,25 +139,48 @@ class TvmDenoiser:
         key, shape = program.artifact.key, shape_of(program.artifact.key)
         self._programs = {**self._programs, shape: {**self._programs.get(shape, {}), key.rows: program}}
 
+    def takes_loras(self, shape: Shape) -> bool:
+        """Whether rows of this shape may bring LoRAs."""
+        return self.adapters is not None and dataclasses.replace(shape, loras=True) in self._programs
+
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """Shapes it can evaluate."""
         return tuple(self._programs)
+
+    def fit(self, file: AdapterFile) -> Adapter:
+        """A LoRA for the programs. On any thread.
+
+        Raises:
+            UncompiledError: it does not fit, or some of it is no low-rank product that the slots have room for.
+        """
+        if self.adapters is None:
+            raise UncompiledError("backend 'tvm' takes no LoRAs here", "backend")
+        try:
+            adapter = self.adapters.fit(file, self.device, self.dtype)
+        except InvalidValueError as error:  # torch, which has the UNet's weights, may find that it fits
+            raise UncompiledError(f"backend 'tvm': {error}. Only ['auto', 'torch'] allowed", "backend") from error
+        if not in_slots(adapter):
+            raise UncompiledError(
+                f"backend 'tvm': {file.name} is more than low-rank products of {BUCKETS[-1]} ranks. "
+                "Only ['auto', 'torch'] allowed with it",
+                "backend",
+            )
+        return adapter
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> Tensor:
         """Evaluate the UNet for all rows, in as many runs as the compiled batch sizes ask for.
 
         Raises:
-            DenoiseError: a row brings LoRAs, or nothing is compiled for this shape.
-            UncompiledError: the rows' context is longer than the programs'.
+            DenoiseError: nothing is compiled for this shape.
+            UncompiledError: the rows' context is longer than the programs', or a row brings more LoRAs than they take.
         """
-        if any(batch.loras):
-            raise DenoiseError("backend tvm takes no LoRAs")
-        shape = _needed(batch)
+        shape = self._needed(batch)
         if shape not in self._programs:
             raise DenoiseError(
-                f"nothing is compiled for latents of {shape.width}x{shape.height}, control {shape.control}"
+                f"nothing is compiled for latents of {shape.width}x{shape.height}, control {shape.control}, "
+                f"LoRAs {shape.loras}"
             )
         read = next(iter(self._programs[shape].values())).artifact.key.tokens
         if (tokens := batch.prompt_embeds.shape[1]) != read:
@@ -160,14 +194,14 @@ class TvmDenoiser:
         inputs += self._residuals(batch)
         return torch.cat(
             [
-                self._padded(shape, [t[first:last] for t in inputs])
+                self._padded(shape, [t[first:last] for t in inputs], batch.loras[first:last])
                 for first, last in self._runs(shape, len(batch.sample))
             ]
         )
 
     def padding(self, batch: StepBatch) -> int:
         """Rows that only fill the compiled batch sizes."""
-        shape = _needed(batch)
+        shape = self._needed(batch)
         runs = self._runs(shape, len(batch.sample))
         return sum(self._program(shape, last - first).artifact.key.rows - (last - first) for first, last in runs)
 
@@ -183,30 +217,47 @@ class TvmDenoiser:
         most = max(self._programs[shape])
         return [(first, min(first + most, count)) for first in range(0, count, most)]
 
-    def _padded(self, shape: Shape, inputs: list[Tensor]) -> Tensor:
+    def _padded(self, shape: Shape, inputs: list[Tensor], loras: Sequence[Mixture]) -> Tensor:
         """Run a program that holds the rows; the last row is repeated to fill it, and its copies dropped."""
         count = len(inputs[0])
         program = self._program(shape, count)
         rows = program.artifact.key.rows
         index = torch.arange(rows).clamp(max=count - 1)
         filled = inputs if rows == count else [tensor[index] for tensor in inputs]
-        output = program.run([tensor.to(self.device, self.dtype) for tensor in filled])
-        return output[:count]
+        ready = [tensor.to(self.device, self.dtype) for tensor in filled]
+        if not shape.loras or self.adapters is None:
+            return program.run(ready)[:count]
+        with self.adapters.active([loras[i] for i in index.tolist()]) as slots:
+            if slots is not None:
+                with adapted(self.adapters.modules):
+                    return program.run(ready)[:count]
+        if len(set(loras)) == 1:
+            raise UncompiledError(
+                "backend 'tvm': the LoRAs of this request have more ranks together than compiled UNets take. "
+                "Only ['auto', 'torch'] allowed with them",
+                "backend",
+            )
+        half = count // 2
+        parts = slice(0, half), slice(half, count)
+        return torch.cat([self._padded(shape, [t[part] for t in inputs], loras[part]) for part in parts])
 
     def _program(self, shape: Shape, count: int) -> Program:
         """The smallest program that holds `count` rows."""
         programs = self._programs[shape]
         return programs[min(rows for rows in programs if rows >= count)]
 
+    def _needed(self, batch: StepBatch) -> Shape:
+        """What a batch needs; a program for LoRAs serves where there is no other."""
+        *_, height, width = batch.sample.shape
+        shape = Shape(height, width, batch.controlled is not None, any(batch.loras))
+        if not shape.loras and shape not in self._programs and self.takes_loras(shape):
+            return dataclasses.replace(shape, loras=True)
+        return shape
+
 
 def shape_of(key: ArtifactKey) -> Shape:
     """What a program evaluates."""
-    return Shape(key.height, key.width, key.control)
-
-
-def _needed(batch: StepBatch) -> Shape:
-    *_, height, width = batch.sample.shape
-    return Shape(height, width, batch.controlled is not None)
+    return Shape(key.height, key.width, key.control, key.loras)
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from config.catalog import Catalog, Size
 from config.precision import WantedPrecision
+from pipelines.adapters.rows import RowAdapters
 from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
 from pipelines.backends.tvm.artifacts import (
-    BATCHES,
     LEVELS,
     Artifact,
     ArtifactCache,
@@ -20,6 +20,7 @@ from pipelines.backends.tvm.artifacts import (
     ProgramKind,
     every_kind,
     program_kinds,
+    program_rows,
 )
 from pipelines.backends.tvm.denoiser import (
     PackedWeights,
@@ -85,7 +86,8 @@ def load_denoiser(
         from diffusers import UNet2DConditionModel
 
         config = with_defaults(UNet2DConditionModel, read_config(catalog.component(component_id)))
-        nothing = CompiledDenoiser(TvmDenoiser(config, []), (), PackedWeights({}), kinds[0])
+        empty = TvmDenoiser(config, [], skeleton_adapters(config))
+        nothing = CompiledDenoiser(empty, (), PackedWeights({}), kinds[0])
     compiled, refused = _compiled(catalog, component_id, cache, kinds)
     for left in refused:
         logger.warning("%s at %s: %s", component_id, left, left.reason)
@@ -96,7 +98,7 @@ def load_denoiser(
     config, weights = dict(unet.config), PackedWeights(unet.state_dict())
     trials: dict[Shape, StepBatch] = {}
     for artifact in artifacts:
-        if not artifact.key.control:
+        if not artifact.key.control and not artifact.key.loras:
             trials.setdefault(shape_of(artifact.key), trial_batch(config, artifact))
     torch_denoiser = TorchDenoiser(unet)
     torch_seconds = {shape: seconds(torch_denoiser, batch) for shape, batch in trials.items()}
@@ -104,7 +106,7 @@ def load_denoiser(
     del unet, torch_denoiser
     weights.pack(artifacts)
     programs = load_programs(cache, [artifact.key for artifact in artifacts], weights)
-    denoiser = TvmDenoiser(config, _finite(component_id, config, programs, trials))
+    denoiser = TvmDenoiser(config, _finite(component_id, config, programs, trials), skeleton_adapters(config))
     if not denoiser.shapes:
         return nothing
     ratios = {
@@ -117,8 +119,9 @@ def load_denoiser(
         key = artifact.key
         if shape_of(key) in denoiser.shapes:
             ratio = ratios.get((key.height, key.width), 0.0)
+            loras = denoiser.takes_loras(Shape(key.height, key.width, key.control))
             sizes[size, key.control] = CompiledSize(
-                component_id, size.width, size.height, key.control, ratio, precision=key.dtype
+                component_id, size.width, size.height, key.control, ratio, key.dtype, loras
             )
     kind = ProgramKind(artifacts[0].key.dtype, artifacts[0].key.level)
     logger.info(
@@ -149,9 +152,9 @@ def _compiled(
     for kind in (*kinds, *(kind for kind in every_kind() if kind not in kinds)):
         of_kind: dict[tuple[Size, str], Artifact] = {}
         for size, control in size_table(catalog, component_id):
-            for rows in BATCHES:
+            for rows, loras in program_rows():
                 sides = size.width, size.height
-                key = artifact_key(catalog, component_id, *sides, rows, control, kind.level, precision=kind.precision)
+                key = artifact_key(catalog, component_id, *sides, rows, control, kind.level, loras, kind.precision)
                 try:
                     if artifact := cache.find(key):
                         of_kind[size, key.id] = artifact
@@ -184,6 +187,15 @@ def _finite(
 def _measured_first(artifact: Artifact) -> tuple[int, bool]:
     """Two rows before others, without a ControlNet before with one."""
     return abs(artifact.key.rows - 2), artifact.key.control
+
+
+def skeleton_adapters(config: Mapping[str, Any]) -> RowAdapters:
+    """Slots for LoRAs on a UNet of this configuration, whose weights are elsewhere."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        return RowAdapters(UNet2DConditionModel.from_config(dict(config)))
 
 
 def size_table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:

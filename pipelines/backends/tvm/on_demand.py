@@ -77,7 +77,7 @@ class OnDemand:
     def want(self, *programs: WantedProgram) -> None:
         """Have programs made, unless they are there, on their way, have failed before, or are of one size too many."""
         with self._lock:
-            for wanted in programs:
+            for wanted in dict.fromkeys(each for w in programs for each in (w.without_loras, w)):
                 if wanted not in self._states and not self._holds(wanted) and self._has_room(wanted):
                     self._states[wanted] = "waiting"
             if not self._working and "waiting" in self._states.values():
@@ -98,7 +98,7 @@ class OnDemand:
         return CompileReport(sizes, tuple(pending))
 
     def _holds(self, wanted: WantedProgram) -> bool:
-        return (wanted.width, wanted.height, wanted.control) in self._sizes
+        return any(wanted.is_of(size) for size in self._sizes.values())
 
     def _has_room(self, wanted: WantedProgram) -> bool:
         sizes = {(w, h) for w, h, _ in self._sizes} | {(w.width, w.height) for w in self._states}
@@ -136,7 +136,7 @@ class OnDemand:
         self._tell(wanted, "compiling")
         rows, control, (precision, level) = wanted.rows, wanted.control, self._kind
         sides = wanted.width, wanted.height
-        key = artifact_key(self._catalog, self._component, *sides, rows, control, level, precision=precision)
+        key = artifact_key(self._catalog, self._component, *sides, rows, control, level, wanted.loras, precision)
         config = read_config(self._catalog.component(self._component))
         artifact = self._compile(self._cache, config, key)
         self._tell(wanted, "loading")
@@ -144,12 +144,15 @@ class OnDemand:
         self._weights.remember(unet.state_dict())
         try:
             (program,) = load_programs(self._cache, [key], self._weights)
-            batch = controlled_trial(self._denoiser.config, artifact)
-            ratio = speedup(TvmDenoiser(self._denoiser.config, [program]), TorchDenoiser(unet), batch)
+            if wanted.loras:  # as fast as the program for requests without, which came first
+                ratio = self._sizes[*sides, control].speedup
+            else:
+                batch = controlled_trial(self._denoiser.config, artifact)
+                ratio = speedup(TvmDenoiser(self._denoiser.config, [program]), TorchDenoiser(unet), batch)
         finally:
             self._weights.forget()
         self._denoiser.add(program)
-        return CompiledSize(self._component, *sides, control, ratio, precision=precision)
+        return CompiledSize(self._component, *sides, control, ratio, precision, wanted.loras)
 
 
 def table_of(catalog: Catalog, component_id: str) -> tuple[WantedProgram, ...]:

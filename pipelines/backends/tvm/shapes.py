@@ -24,6 +24,7 @@ def artifact_key(
     rows: int,
     control: bool,
     level: str,
+    loras: bool = False,
     precision: Precision = "float32",
 ) -> ArtifactKey:
     """The key of a UNet component for pictures of `width` x `height` pixels."""
@@ -43,6 +44,7 @@ def artifact_key(
         tokens=int(tokenizer["model_max_length"]),
         pooled=pooled,
         control=control,
+        loras=loras,
         level=level,
         dtype=precision,
         sources=sources_hash(),
