@@ -143,13 +143,7 @@ def load_compiled(
 ) -> CompiledUNet | None:
     """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is and will be.
 
-    Args:
-        catalog: says what it is.
-        component_id: the UNet.
-        compiling: where programs are kept, and whether further ones come while it serves.
-        max_rows: most rows of a tick.
-        strict: equal bytes whatever else is in the tick.
-        control: what steers it, if anything.
+    `compiling` says where programs are kept, and whether further ones come while it serves; the rest is `load_engine`'s.
     """
     # tvm takes a second to import, and only replicas that run it need to have it.
     from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache
@@ -162,13 +156,9 @@ def load_compiled(
     if compiled is None:
         return None
 
-    denoiser = compiled.denoiser
-
-    def fit(use: LoraUse, base: str) -> Adapter:
-        return denoiser.fit(load_lora(catalog, use, base, "unet"))
-
+    loras = LoraStore(lambda use, base: compiled.denoiser.fit(load_lora(catalog, use, base, "unet")))
     rows = min(max_rows, max(BATCHES))
-    engine = engine_over(denoiser, catalog, component_id, LoraStore(fit), rows, strict, control)
+    engine = engine_over(compiled.denoiser, catalog, component_id, loras, rows, strict, control)
     if compiling.mode == "ahead":
         return CompiledUNet(engine, compiled.sizes)
     on_demand = OnDemand(catalog, component_id, cache, compiled, load_unet, compiling.most_sizes)
