@@ -143,7 +143,7 @@ def load_compiled(
 ) -> CompiledUNet | None:
     """A UNet component on the tvm backend with everything that is compiled of it; None if nothing is and will be.
 
-    `compiling` says where programs are kept, and whether further ones come while it serves; the rest is `load_engine`'s.
+    `compiling` says where programs are kept, and whether others come while it serves; the rest is `load_engine`'s.
     """
     # tvm takes a second to import, and only replicas that run it need to have it.
     from pipelines.backends.tvm.artifacts import BATCHES, ArtifactCache
