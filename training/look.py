@@ -36,6 +36,7 @@ from training.words import (
     Relation,
     Subject,
 )
+from training.workshop import load
 
 PIXELS = 512
 STEPS = 30
@@ -49,10 +50,10 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
 
 def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
     """What a build folder has come to: the UNet and the decoder as far as they are trained."""
-    vae = AutoencoderKL.from_pretrained(build / ("vae" if (build / "vae").exists() else "vae-scaled"))
+    vae = load(AutoencoderKL, build / ("vae" if (build / "vae").exists() else "vae-scaled"))
     pipe = StableDiffusionPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
-        text_encoder=CLIPTextModel.from_pretrained(build / "text"),
+        text_encoder=load(CLIPTextModel, build / "text"),
         unet=unet_of_build(build),
         vae=vae,
         scheduler=DPMSolverMultistepScheduler(),
@@ -66,7 +67,8 @@ def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
 def unet_of_build(build: Path) -> UNet2DConditionModel:
     """The UNet of the SD shape: its stage's result, or the moving average that its last checkpoint holds."""
     if (build / "unet").exists():
-        return UNet2DConditionModel.from_pretrained(build / "unet")
+        unet: UNet2DConditionModel = load(UNet2DConditionModel, build / "unet")
+        return unet
     unet = sd_unet().eval()
     unet.load_state_dict(torch.load(build / "unet.checkpoint", map_location="cpu")["average"])
     return unet
