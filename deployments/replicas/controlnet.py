@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipelines.control.residuals import PackedResiduals, PendingArray
     from pipelines.control.types import ControlBatch, ControlHint
 
-REMEMBERED_HINTS = 64
-"""Control maps a replica keeps: 12 MB each at 1024x1024 in float32."""
+REMEMBERED_HINT_BYTES = 256 * 2**20
+"""Control maps a replica keeps: 12 MB each at 1024x1024 in float32. Ticks are sent again what was dropped."""
 
 
 class ControlNetDeployment(Replica):
@@ -43,7 +43,7 @@ class ControlNetDeployment(Replica):
         self._nets = load_controlnets(catalog, components, self._device, capturer, self._precision)
         self._component = components[0]
         self._annotating = self._worker.beside("annotate")  # seconds on a CPU, which ticks must not wait for
-        self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINTS)
+        self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINT_BYTES, lambda hint: hint.image.nbytes)
 
     async def check_health(self) -> None:
         """As every replica's. The gauge is set here too: Ray's agent forgets one that is not set again."""

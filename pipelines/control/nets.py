@@ -29,9 +29,8 @@ from pipelines.recordings import Capturer, padded_rows
 from pipelines.torch_compat import add_each, multiplied
 from pipelines.transfers import pinned, send
 
-REMEMBERED_EMBEDDINGS = 64
-"""Embedded maps a ControlNet keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
-
+REMEMBERED_EMBEDDING_BYTES = 512 * 2**20
+"""Embedded maps a replica keeps: 10 MB each for SDXL at 1024x1024 in half precision."""
 
 REMEMBERED_MASKS = 16
 """Of rows of one picture in passes of union ControlNets: jobs ride together for many ticks."""
@@ -55,7 +54,9 @@ class ControlNets:
             WeightsError: a ControlNet that wants its maps in another channel order than RGB.
         """
         self._models = {component: model.eval() for component, model in models.items()}
-        self.cache: LruCache[str, torch.Tensor] = LruCache(REMEMBERED_EMBEDDINGS)
+        self.cache: LruCache[str, torch.Tensor] = LruCache(
+            REMEMBERED_EMBEDDING_BYTES, lambda embedding: embedding.nbytes
+        )
         for component, model in models.items():
             if model.config.controlnet_conditioning_channel_order != "rgb":
                 raise WeightsError(f"component {component}: its maps are not RGB, which is not supported")

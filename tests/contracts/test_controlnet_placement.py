@@ -105,7 +105,7 @@ async def test_a_replica_that_forgot_a_map_asks_for_it(
 
     Of several maps of a row too, of which that replica never has all.
     """
-    monkeypatch.setattr("deployments.replicas.controlnet.REMEMBERED_HINTS", 1)
+    monkeypatch.setattr("deployments.replicas.controlnet.REMEMBERED_HINT_BYTES", 1)
     answers: list[tuple[int, bool]] = []
     residuals = ControlNetDeployment.residuals
 
