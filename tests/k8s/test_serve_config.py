@@ -116,4 +116,4 @@ def test_configs_that_ask_for_gpus_keep_controlnets_beside_their_unet(path: str)
     (application,) = yaml.safe_load(text)["applications"]
     assert application["args"]["controlnet_placement"] == "colocated"
     assert not any(deployment["name"].startswith("controlnet") for deployment in application["deployments"])
-    assert "# ControlNets live in the UNet's process" in text, "and say why"
+    assert "# ControlNets run in the UNet's process" in text, "and say why"

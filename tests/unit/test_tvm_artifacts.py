@@ -50,6 +50,7 @@ def test_a_key_changes_with_every_part_of_it() -> None:
         "tokens": 64,
         "pooled": 1280,
         "control": True,
+        "loras": True,
         "level": "x86-64-v4",
         "dtype": "bfloat16",
         "sources": "t",
