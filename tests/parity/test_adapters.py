@@ -175,7 +175,7 @@ def test_a_kind_alone(text2image: Text2Image, kind: str) -> None:
     assert_shows(text2image, picture, fields)
 
 
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", ["SD1.5", pytest.param("SDXL1.0-base", marks=pytest.mark.slow)])
 def test_all_kinds_in_one_batch(text2image: Text2Image, model: str) -> None:
     """Each in rows of its own, and some in one row."""
     mixtures: list[dict[str, float]] = [{kind: 1.0 if kind in WHOLE else -0.6} for kind in KINDS]
@@ -292,7 +292,7 @@ def expected_of_peft(root: Path, model: str, mixture: dict[str, float], fields: 
         return oracle.draw(**fields)
 
 
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", ["SD1.5", pytest.param("SDXL1.0-base", marks=pytest.mark.slow)])
 def test_peft_and_its_doras(catalog: Catalog, peft_folders: Path, model: str) -> None:
     """At any weight, in both orders with a LoRA, and beside rows that have none of it."""
     text2image = Text2Image(catalog_with(catalog, peft_folders, list(PEFT)))

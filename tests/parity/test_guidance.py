@@ -85,7 +85,7 @@ def test_a_window_of_guidance(text2image: Text2Image, model: str, window: tuple[
     check(text2image, **fields(model, guidance_start=window[0], guidance_end=window[1]))
 
 
-@pytest.mark.parametrize("steps", [6, 300])
+@pytest.mark.parametrize("steps", [6, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_sampler_without_a_table_rescales_and_has_a_window(text2image: Text2Image, steps: int) -> None:
     """A schedule of 300 ticks has no table."""
     how = {"guidance_rescale": 0.5, "guidance_end": 0.9, "eta": 0.3}

@@ -136,7 +136,7 @@ def check(sampler: str, config: dict[str, Any], parts: Sequence[ScheduleSlice]) 
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sampler=st.sampled_from(sorted(SCHEDULERS)),
     config=st.sampled_from(CONFIGS),
