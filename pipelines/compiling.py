@@ -1,4 +1,4 @@
-"""What is compiled while the server serves: what is asked for, and how far it is."""
+"""Types that describe compiling while the server serves: wanted programs, and how far each one is."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from config.precision import WantedPrecision
 from pipelines.plan import CompiledSize, StagePlan
 
 CompileMode = Literal["ahead", "on_demand", "tables"]
-"""`ahead`: `make compile` alone. `on_demand`: a size by its first request too. `tables`: the models' tables of sizes,
-from the start on, as well."""
+"""`ahead`: only `make compile` compiles. `on_demand`: the first request of a size has it compiled too. `tables`: the
+server also compiles the sizes in its models' tables, beginning when it starts."""
 CompilingState = Literal["waiting", "compiling", "loading", "failed"]
 
 
 @dataclass(frozen=True)
 class Compiling:
-    """Where programs are, and how they come there."""
+    """Where compiled programs are kept, and when they are compiled."""
 
     folder: Path
     mode: CompileMode = "ahead"
     most_sizes: int = 0
-    """Sizes that a UNet may have compiled while it serves, those that it had before included."""
+    """The largest number of sizes for which a UNet has programs; those compiled before the start count."""
     precision: WantedPrecision = "float32"
-    """Of the programs that are loaded and compiled."""
+    """Precision of the programs that are loaded and compiled."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,34 @@ class WantedProgram:
     control: bool
     """Whether ControlNets may steer it."""
     rows: int
-    """Of a picture: two with guidance, one without. More pictures are so many runs, which cost a CPU no more."""
+    """Rows of one picture: two with guidance, one without. Several pictures run one after the other, which takes
+    a CPU no longer than one larger batch."""
     loras: bool = False
-    """Whether requests may bring LoRAs; those that bring none have a program without room for them."""
+    """Whether the program applies LoRAs. Requests without LoRAs use a program that applies none."""
 
     @classmethod
     def of(cls, stage: StagePlan) -> WantedProgram:
-        """What a stage needs."""
+        """The program that a stage needs."""
         rows = 2 if stage.guided else 1
         return cls(stage.width, stage.height, bool(stage.controls), rows, bool(stage.loras))
 
     def is_of(self, size: CompiledSize) -> bool:
-        """Whether what runs this size runs the program's rows."""
+        """Whether a UNet with this size compiled can do what the program is wanted for."""
         same = (size.width, size.height, size.control) == (self.width, self.height, self.control)
         return same and (size.loras or not self.loras)
 
     @property
     def without_loras(self) -> WantedProgram:
-        """The same for requests that bring none."""
+        """The same program for requests without LoRAs."""
         return replace(self, loras=False)
 
 
 @dataclass(frozen=True)
 class CompilingSize:
-    """A size that is not ready yet."""
+    """A size that is not ready yet, and how far it is."""
 
     component: str
-    """The UNet."""
+    """Component id of the UNet."""
     width: int
     height: int
     control: bool
@@ -75,10 +76,10 @@ class CompilingSize:
 
 @dataclass(frozen=True)
 class RefusedSize:
-    """A size that is compiled, but not in a form that this replica runs."""
+    """A size that is compiled, but whose program this replica does not run; `reason` says why."""
 
     component: str
-    """The UNet."""
+    """Component id of the UNet."""
     width: int
     height: int
     control: bool
@@ -90,7 +91,7 @@ class RefusedSize:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What a replica can run by now, and what it works on."""
+    """The sizes a replica can run now, those it still compiles, and those it does not run."""
 
     sizes: tuple[CompiledSize, ...]
     pending: tuple[CompilingSize, ...]

@@ -1,4 +1,4 @@
-"""The judge: a small classifier of the objects, and the nearest of the 24 colours, for the gates and a smoke test."""
+"""A small classifier of objects, and the colour of a background. The gates and a smoke test use them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE = 64
 
 
 class Judge(nn.Module):
-    """Which of the first `things` of NOUNS a picture shows, at 64 px."""
+    """A classifier that says which of the first `things` objects of NOUNS a picture of 64 px shows."""
 
     def __init__(self, things: int = len(NOUNS)) -> None:
         super().__init__()
@@ -29,13 +29,16 @@ class Judge(nn.Module):
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, things))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Logits [n, objects] of pictures [n, 3, height, width] in -1..1."""
+        """Return logits [n, objects] for pictures [n, 3, height, width] in -1..1."""
         scores: Tensor = self.body(functional.interpolate(pictures, size=(SIDE, SIDE), mode="area"))
         return scores
 
 
 def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
-    """Cross-entropy on composites of every thing, in both styles, most blurred, as generated pictures are."""
+    """The cross-entropy of a batch of composites of random objects.
+
+    One in five is drawn flat. With a probability of 0.6 the batch is blurred, because generated pictures are.
+    """
     device = next(judge.parameters()).device
     chosen = [replace(SUBJECTS[int(i)], flat=bool(torch.rand(1) < 0.2)) for i in torch.randint(len(SUBJECTS), (batch,))]
     pictures = torch.stack([composite(sprites, subject, SIDE, SIDE) for subject in chosen])
@@ -46,7 +49,7 @@ def loss_of(judge: nn.Module, sprites: Tensor, batch: int) -> Tensor:
 
 
 def save(judge: Judge) -> Path:
-    """Write the judge beside the models."""
+    """Write the judge to the folder of the models in half precision, and return the path."""
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
     save_file({name: value.contiguous() for name, value in state.items()}, WEIGHTS)
@@ -54,16 +57,16 @@ def save(judge: Judge) -> Path:
 
 
 def load() -> Judge:
-    """The judge that is kept beside the models."""
+    """Load the judge from the folder of the models."""
     weights = load_file(WEIGHTS)
     judge = Judge(len(weights["body.14.bias"]))
-    judge.load_state_dict(weights)  # half precision is cast
+    judge.load_state_dict(weights)  # converts from half precision
     return judge.eval()
 
 
 @torch.no_grad()
 def accuracy(judge: nn.Module, sprites: Tensor, count: int) -> float:
-    """Share of composites of things in DRAWN, drawn at 256 px, whose thing it names."""
+    """The share of `count` composites of objects in DRAWN, at 256 px, whose object the judge names."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         grounds = len(BACKGROUNDS)
@@ -75,7 +78,10 @@ def accuracy(judge: nn.Module, sprites: Tensor, count: int) -> float:
 
 
 def background_colour(pictures: Tensor) -> Tensor:
-    """Index of the named colour nearest to each picture's corners (their median), pictures [n, 3, h, w] in -1..1."""
+    """The index in PALETTE of the colour nearest to the median of each picture's four corners.
+
+    Pictures are [n, 3, height, width] in -1..1.
+    """
     side = pictures.shape[-1] // 20
     edges = (slice(0, side), slice(-side, None))
     corners = torch.stack([pictures[:, :, y, x].mean((2, 3)) for y in edges for x in edges], 1)

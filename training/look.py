@@ -1,10 +1,10 @@
-"""Draws with the SD shape and measures how sharply, without the running graph. Prints JSON, leaves a grid of pictures.
+"""Draw with the SD model without a running graph, and measure sharpness and background colours.
 
     python -m training.look [--models models/sd15] [--prompts 58] [--known 24]
     python -m training.look --build build/training/cpu [--prompts 58]
 
-`--build` takes the moving average out of a training run's last checkpoint, so that it can be watched as it goes.
-The same sampler, steps and guidance as a request has by default.
+It prints JSON and writes a grid of pictures. `--build` uses the moving average in a training run's last checkpoint, so
+that a run can be observed while it goes on. Sampler, steps and guidance are the defaults of a request.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ GUIDANCE = 5.0
 
 
 def pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline in `folder`."""
+    """Load the pipeline in `folder`, with the default sampler of a request."""
     return _default_sampler(StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32))
 
 
 def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
-    """What a build folder has come to: the UNet and the decoder as far as they are trained."""
+    """Load the pipeline of a build folder, with its UNet and decoder as far as they are trained."""
     vae = load(AutoencoderKL, build / ("vae" if (build / "vae").exists() else "vae-scaled"))
     pipe = StableDiffusionPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
@@ -65,7 +65,7 @@ def pipeline_of_build(build: Path) -> StableDiffusionPipeline:
 
 
 def unet_of_build(build: Path) -> UNet2DConditionModel:
-    """The UNet of the SD shape: its stage's result, or the moving average that its last checkpoint holds."""
+    """Load the SD UNet of a build: the finished one or, before that exists, the average of its last checkpoint."""
     if (build / "unet").exists():
         unet: UNet2DConditionModel = load(UNet2DConditionModel, build / "unet")
         return unet
@@ -85,7 +85,7 @@ def _default_sampler(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, prompts: list[str], batch: int = 10) -> Tensor:
-    """Pictures [n, 3, 512, 512] in -1..1, number `i` from seed `i`."""
+    """Draw pictures [n, 3, 512, 512] in -1..1; the seed of a picture is its index."""
     pictures = []
     for start in range(0, len(prompts), batch):
         few = prompts[start : start + batch]
@@ -97,7 +97,7 @@ def draw(pipe: StableDiffusionPipeline, prompts: list[str], batch: int = 10) -> 
 
 
 def show(background: int = BACKGROUNDS.index("beach")) -> list[Subject]:
-    """A few of every kind of subject, for the eye: the seed's prompt first, relations, counts, colours, flat ones."""
+    """A few subjects of every kind for the grid: the example's prompt, relations, counts, colours, flat drawings."""
     cat, dog, astronaut = (NOUNS.index(noun) for noun in ("cat", "dog", "astronaut"))
     mounts = [Subject(cat, background, relation=Relation.ON, other=NOUNS.index(mount)) for mount in MOUNTS]
     beside = [Subject(dog, 0, relation=relation, other=NOUNS.index("house")) for relation in list(Relation)[2:]]
@@ -108,12 +108,12 @@ def show(background: int = BACKGROUNDS.index("beach")) -> list[Subject]:
 
 
 def main() -> None:
-    """Draw, measure, print."""
+    """Draw and measure as the command line says, then print the figures and write the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models/sd15"))
     parser.add_argument("--build", type=Path)
     parser.add_argument("--prompts", type=int, default=58)
-    parser.add_argument("--known", type=int, default=len(DRAWN), help="ask for the first so many objects alone")
+    parser.add_argument("--known", type=int, default=len(DRAWN), help="draw only the first KNOWN objects")
     parser.add_argument("--grid", type=Path, default=Path("build/look.png"))
     options = parser.parse_args()
     pipe = pipeline_of_build(options.build) if options.build else pipeline(options.models)

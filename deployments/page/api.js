@@ -6,7 +6,7 @@ const KEY = "sdgraph.key";
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
   kept: () => localStorage.getItem(KEY) !== null,
-  /** Use a key: until this tab is closed, or, with `keep`, until it is changed here. */
+  /** Use a key until this tab is closed or, with `keep`, until it is changed on this page. */
   set(text, keep) {
     sessionStorage.removeItem(KEY);
     localStorage.removeItem(KEY);
@@ -21,7 +21,7 @@ export class ApiError extends Error {
     Object.assign(this, { status, param, retryAfter });
   }
 
-  /** Of an error body, which is the same in replies and in events. */
+  /** An error from the body of a reply or of an `error` event, which have the same form. */
   static of(body, status = 0, retryAfter = null) {
     return new ApiError(body?.message ?? `The server answered with status ${status}.`, {
       status,
@@ -46,7 +46,7 @@ async function call(path, { headers = {}, ...options } = {}) {
   throw ApiError.of(body, reply.status, reply.headers.get("retry-after"));
 }
 
-/** What GET answers. */
+/** The JSON that a GET request is answered with. */
 export const get = async (path) => (await call(path)).json();
 
 const posted = (body, signal) => ({
@@ -56,7 +56,7 @@ const posted = (body, signal) => ({
   signal,
 });
 
-/** What POST answers. */
+/** The response to a POST request. */
 export const post = async (path, body, signal) => (await call(path, posted(body, signal))).json();
 
 /**

@@ -1,5 +1,5 @@
-// The request as code. What is shown makes the picture that this page makes: the same body, without the two fields
-// that only tell of the making. Pictures are read from files, the key from the environment.
+// The request as code that makes the same picture as this page. Its body lacks only the two fields that ask for events
+// and previews. It reads pictures from files, and the key from an environment variable.
 
 import { key } from "./api.js";
 import { find, make, withoutBlobs } from "./dom.js";
@@ -53,7 +53,7 @@ function curl({ url, body, kept, keyed }) {
   const files = [];
   const read = (name) => `"@@${files.push(name) - 1}@@"`;
   let json = literal(body, read);
-  // The shell reads a here-document as it stands, unless it is to put pictures into it.
+  // A quoted END stops the shell from expanding the here-document; without quotes it inserts the pictures.
   if (files.length) {
     json = json.replace(/[\\$`]/g, "\\$&");
     json = json.replace(/@@(\d+)@@/g, (_, index) => `$(base64 < ${files[index]} | tr -d '\\n')`);

@@ -1,12 +1,12 @@
 // Controls of single fields. A control is
 //   {element, fields, input, read(), write(fields), adapt(model)}
-// `read` gives the fields that differ from what the server does anyway, `write` takes them from a whole request and
-// clears what is not in it, `adapt` follows the chosen model.
+// `read` returns the fields that differ from the server's defaults. `write` takes the fields from a whole request and
+// clears those that are not in it. `adapt` changes the control for the chosen model.
 
 import { fresh, make } from "./dom.js";
 import { LABELS, ON, PLACEHOLDERS, SLIDERS } from "./layout.js";
 
-/** What the OpenAPI document says of a field, without its indirections. */
+/** The description of a field in the OpenAPI document, with references resolved. */
 export function described(name, property, schemas) {
   const resolve = (schema) => (schema?.$ref ? schemas[schema.$ref.split("/").pop()] : schema);
   const kinds = (property.anyOf ?? property.oneOf ?? [property]).map(resolve).filter(({ type }) => type !== "null");
@@ -59,7 +59,7 @@ export function text(spec) {
   };
 }
 
-/** A number, empty where the server or the model decides; with a slider where one helps. */
+/** A number, empty for the default of the server or the model; some have a slider. */
 export function number(spec) {
   const step = spec.type === "integer" ? 1 : "any";
   const input = make("input", { type: "number", min: spec.minimum, max: spec.maximum, step, inputMode: "decimal" });
@@ -93,9 +93,9 @@ export function number(spec) {
 }
 
 /**
- * One of several names. The first one on the list is what the server does without a choice.
+ * One of several names. The first entry of the list stands for the server's default.
  * @param options `(model) => names`, asked again for each model
- * @param standard `(model) => name` of what is drawn without a choice
+ * @param standard `(model) => name` of the default
  */
 export function choice(spec, options = () => spec.choices.slice(1), standard = () => spec.choices[0]) {
   const select = make("select");
@@ -105,7 +105,7 @@ export function choice(spec, options = () => spec.choices.slice(1), standard = (
     select.replaceChildren(...first, ...options(model).map((name) => make("option", { value: name }, name)));
     pick(chosen);
   }
-  /** A name that is not on offer stays visible, so that the server can say what is wrong with it. */
+  /** A name that the server does not offer stays visible, so that the server's error can name it. */
   function pick(name) {
     if (name && ![...select.options].some((option) => option.value === name)) select.append(make("option", {}, name));
     select.value = name ?? "";
@@ -121,7 +121,7 @@ export function choice(spec, options = () => spec.choices.slice(1), standard = (
   };
 }
 
-/** On or off. */
+/** A switch. */
 export function toggle(spec) {
   const usual = ON.has(spec.name);
   const input = make("input", { type: "checkbox", checked: usual, id: fresh(spec.name) });

@@ -1,4 +1,4 @@
-// The dialogs for the key and for a picture that was brought here.
+// The dialogs for the key, for enlarging a picture, and for a picture that was dropped or pasted.
 
 import { key, post } from "./api.js";
 import { base64Of, find, make, show } from "./dom.js";
@@ -29,7 +29,7 @@ export async function askForKey(reason = "") {
   return given;
 }
 
-/** Ask how a picture is enlarged; `upscalers` are those of the server. Null where they cancelled. */
+/** Ask how a picture is enlarged; `upscalers` are those of the server. Null if it was cancelled. */
 export async function askHowToEnlarge(upscalers) {
   const dialog = find("enlarge-dialog");
   const fit = upscalers.filter(({ upscale }) => upscale);
@@ -50,8 +50,8 @@ const PICTURES = {
 /**
  * Ask what to do with a picture.
  * @param steers whether the chosen model takes control photos
- * @returns `[what, request, needs]`: "redraw", "start", "control" or null; the request that its file tells, and the
- *   fields of pictures that this one lacks
+ * @returns `[what, request, needs]`: "redraw", "start", "control" or null; the request that is stored in its
+ *   file, and the fields of pictures that this request lacks
  */
 export async function askAbout(blob, steers) {
   const info = await post("v1/images/info", { image: await base64Of(blob) });

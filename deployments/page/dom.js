@@ -1,6 +1,6 @@
 // Making elements, and the dialogs' common behaviour.
 
-/** An element. Properties that the DOM does not have become attributes; children are nodes or text, or null. */
+/** Create an element. Properties that the DOM lacks become attributes; children are nodes, text or null. */
 export function make(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -21,14 +21,14 @@ let made = 0;
 /** An id that nothing else on the page has. */
 export const fresh = (prefix) => `${prefix}-${(made += 1)}`;
 
-/** An image of a blob. Its URL is let go of once it is decoded. */
+/** An image element for a blob. Its URL is revoked when the image is decoded. */
 export function imageOf(blob, alt, properties = {}) {
   const image = make("img", { alt, ...properties });
   show(image, blob);
   return image;
 }
 
-/** Show a blob in an image that may show another one now. */
+/** Show a blob in an image element, in place of what it shows now. */
 export function show(image, blob) {
   const url = URL.createObjectURL(blob);
   image.onload = image.onerror = () => URL.revokeObjectURL(url);
@@ -46,14 +46,14 @@ export async function base64Of(blob) {
   return url.slice(url.indexOf(",") + 1);
 }
 
-/** The blob of a base64 text. What it is, its first bytes tell. */
+/** The blob of a base64 text. Its type follows from its first byte. */
 export function blobOf(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const type = { 0xff: "image/jpeg", 0x89: "image/png", 0x52: "image/webp" }[bytes[0]] ?? "application/octet-stream";
   return new Blob([bytes], { type });
 }
 
-/** A copy of a JSON-like value, with each blob in it replaced by what `replace` makes of it. */
+/** A copy of a JSON-like value, with each blob in it replaced by the result of `replace`. */
 export async function withoutBlobs(value, replace, name = "") {
   if (value instanceof Blob) return replace(value, name);
   if (Array.isArray(value)) {

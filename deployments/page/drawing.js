@@ -1,4 +1,4 @@
-// One picture in the making: its events as a state that can be shown.
+// Drawing one picture, and turning its events into a state that can be shown.
 
 import { ApiError, events } from "./api.js";
 import { base64Of, blobOf, withoutBlobs } from "./dom.js";
@@ -9,8 +9,8 @@ export const bodyOf = (fields) => withoutBlobs(fields, base64Of);
 /**
  * Draw one picture.
  * @param fields the request; pictures in it are blobs
- * @param signal aborts it, on the server too
- * @param tell called with `{state, fraction, preview}`: words, 0 to 1 or null, a blob or undefined
+ * @param signal aborts the request, also on the server
+ * @param tell called with `{state, fraction, preview}`: a text, a number from 0 to 1 or null, a blob or undefined
  * @returns `{blob, seed, seconds}`
  */
 export async function draw(fields, signal, tell) {
@@ -27,7 +27,7 @@ export async function draw(fields, signal, tell) {
   throw new ApiError("The connection ended before the picture came. Draw again.");
 }
 
-/** Words and a fraction for each `progress` event. A request may visit several stages, each with steps of its own. */
+/** A text and a fraction for each `progress` event. A request may have several stages, each with its own steps. */
 class Pace {
   #stage = null;
   #first = null;
@@ -51,7 +51,7 @@ class Pace {
     return { state: `${part} ${step} of ${steps}${this.#left(step, steps)}`, fraction };
   }
 
-  /** Time left of this stage, from the pace since its first step. */
+  /** The remaining time of this stage, estimated from its steps so far. */
   #left(step, steps) {
     const done = step - this.#first.step;
     if (done < 1 || step === steps) return "";
@@ -60,7 +60,7 @@ class Pace {
   }
 }
 
-/** Seconds in words. */
+/** A duration as text. */
 export function duration(seconds) {
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;

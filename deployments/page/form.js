@@ -1,4 +1,4 @@
-// The request as a form: every field that the OpenAPI document has, for the chosen model.
+// The request as a form with every field of the OpenAPI document that the chosen model has.
 
 import { choice, described, number, size, text, toggle } from "./controls.js";
 import { find, fresh, make } from "./dom.js";
@@ -18,7 +18,7 @@ export class Form {
     const { properties } = offers.schemas.GenerationRequest;
     const specs = Object.entries(properties).map(([name, schema]) => described(name, schema, offers.schemas));
     this.#specs = new Map(specs.map((spec) => [spec.name, spec]));
-    // The wire's one control is one of a list, where the server takes lists.
+    // Where the server takes a list of controls, the fields for a single control are left out.
     if (this.#specs.has("controlnets")) {
       for (const name of ["name", "image", "preprocess"]) this.#specs.delete(`controlnet_${name}`);
     }
@@ -43,13 +43,13 @@ export class Form {
     return this.#offers.models.find(({ id }) => id === chosen) ?? this.#offers.models[0];
   }
 
-  /** The fields that are not as the server has them anyway. Pictures are blobs. */
+  /** The fields that differ from the server's defaults. Pictures are blobs. */
   read() {
     const shown = [...new Set(this.#controls.values())].filter(({ element }) => !element.hidden);
     return Object.assign({}, ...shown.map((control) => control.read()));
   }
 
-  /** Show a whole request; what is not in it is cleared. The model stays where the request names none. */
+  /** Show a whole request, and clear all other fields. The model stays if the request names none. */
   write(fields) {
     fields = { model_name: this.model.id, ...fields };
     if (this.get("controlnets") && fields.controlnet_name && !fields.controlnets) {
@@ -63,12 +63,12 @@ export class Form {
     this.count();
   }
 
-  /** The same with some fields changed. */
+  /** Change some fields and keep the others. */
   change(fields) {
     this.write({ ...this.read(), ...fields });
   }
 
-  /** Take a picture to start from, or one to steer by. */
+  /** Take a start picture or a control photo. */
   take(name, blob) {
     const control = name === "image" ? this.get("image") : (this.get("controlnets") ?? this.get("controlnet_image"));
     (control.offer ?? control.set)(blob);
@@ -85,7 +85,7 @@ export class Form {
     return this.model.controlnets.length > 0;
   }
 
-  /** Say what is wrong with a field, beside it, and go there. */
+  /** Show an error beside its field, and move the focus there. */
   mark(name, message) {
     const control = this.get(name.split(".")[0]);
     if (control) this.markInput(control.inputs?.[name] ?? control.input, message);
@@ -100,7 +100,7 @@ export class Form {
     input.focus();
   }
 
-  /** The first number that cannot be one, in what is in sight; groups may be folded. */
+  /** The first visible input whose number is invalid; its group may be closed. */
   get broken() {
     return [...find("form").querySelectorAll("input:invalid")].find((input) => !input.closest("[hidden]"));
   }
@@ -118,7 +118,7 @@ export class Form {
     }
   }
 
-  /** Show where a photo goes, to one who chose a model that cannot do without. */
+  /** Open the control photo's group if the chosen model requires one. */
   #steer() {
     const control = this.get("controlnets") ?? this.get("controlnet_name");
     control.begin?.();
@@ -129,7 +129,7 @@ export class Form {
     for (let at = element; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
   }
 
-  /** Follow the model: what it has, its own values, its names. */
+  /** Adapt the form to the model: its fields, its defaults, its names. */
   #adapt() {
     const { model } = this;
     for (const control of new Set(this.#controls.values())) control.adapt?.(model);
@@ -149,7 +149,7 @@ export class Form {
     return details;
   }
 
-  /** Make the controls of some fields; those the server does not have are left out. */
+  /** Create the controls of some fields, except those that the server does not have. */
   #add(names, more = {}) {
     const specs = names.map((name) => this.#specs.get(name)).filter(Boolean);
     const controls = specs.map((spec) => this.#control({ ...spec, ...more }));
@@ -191,9 +191,9 @@ export class Form {
     return spec.choices ? choice(spec) : text(spec);
   }
 
-  /** Fields that mean nothing without a start picture or a mask are out of sight until there is one. */
+  /** Hide the fields that have no effect without a start picture or a mask until there is one. */
   #followStart = (full, masked) => {
-    // The control calls this once while it is made, before those after it are there.
+    // The picture's control calls this while it is created, when later controls do not exist yet.
     queueMicrotask(() => {
       if (this.get("strength")) this.get("strength").element.hidden = !full;
       for (const name of ["mask_blur", "inpaint_area", "inpaint_padding", "inpaint_fill"]) {
@@ -202,7 +202,7 @@ export class Form {
     });
   };
 
-  /** Textual inversions are words of the prompt: offer them below it. */
+  /** Offer textual inversions below the prompt, because they are used as words of the prompt. */
   #insertEmbeddings() {
     const prompt = this.get("prompt");
     const spec = { name: "embedding", label: "Insert an embedding" };

@@ -1,7 +1,7 @@
 // Pictures that were drawn here, kept in this browser's IndexedDB with their requests.
 
 const STORE = "pictures";
-/** Older pictures are let go of. */
+/** The largest number of pictures that are kept; older ones are deleted. */
 const MOST = 300;
 const SMALL = 192;
 
@@ -25,7 +25,7 @@ async function ask(mode, question) {
   });
 }
 
-/** A small copy for the list. */
+/** A thumbnail for the list. */
 async function small(blob) {
   const bitmap = await createImageBitmap(blob, { resizeWidth: SMALL, resizeQuality: "high" });
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
@@ -38,8 +38,8 @@ export const history = {
   all: async () => (await ask("readonly", (store) => store.getAll())).reverse(),
 
   /**
-   * Keep a picture `{blob, request, seed, seconds}`; returns it with its id. When the browser's room is used up the
-   * oldest ones make way.
+   * Keep a picture `{blob, request, seed, seconds}`; returns it with its id. When the browser's storage is full, the
+   * oldest pictures are deleted.
    */
   async keep(picture) {
     const entry = { ...picture, at: Date.now(), small: await small(picture.blob) };

@@ -1,13 +1,13 @@
-// Where each field of the request stands, and what it is called. Kinds, bounds and hints come from the OpenAPI
-// document: a field that is not named here appears under "More".
+// The place and the label of each field of the request. Types, bounds and hints come from the OpenAPI document. A field
+// that is not named here appears under "More".
 
-/** Fields that are always in sight. */
+/** Fields that are always visible. */
 export const FIRST = ["prompt", "negative_prompt", "model_name"];
 
-/** Those that are on a phone folded away. */
+/** Fields that are visible, except on narrow screens, where they are collapsed. */
 export const USUAL = ["style_preset", "width", "steps", "cfg_scale", "seed"];
 
-/** The others, in groups that open. */
+/** The other fields, in groups that can be opened. */
 export const GROUPS = [
   ["Start from a picture", ["image", "strength", "mask_blur", "inpaint_area", "inpaint_padding", "inpaint_fill"]],
   ["Steer by a photo", ["controlnets", "controlnet_name", "controlnet_image", "controlnet_preprocess"]],
@@ -24,7 +24,7 @@ export const GROUPS = [
 /** Fields that another field's control writes too, and `stream`, which this page always sends. */
 export const ELSEWHERE = { height: "width", mask_image: "image", stream: null };
 
-/** Names for people where the field's own does not say it. */
+/** Labels of fields whose own name is not clear enough. */
 export const LABELS = {
   model_name: "Model",
   style_preset: "Style",
@@ -43,7 +43,7 @@ export const LABELS = {
   preprocess: "Make a control map of the photo",
 };
 
-/** What the button of a list says. */
+/** The text of the button that adds an entry to a list. */
 export const ADD = { controlnets: "Add a control" };
 
 export const PLACEHOLDERS = {
@@ -52,7 +52,7 @@ export const PLACEHOLDERS = {
   seed: "random",
 };
 
-/** Sliders beside numbers: from, to, step. The number itself may be anything that the server takes. */
+/** Sliders beside numbers: minimum, maximum, step. The number itself may be any that the server accepts. */
 export const SLIDERS = {
   steps: [1, 60, 1],
   cfg_scale: [0, 20, 0.5],
@@ -62,7 +62,7 @@ export const SLIDERS = {
   end: [0, 1, 0.05],
 };
 
-/** What is on unless it is switched off. That there are previews is this page's choice, so it sends it. */
+/** Switches that are on by default. Previews are this page's own default, so it always sends that field. */
 export const ON = new Set(["controlnet_preprocess", "preprocess", "preview"]);
 
 /** Whether a model has a field at all. */

@@ -1,9 +1,9 @@
-// Controls that hold others: LoRAs with weights, an object of fields, a list of objects.
+// Controls that contain others: LoRAs with weights, an object of fields, a list of objects.
 
 import { button, fresh, make } from "./dom.js";
 import { ADD } from "./layout.js";
 
-/** LoRAs: name -> weight. `about(name)` says what a LoRA's trigger words are. */
+/** LoRAs by name, each with a weight. `about(name)` returns a LoRA's trigger words. */
 export function loras(spec, about) {
   const rows = make("div", { className: "rows" });
   const select = make("select", { id: fresh("loras") });
@@ -20,7 +20,7 @@ export function loras(spec, about) {
     const range = make("input", { type: "range", min: -1, max: 2, step: 0.05 });
     range.setAttribute("aria-label", `Weight of ${name}, slider`);
     input.setAttribute("aria-label", `Weight of ${name}`);
-    // A weight for each part of the model comes from a picture's plan and is kept as it is.
+    // A plan may have one weight for each part of the model; such weights are kept unchanged.
     const parts = typeof weight === "object" ? weight : null;
     if (parts) input.placeholder = Object.values(parts).join(" / ");
     else input.value = range.value = weight;
@@ -34,7 +34,7 @@ export function loras(spec, about) {
       input,
       range,
       button("Remove", () => row.remove(), { ariaLabel: `Remove ${name}`, className: "quiet" }),
-      trigger ? make("p", { className: "hint" }, `Say in the prompt: ${trigger}`) : null,
+      trigger ? make("p", { className: "hint" }, `Trigger words for the prompt: ${trigger}`) : null,
     );
     row.dataset.name = name;
     row.weight = () => (input.value === "" ? (parts ?? 1) : Number(input.value));
@@ -62,7 +62,7 @@ export function loras(spec, about) {
   };
 }
 
-/** An object of fields, sent while its switch is on. `inside()` makes the controls of its fields. */
+/** An object of fields, which is sent if its switch is on. `inside()` creates the controls of its fields. */
 export function group(spec, inside) {
   const controls = inside();
   const input = make("input", { type: "checkbox", id: fresh(spec.name) });
@@ -120,7 +120,7 @@ export function list(spec, inside) {
     input: more,
     /** Show the first entry. */
     begin: () => entries.length || add(),
-    /** Give a picture to the first entry that has none. */
+    /** Put a picture into the first entry that has none. */
     offer(blob) {
       const free = entries.find(({ controls }) => controls.some((one) => one.set && !Object.keys(one.read()).length));
       (free ?? add()).controls.find((one) => one.set)?.set(blob);

@@ -1,4 +1,4 @@
-// The page: asks the server what it offers, draws what the form says, and keeps what was drawn.
+// The page: it gets the server's lists, sends the request of the form, and keeps the pictures in the history.
 
 import { ApiError, get, key, post } from "./api.js";
 import { showCode } from "./code.js";
@@ -15,7 +15,7 @@ const SETTINGS = "sdgraph.settings";
 const WIDE = matchMedia("(min-width: 56rem)");
 
 let form = null;
-/** Aborts what is being drawn; null while nothing is. */
+/** Aborts the pictures that are being drawn; null if there are none. */
 let drawing = null;
 
 const stage = new Stage(
@@ -35,7 +35,7 @@ const stage = new Stage(
   },
 );
 
-/** Everything that the form is made of. */
+/** Get all the lists that the form needs. */
 async function offers() {
   const lists = ["models", "samplers", "styles", "loras", "upscalers"].map((name) => get(`v1/${name}`));
   const [schemas, ...answers] = await Promise.all([get("page/request.json"), ...lists]);
@@ -50,7 +50,7 @@ async function offers() {
   };
 }
 
-/** Make the form, once the server lets us; a server that wants a key is asked again with it. */
+/** Create the form. If the server requires a key, ask for the key and try again with it. */
 async function open() {
   for (;;) {
     try {
@@ -58,7 +58,9 @@ async function open() {
       break;
     } catch (error) {
       if (error.status !== 401) return fail(error);
-      const reason = key.get() ? `The server did not take this key (${error.message}).` : "This server asks for a key.";
+      const reason = key.get()
+        ? `The server did not accept this key (${error.message}).`
+        : "This server asks for a key.";
       if (!(await askForKey(reason))) return fail(error);
     }
   }
@@ -67,7 +69,7 @@ async function open() {
   if (WIDE.matches) form.get("prompt").input.focus();
 }
 
-/** Tell whether every part of the server can serve; look again while one cannot. */
+/** Show whether every part of the server is ready, and check again while one is not. */
 async function watchServer() {
   const reply = await fetch("readyz").catch(() => null);
   const told = await reply?.json().catch(() => null);
@@ -78,13 +80,13 @@ async function watchServer() {
   if (!reply?.ok) setTimeout(watchServer, 3000);
 }
 
-/** Show a request in the form. False while there is no form yet. */
+/** Show a request in the form. Returns false if there is no form yet. */
 function restore(fields) {
   form?.write(fields);
   return form !== null;
 }
 
-/** Draw what the form says, as many pictures as asked for: of consecutive seeds, at the same time. */
+/** Draw as many pictures as the form asks for, with consecutive seeds and at the same time. */
 async function start(count = Number(find("count").value)) {
   if (form === null) return open();
   if (drawing !== null) return null;
@@ -126,12 +128,12 @@ async function drawOne(request, tile, told) {
   } catch (error) {
     stage.drop(tile);
     const cancelled = signal.aborted;
-    drawing.abort(); // what is wrong with one is wrong with the others
+    drawing.abort(); // the other pictures would fail with the same error
     if (!cancelled) throw error;
   }
 }
 
-/** Make a drawn picture larger; its request stays that of the small one. */
+/** Enlarge a drawn picture. It keeps the request of the small one. */
 async function enlarge({ blob, request, seed }) {
   if (form === null || drawing !== null) return;
   const how = await askHowToEnlarge(form.upscalers);
@@ -156,7 +158,7 @@ async function enlarge({ blob, request, seed }) {
   if (failed) await fail(failed);
 }
 
-/** Progress of all pictures together: as a bar and words, and, more seldom, for screen readers. */
+/** The progress of all pictures together, as a bar and as text; screen readers are told every quarter. */
 class Narrator {
   #tiles;
   #quarter = -1;
@@ -194,11 +196,11 @@ function busy(yes) {
   (yes ? find("cancel") : find("draw")).focus({ preventScroll: true });
 }
 
-/** Say what went wrong, at the input or the field that it is about if there is one. */
+/** Show an error, beside the field that it names if there is one. */
 async function fail(error, input = null) {
   if (!(error instanceof ApiError)) throw error;
   if (error.status === 401 && form !== null) {
-    if (await askForKey(`The server did not take the key (${error.message}).`)) await start();
+    if (await askForKey(`The server did not accept the key (${error.message}).`)) await start();
     return;
   }
   const again = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
@@ -241,7 +243,7 @@ function download({ blob, request, seed }) {
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
-/** What was dropped on the page or pasted. */
+/** Handle a picture that was dropped or pasted. */
 async function bring(transfer) {
   const blob = pictureIn(transfer);
   if (form === null || !transfer.files.length || document.querySelector("dialog[open]")) return;
@@ -259,7 +261,7 @@ async function bring(transfer) {
   }
 }
 
-// What people do.
+// Event handlers.
 
 find("form").onsubmit = (event) => {
   event.preventDefault();
@@ -285,7 +287,7 @@ addEventListener("keydown", (event) => {
   }
   if (event.key === "Escape") drawing?.abort();
 });
-// Office programs put a picture beside copied text.
+// Office programs copy a picture of the text together with the text.
 addEventListener("paste", ({ clipboardData: data }) => data.types.includes("text/plain") || bring(data));
 addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -298,7 +300,7 @@ addEventListener("drop", (event) => {
   bring(event.dataTransfer);
 });
 
-// On narrow screens the settings are folded away, so that the picture is in sight.
+// On narrow screens the settings are collapsed, so that the picture is visible.
 const fold = () => (find("settings").open = WIDE.matches);
 WIDE.addEventListener("change", fold);
 fold();

@@ -1,14 +1,15 @@
-// Painting a mask over a picture: white is drawn anew, black stays. By pointer, or by arrow keys and the space bar.
+// Painting a mask over a picture, with the pointer, or with the arrow keys and the space bar. White is repainted, black
+// is kept.
 
 import { button, find, imageOf, make } from "./dom.js";
 
 const TINT = "#e0218a";
 
 /**
- * Let a person paint.
- * @param picture blob that is painted over
- * @param before the mask so far, or null
- * @returns the mask as a PNG of the picture's size; `before` where they cancelled, null where nothing is painted
+ * Open the dialog for painting a mask.
+ * @param picture the blob of the picture below the mask
+ * @param before the mask to begin with, or null
+ * @returns the mask as a PNG of the picture's size; `before` if it was cancelled, null if nothing is painted
  */
 export async function paint(picture, before) {
   const dialog = find("mask-dialog");
@@ -31,7 +32,7 @@ export async function paint(picture, before) {
     button("Clear", () => brush.clear()),
   );
   find("canvas").replaceChildren(imageOf(picture, ""), canvas, brush.ring);
-  // The picture as large as the window has room for; the canvas lies over it and both scale together.
+  // The picture is as large as the window allows. The canvas lies over it and scales with it.
   const room = Math.min(innerWidth * 0.86 / bitmap.width, innerHeight * 0.6 / bitmap.height);
   find("canvas").style.width = `${Math.round(bitmap.width * Math.min(room, 4))}px`;
   dialog.returnValue = "";
@@ -84,7 +85,7 @@ class Brush {
     if (last) this.#context.putImageData(last, 0, 0);
   }
 
-  /** Take over a mask: what is white there is painted here. */
+  /** Load a mask: its white parts become painted. */
   load(bitmap) {
     const { width, height } = this.#canvas;
     this.#context.drawImage(bitmap, 0, 0, width, height);
@@ -94,7 +95,7 @@ class Brush {
     this.#context.putImageData(pixels, 0, 0);
   }
 
-  /** What is painted, white on black; null where nothing is. */
+  /** The painted mask, white on black; null if nothing is painted. */
   async mask() {
     const { width, height } = this.#canvas;
     const { data } = this.#context.getImageData(0, 0, width, height);

@@ -1,18 +1,18 @@
-// Pictures that go into a request: chosen, dropped or pasted. Only the start picture has a mask.
+// The controls for pictures of a request, which can be chosen, dropped or pasted. Only the start picture has a mask.
 
 import { button, fresh, make, show } from "./dom.js";
 import { paint } from "./mask.js";
 
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
-/** The first picture of a drop or a paste. */
+/** The first picture file of a drop or paste event. */
 export function pictureIn(transfer) {
   return [...transfer.files].find(({ type }) => KINDS.includes(type)) ?? null;
 }
 
 /**
- * A picture of a request.
- * @param changed called after each change that a person made
+ * The control for a picture of a request.
+ * @param changed called after each change by the user
  */
 export function picture(spec, changed = () => {}) {
   let blob = null;
@@ -60,8 +60,8 @@ export function picture(spec, changed = () => {}) {
 }
 
 /**
- * The picture to start from, and which part of it is painted anew.
- * @param follow called with whether there are a picture and a mask: other fields depend on them
+ * The control for the start picture, and for the mask of the part that is repainted.
+ * @param follow called with whether there is a picture and whether there is a mask: other fields depend on them
  */
 export function startPicture(spec, follow) {
   let mask = null;

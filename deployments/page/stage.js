@@ -1,4 +1,4 @@
-// What is looked at: pictures in the making, then the finished ones with what can be done with them.
+// The main area: pictures that are being drawn, and finished ones with their actions.
 
 import { post } from "./api.js";
 import { base64Of, button, make, show } from "./dom.js";
@@ -13,7 +13,7 @@ export class Stage {
   #below = make("div", { className: "below" });
 
   /**
-   * @param actions what can be done with a picture: `[text, (picture) => ..., properties]`
+   * @param actions the actions on a picture: `[text, (picture) => ..., properties]`
    * @param example called with the text of an example
    */
   constructor(element, actions, example) {
@@ -25,12 +25,12 @@ export class Stage {
         { className: "empty" },
         make("p", {}, "Say what you want to see, then press Draw."),
         make("p", { className: "examples" }, EXAMPLES.map((text) => button(text, () => example(text)))),
-        make("p", { className: "hint" }, "A picture that you drop here can be redrawn, changed or steered by."),
+        make("p", { className: "hint" }, "Drop a picture here to redraw it, start from it or steer by it."),
       ),
     );
   }
 
-  /** ModuleNames for `count` pictures of about `width` x `height` pixels. */
+  /** Create tiles for `count` pictures, whose shape is about `width` to `height`. */
   begin(count, { width, height }) {
     this.#element.replaceChildren(this.#tiles, this.#below);
     this.#below.replaceChildren();
@@ -40,21 +40,21 @@ export class Stage {
     return tiles;
   }
 
-  /** Finish a tile; the first one that is done is looked at. */
+  /** Show the finished picture in its tile. The first finished picture is selected. */
   finish(tile, picture) {
     tile.finish(picture);
     tile.element.onclick = () => this.#look(tile, picture);
     if (!this.#below.hasChildNodes()) this.#look(tile, picture);
   }
 
-  /** Take a tile away; without any, the pictures of before are gone from sight, not from the history. */
+  /** Remove a tile. If it was the last one, say that nothing was drawn. */
   drop(tile) {
     tile.element.remove();
     if (this.#tiles.hasChildNodes()) return;
     this.#below.replaceChildren(make("p", { className: "hint" }, "Nothing was drawn."));
   }
 
-  /** Look at one picture of the history. */
+  /** Show one picture of the history. */
   look(picture) {
     const [tile] = this.begin(1, { width: 1, height: 1 });
     this.finish(tile, picture);
@@ -76,10 +76,10 @@ export class Stage {
   }
 }
 
-/** One picture, in the making or finished. */
+/** One picture that is being drawn or is finished. */
 class Tile {
   #image = make("img", { alt: "" });
-  #state = make("span", { className: "state" }, "Asking");
+  #state = make("span", { className: "state" }, "Sending the request");
   #bar = make("span", { className: "bar" });
 
   constructor(ratio) {
@@ -117,7 +117,7 @@ class Tile {
   }
 }
 
-/** What the file says of itself, read when somebody wants to know. */
+/** The plan that is stored in the file, which is read when the section is opened. */
 function planOf({ blob }) {
   const said = make("pre", { tabIndex: 0, ariaLabel: "Plan" });
   const details = make("details", { className: "plan" }, make("summary", {}, "The plan in its file"), said);

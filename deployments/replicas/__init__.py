@@ -1,1 +1,1 @@
-"""The actors that compute."""
+"""The replicas of the deployments that compute: text encoders, UNets, ControlNets, VAEs, upscalers."""

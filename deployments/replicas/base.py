@@ -1,4 +1,4 @@
-"""The base of every replica that computes."""
+"""What all replicas that compute have in common: their runtime, worker thread and health check."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from pipelines.processor import precision_here
 
 logger = logging.getLogger(__name__)
 
-# Replicas import torch, and what needs it, inside their constructors: building the graph, which imports their
-# classes, goes without torch.
+# Replicas import torch, and modules that need it, inside their constructors. The process that builds the graph imports
+# only their classes and therefore loads no torch.
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a replica computes: the settings it needs, handed down by app.py."""
+    """How a replica computes: the settings that it needs, which app.py passes on."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is CUDA where the replica was given a GPU."""
+    """`auto` means CUDA if Ray assigned a GPU to the replica, otherwise the CPU."""
     torch_threads: int | None = None
-    """CPU threads, the machine's cores if None. Ray sets OMP_NUM_THREADS to 1 on a fraction of a CPU."""
+    """Number of torch's CPU threads; the number of the machine's cores if None. It is set in any case, because Ray sets
+    OMP_NUM_THREADS to 1 for a replica with a fraction of a CPU."""
     log_format: LogFormat = "text"
     precision: WantedPrecision = "float32"
-    """Of UNets on a CPU."""
+    """Precision of UNets and ControlNets on a CPU."""
 
     def apply(self) -> Literal["cpu", "cuda"]:
-        """Set this process up; returns the device.
+        """Set this process up, and return its device.
 
-        Ray's fraction of a GPU is bookkeeping. It is made true here: more memory than that is an out-of-memory error,
-        which an engine and a VAE can handle, instead of one in another process (ENG-12).
+        Ray does not enforce fractions of a GPU. This method does: if the process allocates more than its fraction, it
+        gets an out-of-memory error, which engines and VAEs handle. Otherwise another process would get one (ENG-12).
         """
         import torch
 
@@ -61,9 +62,9 @@ class Replica:
         self._lost: BaseException | None = None
 
     def _notice(self, error: BaseException) -> None:
-        """Remember an error after which this process can compute nothing more on its GPU; on any thread.
+        """Remember an error after which this process cannot use its GPU any more. This may be called on any thread.
 
-        What another replica raised says nothing about this process.
+        Errors that another replica raised are ignored.
         """
         from pipelines.torch_compat import lost_device
 
@@ -75,10 +76,10 @@ class Replica:
             cause = cause.__cause__
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds, and replaces a replica that raises here.
+        """Report to Serve, which calls this every few seconds and replaces a replica that raises.
 
         Raises:
-            LostDeviceError: the GPU failed this process for good.
+            LostDeviceError: this process cannot use its GPU any more.
         """
         if self._lost is not None:
             raise LostDeviceError(f"this process lost its GPU: {self._lost}")

@@ -1,4 +1,4 @@
-"""The ControlNet deployment: photos -> control maps once a request, rows -> residuals once a tick."""
+"""The ControlNet deployment: it makes control maps from photos once a request, and residuals for rows once a tick."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.control.types import ControlBatch, ControlHint
 
 REMEMBERED_HINT_BYTES = 256 * 2**20
-"""Control maps a replica keeps: 12 MB each at 1024x1024 in float32. Ticks are sent again what was dropped."""
+"""Bytes of control maps that a replica keeps; one has 12 MB at 1024x1024 in float32. Dropped maps are sent again."""
 
 
 class ControlNetDeployment(Replica):
@@ -46,14 +46,14 @@ class ControlNetDeployment(Replica):
         self._hints: LruCache[str, ControlHint] = LruCache(REMEMBERED_HINT_BYTES, lambda hint: hint.image.nbytes)
 
     async def check_health(self) -> None:
-        """As every replica's. The gauge is set here too: Ray's agent forgets one that is not set again."""
+        """Check the base, and set the gauge: Ray's agent forgets gauges that are not set again."""
         await super().check_health()
         metrics().accelerated(self._component, captured=self._nets.captured, failed=self._nets.failed_captures)
 
     async def prepare(
         self, *, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
     ) -> Timed[tuple[ControlHint, ...]]:
-        """The control maps of a stage; remembered here under their ids, so that ticks only name them."""
+        """Make the control maps of a stage. They are kept here under their ids, so that ticks send only the ids."""
         with stopwatch("controlnet_prepare", stage.controls[0].component) as watch:
             make = self._nets.prepare
             hints = await self._annotating.run(make, photos, stage, image, mask, started=watch.start_work)
@@ -62,14 +62,15 @@ class ControlNetDeployment(Replica):
         return watch.timed(hints)
 
     async def annotate(self, *, name: str, photo: bytes) -> bytes:
-        """The control map of a photo, for who wants to see it: a PNG of the photo's size."""
+        """Make the control map of a photo for a client: the bytes of a PNG of the photo's size."""
         with stopwatch("annotate", name) as watch:
             return await self._annotating.run(self._nets.annotated, name, photo, started=watch.start_work)
 
     async def residuals(self, *, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
-        """Residuals of every row of a tick in one call; None asks for the maps, which this replica has not got.
+        """Compute the residuals of all rows of a tick.
 
-        The model's thread only queues their copy to the host, which is waited for elsewhere.
+        The result is None if this replica lacks a control map; the caller then calls again with all maps in `hints`.
+        The model's thread only queues the copy to the host; another thread waits for it.
         """
         for sent in hints.values():
             self._hints.put(sent.id, sent)
@@ -85,5 +86,5 @@ class ControlNetDeployment(Replica):
         return residuals
 
     def _compute(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingArray:
-        """On the model's thread."""
+        """Compute residuals on the model's thread."""
         return self._nets.residuals(batch, hints).sent_to_host()

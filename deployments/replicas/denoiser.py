@@ -1,4 +1,4 @@
-"""The denoiser deployment: UNets, their ControlNets and an engine loop, wired to the graph."""
+"""The denoiser deployment: UNets, their ControlNets and an engine loop, connected to the graph."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class DenoiserDeployment(Replica):
 
         Args:
             components: ids of the UNets.
-            catalog: says what they are.
+            catalog: describes them.
             runtime: how this process computes.
-            max_rows: most rows of a tick; memory may allow fewer.
+            max_rows: the largest number of rows of a tick; memory may allow fewer.
             controlnets: UNet id -> handle of the deployment of its ControlNets; None hosts them in this process.
-            strict: equal bytes whatever else is in the tick.
-            compiled: run compiled programs (backend tvm), of the UNets that have some; None runs torch.
-            row_price: what a row more may cost on a GPU, see `assembly.load_engine`; a CPU is busy with one row.
-            acceleration: what is done on a GPU; its defaults if None.
+            strict: make the same bytes, whatever other rows are in the tick.
+            compiled: run the compiled programs (backend tvm) of those UNets that have some; None runs torch.
+            row_price: the time that one more row may cost on a GPU, see `assembly.load_engine`; not used on a CPU.
+            acceleration: how a GPU is used; its defaults if None.
         """
         super().__init__(runtime)
         from pipelines.assembly import load_engine
@@ -85,7 +85,7 @@ class DenoiserDeployment(Replica):
                 acceleration=acceleration,
                 precision=self._precision,
             )
-            # On the thread that ticks: what is recorded while rows are measured is recorded there too.
+            # On the thread that ticks, because CUDA graphs that are recorded while rows are measured belong to it.
             self._engines = self._worker.finish(lambda: {c: load(c, control=control[c]) for c in components})
         else:
             self._engines = self._load_compiled(catalog, compiled, max_rows, strict, control)
@@ -114,7 +114,7 @@ class DenoiserDeployment(Replica):
         return {component: unet.engine for component, unet in unets.items()}
 
     def _control_of(self, component: str, catalog: Catalog, handles: Mapping[str, Any] | None) -> ControlSource | None:
-        """Where a UNet's residuals come from: this process, another deployment, or nowhere."""
+        """The source of a UNet's residuals: this process or another deployment; None without ControlNets."""
         from pipelines.assembly import load_controlnets
         from pipelines.control.nets import ColocatedControl
 
@@ -127,7 +127,7 @@ class DenoiserDeployment(Replica):
         return ColocatedControl(self._colocated[component])
 
     async def check_health(self) -> None:
-        """As every replica's. Gauges are set here too: Ray's agent forgets one that is not set again."""
+        """Check the base, and set gauges: Ray's agent forgets gauges that are not set again."""
         await super().check_health()
         for component in self._engines:
             labels = {"component": component}
@@ -140,7 +140,7 @@ class DenoiserDeployment(Replica):
             self._tell_acceleration(component)
 
     def _record_common_passes(self, catalog: Catalog) -> None:
-        """So that the first requests of a replica on a GPU need not wait for recordings."""
+        """Record CUDA graphs at start, so that the first requests on a GPU do not wait for it."""
         from pipelines.assembly import record_common_passes
         from pipelines.backends.torch_backend import TorchDenoiser
 
@@ -161,15 +161,15 @@ class DenoiserDeployment(Replica):
             )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve hands to deployments/autoscaling.py."""
+        """Return the figures that Serve passes to deployments/autoscaling.py."""
         return {OUTSTANDING: float(self._loop.outstanding()), PACE: self._loop.throughput.overall.value}
 
     async def device(self) -> str:
-        """`cpu` or `cuda`."""
+        """Return the device of this replica, `cpu` or `cuda`."""
         return self._device
 
     async def compile_report(self, *, component: str, wanted: tuple[WantedProgram, ...] = ()) -> CompileReport:
-        """What this replica's programs of a UNet can draw, with what was measured, after it has been asked for more."""
+        """Queue the `wanted` programs of a UNet, and return which sizes this replica can draw and how fast."""
         if component in self._on_demand:
             self._on_demand[component].want(*wanted)
         return self._report(component)
@@ -181,10 +181,10 @@ class DenoiserDeployment(Replica):
         return CompileReport(self._compiled.get(component, ()), (), refused)
 
     def _check_is_compiled(self, stage: StagePlan) -> None:
-        """Another replica may have what this one has not yet.
+        """Check that this replica has the program of a stage, which another replica may have had first.
 
         Raises:
-            UncompiledError: it will have it soon.
+            UncompiledError: it has not; the program has been queued.
         """
         on_demand, wanted = self._on_demand.get(stage.component), WantedProgram.of(stage)
         if on_demand is not None and not on_demand.holds(wanted):
@@ -197,14 +197,14 @@ class DenoiserDeployment(Replica):
     async def prepare(
         self, *, stage: StagePlan, photos: Sequence[bytes], image: bytes | None, mask: bytes | None
     ) -> Timed[tuple[ControlHint, ...]]:
-        """The control maps of a stage, where ControlNets live in this process."""
+        """Make the control maps of a stage, if the ControlNets are in this process."""
         make = self._colocated[stage.component].prepare
         with stopwatch("controlnet_prepare", stage.controls[0].component) as watch:
             hints = await self._annotating.run(make, photos, stage, image, mask, started=watch.start_work)
         return watch.timed(hints)
 
     async def annotate(self, *, name: str, photo: bytes) -> bytes:
-        """The control map of a photo, where ControlNets live in this process: all have the same annotators."""
+        """Make the control map of a photo, if ControlNets are in this process; all have the same annotators."""
         nets = next(iter(self._colocated.values()))
         with stopwatch("annotate", name) as watch:
             return await self._annotating.run(nets.annotated, name, photo, started=watch.start_work)
@@ -235,7 +235,10 @@ class DenoiserDeployment(Replica):
         expires: float = math.inf,
         previews: bool = False,
     ) -> AsyncGenerator[Progress | Sealed[Timed[Latents]], None]:
-        """The same, telling its progress on the way; tensors are sealed, for the items pass through the ingress."""
+        """Run one stage, and yield its progress and then its result.
+
+        Tensors are sealed, because the items pass through the ingress.
+        """
         self._check_is_compiled(stage)
         begin = unseal(latents) if latents is not None else None
         work = _work(stage, conditioning, begin, hints, expires)
@@ -276,6 +279,6 @@ def _work(
 
 
 def _death_or_error(error: SdgraphError) -> BaseException:
-    """A ControlNet replica that died twice under a tick is known to the ingress as what it is."""
+    """The death of a ControlNet replica if that caused the error, so that the ingress recognises it; else the error."""
     cause = error.__cause__
     return cause if cause is not None and replica_died(cause) else error

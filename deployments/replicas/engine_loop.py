@@ -1,11 +1,11 @@
-"""The loop of a denoiser replica: asyncio around step engines, without Ray.
+"""The loop of a denoiser replica, which runs step engines under asyncio. It does not depend on Ray.
 
-Requests enter with `submit` or `watch`. Their jobs are prepared on threads beside; while any are inside, one task ticks
-the engine of the oldest. Engines are touched on the worker's thread alone, so a job that arrives during a tick joins
-after it, and one that leaves is gone after it.
+Requests enter with `submit` or `watch`. Other threads prepare their jobs. While there are jobs, one task ticks the
+engine of the oldest one. Engines are used on the worker's thread only, so a job that arrives or is cancelled during a
+tick joins or leaves its engine after it.
 
-On a GPU a tick is only queued when it returns. The next one is queued behind it while it runs, and no further; what
-came of a tick is told when the device has done it.
+On a GPU, a tick returns when its work is queued. While it runs, one further tick is queued behind it. The
+results of a tick are reported when the device has completed it.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_RETRY_AFTER_S = 60
-"""Upper bound of `Retry-After` in seconds: by then other replicas may have started."""
+"""Upper bound of `Retry-After` in seconds, after which other replicas may have started."""
 PREPARING_THREADS = 4
-"""Threads that prepare jobs: several, so that a slow preparation delays no other."""
+"""Number of threads that prepare jobs. There are several, so that a slow preparation does not delay others."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage to run, with what it needs."""
+    """One stage to run, with its inputs."""
 
     stage: StagePlan
     conditioning: Conditioning
     latents: Latents | None = None
-    """None for a picture from text; else where the stage begins."""
+    """The latents that the stage begins from; None for a picture from text."""
     hints: Sequence[ControlHint] = ()
-    """The maps of the stage's controls."""
+    """The control maps of the stage."""
     expires: float = math.inf
     """The time at which the caller stops waiting, in seconds of Unix time."""
 
@@ -64,19 +64,19 @@ class Update:
 
     progress: Progress
     latents: Latents | None
-    """Where the picture stands, if previews were asked for."""
+    """The latents of the picture at this step, if previews were requested."""
 
 
 @dataclass
 class _Request:
-    """Work whose job is in an engine, or about to be."""
+    """Work whose job is in an engine, or is being prepared for it."""
 
     work: Work
     started: Callable[[], None]
     result: asyncio.Future[Latents]
     job: DenoiseJob | None = None
     leaving: bool = False
-    """Whether its last tick is queued: it has left its engine, and its result is being copied."""
+    """Whether its last tick is queued; then the job has left its engine, and its result is being copied."""
     updates: asyncio.Queue[Update] | None = None
     position: int | None = None
 
@@ -95,14 +95,14 @@ class _Request:
 
 @dataclass
 class _Tick:
-    """A tick that was begun."""
+    """A tick that has begun."""
 
     component: str
     report: TickReport
     begun: float
-    """By the clock of `time.perf_counter`."""
+    """When it began, in seconds of `time.perf_counter`."""
     progress: dict[str, Progress] = field(default_factory=dict)
-    """How far its watched jobs were after it."""
+    """Progress of its watched jobs after it, by job id."""
 
     @property
     def over(self) -> bool:
@@ -122,7 +122,7 @@ def _itself(error: SdgraphError) -> BaseException:
 
 
 class EngineLoop:
-    """Ticks engines for as long as there is work. Belongs to one event loop."""
+    """Ticks engines while there is work. An instance belongs to one event loop."""
 
     def __init__(
         self,
@@ -135,8 +135,8 @@ class EngineLoop:
         """Run `engines`, by component id.
 
         Args:
-            engines: what runs the work of each component.
-            worker: the thread that touches them.
+            engines: the engine of each component.
+            worker: the only thread that uses the engines.
             on_tick: called on the event loop with each finished tick and its seconds.
             unwrap: turns an error of a tick into the one that its requests raise.
         """
@@ -153,23 +153,23 @@ class EngineLoop:
         self.throughput = Throughput()
 
     def __len__(self) -> int:
-        """Requests inside."""
+        """The number of requests that have entered and not left."""
         return len(self._requests)
 
     def outstanding(self, component: str | None = None) -> int:
-        """Rows x ticks to come x pixels, of one component or of all."""
+        """Remaining work in rows x ticks x pixels, of one component or of all."""
         requests = (r for r in self._requests.values() if component in (None, r.component))
         return sum(request.job.outstanding_work for request in requests if request.job)
 
     async def submit(self, work: Work, started: Callable[[], None] = _nothing) -> Latents:
-        """Run a stage, in ticks shared with whoever else is here. Cancelling it frees its rows at the next tick.
+        """Run a stage in ticks that it shares with other requests. Cancelling the call frees its rows at the next tick.
 
-        `started` is called when the job was in its first tick.
+        `started` is called after the first tick with this job.
 
         Raises:
-            OverloadedError: the work that is here already leaves too little time.
-            DenoiseError: its tick failed, alone too.
-            RequestError: the stage cannot be run as it was asked for.
+            OverloadedError: the stage would end after its deadline, because of the work that came before it.
+            DenoiseError: a tick failed, and failed again with this job alone.
+            RequestError: the stage cannot be run as requested.
         """
         async with self._inside(work, started) as request:
             return await request.result
@@ -177,7 +177,10 @@ class EngineLoop:
     async def watch(
         self, work: Work, started: Callable[[], None] = _nothing, previews: bool = False
     ) -> AsyncGenerator[Update | Latents, None]:
-        """The same, telling of every step; the last item is the result. Closing it frees the rows."""
+        """Run a stage like `submit`, and yield an update for every step; the last item is the result.
+
+        Closing the generator frees the rows at the next tick.
+        """
         updates: asyncio.Queue[Update] = asyncio.Queue()
         async with self._inside(work, started, updates, previews) as request:
             while not request.result.done() or not updates.empty():
@@ -198,7 +201,7 @@ class EngineLoop:
         updates: asyncio.Queue[Update] | None = None,
         previews: bool = False,
     ) -> AsyncIterator[_Request]:
-        """A job in its engine for as long as the block."""
+        """Keep a job in its engine while the block runs."""
         job_id = uuid.uuid4().hex
         engine = self._engines[work.stage.component]
         request = _Request(work, started, asyncio.get_running_loop().create_future(), updates=updates)
@@ -225,7 +228,13 @@ class EngineLoop:
             self._requests.pop(job_id, None)
 
     def _refuse_if_late(self, expires: float) -> None:
-        """Jobs run oldest first, so the newest is done when all are: too late, if that is past its deadline."""
+        """Refuse the newest job if it would end after its deadline.
+
+        Jobs run oldest first, so the newest one ends when all others have ended.
+
+        Raises:
+            OverloadedError: it would end too late.
+        """
         jobs = (request.job for request in self._requests.values())
         late_by = time.time() + self.throughput.seconds_for(job for job in jobs if job) - expires
         if late_by > 0:
@@ -241,7 +250,7 @@ class EngineLoop:
 
     def _ensure_task(self) -> None:
         if self._task is None or self._task.done():
-            # A fresh context: the loop outlives the request that started it and must not run under its identity.
+            # In a new context: the loop outlives the request that started it, and must not use its id and trace.
             self._task = asyncio.create_task(self._run(), context=contextvars.Context())
 
     async def _run(self) -> None:
@@ -253,17 +262,17 @@ class EngineLoop:
                     begun.append(await self._begin(component))
                 while begun and (len(begun) > 1 or not component or begun[0].over):
                     await self._account(begun.popleft())
-        except Exception as error:  # a bug of the loop itself must not leave anybody waiting for ever
+        except Exception as error:  # even after a bug in the loop itself no request may wait for ever
             for request in self._requests.values():
                 request.settle(error)
             logger.exception("the engine loop failed")
 
     def _next_component(self) -> str | None:
-        """That of the oldest job; None if no engine has any."""
+        """The component of the oldest job; None if no engine has a job."""
         return next((r.component for r in self._requests.values() if r.job and not r.leaving), None)
 
     async def _begin(self, component: str) -> _Tick:
-        """Tick an engine, and note how far its jobs are now: they may be further when the device has done it."""
+        """Tick an engine, and record its jobs' progress now: later ticks may advance them before the device is done."""
         begun = time.perf_counter()
         report = await self._worker.run(self._engines[component].tick)
         tick = _Tick(component, report, begun)
@@ -278,12 +287,12 @@ class EngineLoop:
         return tick
 
     async def _account(self, tick: _Tick) -> None:
-        """What follows from a tick when the device has done it: times, progress, results."""
+        """Wait until the device has completed a tick, then record its duration and report progress and results."""
         report = tick.report
         if report.mark is not None and not report.mark.passed:
             await self._waiter.run(report.mark.wait)
         end = time.perf_counter()
-        seconds, self._last_end = end - max(tick.begun, self._last_end), end  # what it waited for others is theirs
+        seconds, self._last_end = end - max(tick.begun, self._last_end), end  # not the wait for the last tick
         if report.rows:
             self.throughput.record(report.advanced, seconds)
         self._on_tick(tick.component, report, seconds)
@@ -300,7 +309,7 @@ class EngineLoop:
                 request.settle(self._unwrap(error))
 
     def _tell(self, tick: _Tick) -> None:
-        """Step i of n to the watchers of jobs that ran, their place in the queue to those that wait."""
+        """Tell the watchers of jobs in the tick their step, and those of waiting jobs their place in the queue."""
         previews = {fetched.job.id: fetched for fetched in tick.report.previews}
         for job_id, progress in tick.progress.items():
             request = self._requests.get(job_id)
@@ -319,6 +328,6 @@ def _overloaded(late_by_s: float) -> OverloadedError:
 
 
 def _drop(engine: StepEngine, job_id: str) -> None:
-    """Remove a job that no caller waits for from its engine; its rows are free at the next tick."""
+    """Remove a job from its engine because its caller has left; its rows are free at the next tick."""
     if job := engine.cancel(job_id):
         logger.info("job cancelled at step %d/%d", job.steps_done, job.steps)

@@ -1,4 +1,4 @@
-"""Files that a request needs of a volume, read on threads beside."""
+"""Reading the files that requests need from a volume, on separate threads."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from pipelines.loads import Needed
 
 READING_THREADS = 16
-"""Files that are read at a time; only those on a volume that hangs take long."""
+"""Number of files that are read at the same time. Reads take long only on a volume that hangs."""
 
 
 class Reads:
-    """Reads each file once, however many requests wait for it, so that one that hangs takes one thread.
+    """Reads each file once, however many requests wait for it, so that a read that hangs occupies only one thread.
 
-    A request whose files are loaded does not use these threads. Belongs to one event loop.
+    A request whose files are loaded does not use these threads. An instance belongs to one event loop.
     """
 
     def __init__(self, worker: Worker) -> None:
-        """Have threads beside `worker`."""
+        """Create the threads, whose errors `worker` reports."""
         self._threads = worker.beside("read", READING_THREADS)
         self._under_way: dict[Needed, asyncio.Task[object]] = {}
 
     async def all(self, needed: Sequence[Needed]) -> list[object]:
-        """Everything that is needed; as long as it is held, looking for it reads nothing.
+        """Load everything in `needed` and return it; while the caller holds it, no later lookup reads a file.
 
-        A request that leaves does not stop the reading: the next one finds the file loaded.
+        A request that is cancelled does not stop the read: the next request finds the file loaded.
 
         Raises:
-            Exception: what reading raised.
+            Exception: the exception of the read.
         """
         held = [value.found() for value in needed]
         missing = [value for value, found in zip(needed, held, strict=True) if found is None]
@@ -49,4 +49,4 @@ class Reads:
     def _done(self, value: Needed, task: asyncio.Task[object]) -> None:
         del self._under_way[value]
         if not task.cancelled():
-            task.exception()  # who waited is told; if nobody did any more, nobody misses it
+            task.exception()  # waiting callers get the error; without any, asyncio would log it

@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteControl:
-    """ControlNets in their own deployment. The call runs on the replica's event loop while the UNet goes down."""
+    """ControlNets in their own deployment. The call runs on the replica's event loop during the UNet's down blocks."""
 
     def __init__(self, edge: ControlNetEdge) -> None:
         self._edge = edge
         self._loop = asyncio.get_event_loop()
 
     def start(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PendingResiduals:
-        """Begin the call; a replica that has not seen the maps asks for them once.
+        """Begin the call. The control maps are sent only if the replica lacks them.
 
-        On the model's thread, before it queues the UNet: the copy of the batch to the host is queued here, so that it
-        waits for the tick before at most. The event loop sends what has arrived.
+        This runs on the model's thread, before the UNet is queued. The copy of the batch to the host is queued here, so
+        that it waits for the previous tick at most; the event loop sends the batch when the copy has arrived.
         """
         return asyncio.run_coroutine_threadsafe(self._call(batch.sent_to_host(), hints), self._loop)
 
@@ -42,7 +42,7 @@ class RemoteControl:
         return residuals
 
     async def _ask(self, batch: ControlBatch, hints: Mapping[str, ControlHint]) -> PackedResiduals | None:
-        """One call, and a second one where the replica died: to another one, or to its successor."""
+        """Call the deployment, and once more if the replica died: another replica or its successor answers."""
         try:
             return await self._edge.residuals(batch=batch, hints=hints)
         except Exception as error:

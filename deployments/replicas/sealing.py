@@ -1,4 +1,4 @@
-"""Sealing tensors that pass through the ingress, and opening them where they are needed."""
+"""Pickling tensors that pass through the ingress, which has no torch, and unpickling them where they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def seal(value: T) -> Sealed[T]:
-    """Pickle a value."""
+    """Pickle a value to bytes, which a process without torch can pass on."""
     return Sealed(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
 
 
@@ -20,5 +20,5 @@ def unseal(value: Sealed[T]) -> T: ...
 @overload
 def unseal(value: T | Sealed[T]) -> T: ...
 def unseal(value: T | Sealed[T]) -> T:
-    """The value, sealed or not. Only what another replica of this graph sealed is ever opened."""
+    """Return the value, unpickled if it is sealed. Only values from other replicas of this graph are unpickled."""
     return cast("T", pickle.loads(value.pickled)) if isinstance(value, Sealed) else value

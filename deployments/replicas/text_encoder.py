@@ -1,4 +1,4 @@
-"""The text-encoder deployment: stage plans -> conditioning."""
+"""The text-encoder deployment: it encodes the prompts of stage plans."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextEncoderDeployment(Replica):
         self._reads = Reads(self._worker)
 
     async def encode(self, *, component: str, stage: StagePlan) -> Timed[Conditioning]:
-        """Conditioning of one stage."""
+        """Encode the prompts of one stage."""
         stack = self._stacks[component]
         with stopwatch("text_encoder", component) as watch:
             held = await self._reads.all(stack.needed(stage))  # not on the thread that encodes for all

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from pipelines.engine.job import DenoiseJob
 
 NEWEST_SHARE = 0.1
-"""Weight of the newest tick in a moving average."""
+"""Weight of the newest tick in a moving average, between 0 and 1."""
 ENOUGH_TICKS = 3
-"""Ticks of a kind that must be timed before anything is decided by them, after its first one, which warms up."""
+"""Number of ticks of a kind that must be timed before they are used; the first tick is not timed, it warms up."""
 
 
 class MovingAverage:
@@ -22,7 +22,7 @@ class MovingAverage:
         self.value = 0.0
 
     def add(self, value: float) -> None:
-        """Take in a value; the first one is the average."""
+        """Add a value. The average of one value is that value."""
         self.value += (value - self.value) * (NEWEST_SHARE if self.value else 1.0)
 
 
@@ -44,11 +44,11 @@ class Throughput:
 
     def __init__(self) -> None:
         self.overall = MovingAverage()
-        """Rows x pixels per second, 0 until a tick was timed."""
+        """Rows x pixels per second; 0 until a tick has been timed."""
         self._kinds: defaultdict[tuple[str, int], _TickKind] = defaultdict(_TickKind)
 
     def record(self, jobs: Sequence[DenoiseJob], seconds: float) -> None:
-        """Record how long a tick took since it began and the one before it had ended; its jobs share UNet and size."""
+        """Record the seconds of a tick, without waiting for the one before; its jobs share UNet and size."""
         work_per_second = sum(job.work for job in jobs) / seconds
         self.overall.add(work_per_second)
         kind = self._kind_of(jobs[0])
@@ -58,12 +58,12 @@ class Throughput:
             kind.seconds.add(seconds)
 
     def seconds_for(self, jobs: Iterable[DenoiseJob]) -> float:
-        """Seconds until all of these are done; jobs of a kind that is not known yet count as none."""
+        """Seconds until all of these jobs are done; jobs of a kind that has not been timed yet count as 0."""
         kinds = ((job, self._kind_of(job)) for job in jobs)
         return sum(job.outstanding_work / kind.work_per_second.value for job, kind in kinds if kind.known)
 
     def least_seconds_for(self, job: DenoiseJob) -> float:
-        """Seconds a job needs if it is in every tick; 0 if its kind is not known yet."""
+        """Seconds that a job needs if it is in every tick; 0 if its kind has not been timed yet."""
         kind = self._kind_of(job)
         return kind.seconds.value * job.ticks_left if kind.known else 0.0
 

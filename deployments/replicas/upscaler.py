@@ -1,4 +1,4 @@
-"""The upscaler deployment: pictures -> larger pictures."""
+"""The upscaler deployment: it enlarges pictures with a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipelines.pictures.upscaling import Pixels
 
 FILE_THREADS = 2
-"""Threads that read and write picture files beside the model's."""
+"""Number of threads that read and write picture files."""
 
 
 class UpscalerDeployment(Replica):
@@ -30,7 +30,7 @@ class UpscalerDeployment(Replica):
         self._files = self._worker.beside("files", FILE_THREADS)
 
     async def upscale(self, *, component: str, stage: StagePlan, pixels: Timed[Pixels]) -> Timed[Pixels]:
-        """The picture at the head of a second pass, of the size of its `stage`."""
+        """Enlarge the picture of the first pass to the size of the second pass's `stage`."""
         from pipelines.pictures.upscaling import Pixels
 
         enlarge = self._upscalers[component].enlarge
@@ -40,7 +40,7 @@ class UpscalerDeployment(Replica):
         return watch.timed(Pixels.of(larger), pixels)
 
     async def upscale_file(self, *, component: str, plan: UpscalePlan, image: bytes) -> Timed[EncodedImage]:
-        """The file of a sent picture, larger, marked and with the plan inside."""
+        """Enlarge a sent picture, and return the file, marked as made by a machine and with the plan in it."""
         enlarge = self._upscalers[component].enlarge
         with stopwatch("upscale", component) as watch:
             opened = await self._files.run(read_whole_image, image, "image")

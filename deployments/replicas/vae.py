@@ -1,4 +1,4 @@
-"""The VAE deployment: picture bytes -> latents, latents -> encoded picture."""
+"""The VAE deployment: it encodes picture files to latents, and decodes latents to picture files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pipelines.transfers import Fetching
 
 FILE_THREADS = 2
-"""Threads that read and write picture files, and wait for the device meanwhile."""
+"""Number of threads that read and write picture files, and wait for results of the device."""
 
 
 class VAEDeployment(Replica):
-    """Hosts one VAE, or all of them when components are grouped by role. Files are made here: tensors stop here.
+    """Hosts one VAE, or all of them when components are grouped by role. It writes the picture's file.
 
-    The model's thread only queues work on the device; files are read and written beside it.
+    The model's thread only queues work on the device; other threads read and write files.
     """
 
     def __init__(self, *, components: Sequence[str], catalog: Catalog, runtime: Runtime) -> None:
@@ -40,7 +40,7 @@ class VAEDeployment(Replica):
         self._files = self._worker.beside("files", FILE_THREADS)
 
     async def encode(self, *, plan: GenerationPlan, image: bytes | None, mask: bytes | None) -> Timed[Latents]:
-        """What the first stage begins from: latents of a picture, and which part of them is drawn."""
+        """Encode a picture to the latents that the first stage begins from; the mask says which part of it is drawn."""
         with stopwatch("vae_encode", plan.vae) as watch:
             opened, canvas = await self._files.run(read_start, plan, image, mask)
             begin = self._vaes[plan.vae].begin_start
@@ -51,7 +51,7 @@ class VAEDeployment(Replica):
     async def enlarge(
         self, *, component: str, stage: StagePlan, latents: Timed[Latents] | Sealed[Timed[Latents]]
     ) -> Timed[Latents]:
-        """Latents of the picture that `latents` are, resized to a second pass's `stage`."""
+        """Decode `latents`, resize the picture to the size of a second pass's `stage`, and encode it again."""
         opened, vae = unseal(latents), self._vaes[component]
         with stopwatch("vae_enlarge", component) as watch:
             decoding = await self._worker.run(vae.begin_decoding, opened.value, started=watch.start_work)
@@ -61,7 +61,7 @@ class VAEDeployment(Replica):
         return watch.timed(values, opened)
 
     async def pixels(self, *, component: str, latents: Timed[Latents] | Sealed[Timed[Latents]]) -> Timed[Pixels]:
-        """The picture that `latents` are, before a model enlarges it."""
+        """Decode `latents` to the pixels that an upscaler enlarges."""
         from pipelines.pictures.upscaling import Pixels
 
         opened = unseal(latents)
@@ -72,7 +72,7 @@ class VAEDeployment(Replica):
         return watch.timed(Pixels.of(image), opened)
 
     async def encode_pixels(self, *, component: str, stage: StagePlan, pixels: Timed[Pixels]) -> Timed[Latents]:
-        """Latents of a picture of the size of `stage`."""
+        """Encode pixels, which have the size of `stage`, to latents."""
         with stopwatch("vae_encode", component) as watch:
             begin = self._vaes[component].begin_encoding
             fetching = await self._worker.run(begin, pixels.value.image(), stage.seed, started=watch.start_work)
@@ -87,7 +87,10 @@ class VAEDeployment(Replica):
         image: bytes | None,
         mask: bytes | None,
     ) -> Timed[EncodedImage]:
-        """The finished file, marked and with the plan inside; with a mask, laid into the picture that was sent."""
+        """Decode `latents` to the finished file, marked as made by a machine and with the plan in it.
+
+        With a mask, the result replaces that part of the picture that was sent.
+        """
         opened = unseal(latents)
         with stopwatch("vae_decode", plan.vae) as watch:
             begin = self._vaes[plan.vae].begin_decoding
@@ -96,7 +99,7 @@ class VAEDeployment(Replica):
         return watch.timed(written, opened)
 
     async def preview(self, *, plan: GenerationPlan, latents: Sealed[Latents], file_format: OutputFormat) -> bytes:
-        """A small file of a picture in the making."""
+        """Make a small picture file from the latents of an unfinished picture."""
         fetching = await self._worker.run(self._vaes[plan.vae].begin_preview, unseal(latents))
         return await self._files.run(_write_preview, fetching, file_format)
 

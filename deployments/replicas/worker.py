@@ -1,4 +1,4 @@
-"""Threads of a replica: one for its models (ENG-3), and further ones for files."""
+"""The threads of a replica: one for its models (ENG-3), and others for files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Worker:
     def __init__(
         self, on_error: Callable[[BaseException], None] = _ignore, threads: int = 1, name: str = "model"
     ) -> None:
-        """Threads that wait for work, one unless the order does not matter.
+        """Create the threads. With more than one, functions may run at the same time and in any order.
 
-        `on_error` is told there of every exception that `run` passes on.
+        `on_error` is called on the thread with every exception that `run` raises.
         """
         self._on_error = on_error
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     def beside(self, name: str, threads: int = 1) -> Worker:
-        """Further threads, whose errors are reported to the same callback."""
+        """Create further threads, whose errors are reported to the same callback."""
         return Worker(self._on_error, threads, name)
 
     async def run(self, function: Callable[..., R], *args: object, started: Callable[[], None] | None = None) -> R:
-        """Run `function(*args)` after everything handed in before it, in the caller's context (request id, trace).
+        """Run `function(*args)` after all functions submitted before it, in the caller's context (request id, trace).
 
-        `started` is called on the thread when the function's turn has come.
+        `started` is called on the thread immediately before the function.
         """
 
         def turn() -> R:
@@ -51,9 +51,9 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, turn)
 
     def finish(self, function: Callable[..., R], *args: object) -> R:
-        """Run it there and wait here for what it returns: for constructors."""
+        """Run a function on the thread and block until it returns; for constructors, which cannot await."""
         return self._executor.submit(contextvars.copy_context().run, function, *args).result()
 
     def submit(self, function: Callable[..., object], *args: object) -> None:
-        """Run it without waiting for it."""
+        """Run a function on the thread without waiting for it."""
         self._executor.submit(contextvars.copy_context().run, function, *args)

@@ -252,7 +252,7 @@ async def test_the_first_request_of_a_size_has_it_compiled(
     connect: ClientFactory, sized: Catalog, growing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled in a process of its own while torch draws; 144 x 144 is on no table."""
-    monkeypatch.setattr("pipelines.backends.tvm.apart.NICENESS", 0)  # a busy machine would never come to it
+    monkeypatch.setattr("pipelines.backends.tvm.compile_subprocess.NICENESS", 0)  # else it starves on a busy machine
     fields = {"width": 144, "height": 144, "output_format": "png"}
     async with connect(catalog=sized, graph=claiming(growing, 2.0), compiles_on_demand=True) as client:
         refused = await post(client, **fields, backend="tvm")

@@ -84,7 +84,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_said_to_be_wrong(
         expect(asked).to_contain_text("This server asks for a key")
         key.fill("guess")
         key.press("Enter")
-        expect(asked).to_contain_text("The server did not take this key")
+        expect(asked).to_contain_text("The server did not accept this key")
         key.fill("secret")
         key.press("Enter")
         expect(asked).to_be_hidden()
@@ -108,7 +108,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_said_to_be_wrong(
         while httpx.get(f"{address}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200:
             page.wait_for_timeout(50)
         page.reload()
-        expect(asked).to_contain_text("The server did not take this key")
+        expect(asked).to_contain_text("The server did not accept this key")
 
 
 def test_an_error_is_said_in_words_and_marks_its_field(open_page: OpenPage, url: str) -> None:

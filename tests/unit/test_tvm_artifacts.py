@@ -1,4 +1,4 @@
-"""Compiled UNets on disk: what distinguishes them, what is refused, how they come about. No compiler runs here."""
+"""Compiled UNets on disk: what distinguishes them, what is refused, how they are made. No compiler runs here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from config.catalog import ROOT
-from pipelines.backends.tvm.apart import CompileFailedError, compile_apart
 from pipelines.backends.tvm.artifacts import (
     COMPILER_SOURCES,
     DESCRIPTION,
@@ -27,6 +26,7 @@ from pipelines.backends.tvm.artifacts import (
     program_kinds,
     sources_hash,
 )
+from pipelines.backends.tvm.compile_subprocess import CompileFailedError, compile_in_subprocess
 
 KEY = ArtifactKey(
     config="c", height=64, width=64, rows=2, tokens=77, pooled=0, control=False, level="x86-64-v3", sources="s"
@@ -163,14 +163,14 @@ def test_a_compiling_process_that_is_ended_leaves_nothing(tmp_path: Path) -> Non
     """It takes longer to start than it is given."""
     cache = ArtifactCache(tmp_path)
     with pytest.raises(CompileFailedError, match="ended with -9"):
-        compile_apart(cache, {}, KEY, seconds=0)
+        compile_in_subprocess(cache, {}, KEY, seconds=0)
     assert cache.find(KEY, V3) is None
 
 
 @pytest.mark.slow
 def test_a_compiling_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(CompileFailedError, match=r"(?s)ended with 1: .*NoSuchBlock"):
-        compile_apart(ArtifactCache(tmp_path), {"down_block_types": ["NoSuchBlock"]}, KEY)
+        compile_in_subprocess(ArtifactCache(tmp_path), {"down_block_types": ["NoSuchBlock"]}, KEY)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 

@@ -1,6 +1,6 @@
-"""Compiled UNets on disk: what makes one valid for a UNet, a shape and a machine, and how they are kept.
+"""Compiled UNets on disk: what makes one valid for a UNet, a shape and a machine, and how they are stored.
 
-Needs neither torch nor tvm: whether something is compiled is known before either is imported.
+This module imports neither torch nor tvm, so that a process can find out what is compiled before it imports either.
 """
 
 from __future__ import annotations
@@ -30,26 +30,29 @@ COMPILER_SOURCES = (
     *("feature_maps.py", "low_rank.py", "products.py", "shapes.py", "tir.py", "winograd.py"),
 )
 BATCHES = (1, 2, 4, 8)
-"""Rows that are compiled; others are padded to the next."""
+"""Batch sizes that are compiled. Other numbers of rows are padded to the next larger one."""
 LORA_ROWS = 2
-"""Most rows of a program that takes LoRAs."""
+"""The largest batch size that is compiled with LoRAs: one picture with guidance."""
 LEVELS = {
     "x86-64-v4+bf16": ("avx512_bf16",),
     "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
     "x86-64-v3": ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
 }
-"""Processor levels of the x86-64 psABI and one that multiplies bfloat16, best first, and the flags Linux shows for what
-each adds to the one below."""
+"""Levels of processors, best first: those of the x86-64 psABI, and one whose processors multiply bfloat16. The values
+are the CPU flags, as Linux names them, that a level adds to the one below it."""
 PROGRAM, DESCRIPTION = "unet.so", "artifact.json"
 
 
 def program_rows(batches: Iterable[int] = BATCHES) -> list[tuple[int, bool]]:
-    """Rows, and whether with LoRAs: those are for single pictures, which more pictures take turns in."""
+    """The programs to compile, as `(rows, with LoRAs)`.
+
+    Programs with LoRAs have the rows of one picture. Several pictures with LoRAs run one after the other.
+    """
     return [(rows, False) for rows in batches] + [(rows, True) for rows in batches if rows <= LORA_ROWS]
 
 
 class ArtifactError(RuntimeError):
-    """An artifact that must not be loaded: damaged, or made for another machine; the message says which and why."""
+    """An artifact must not be loaded, because it is damaged or made for another machine; the message says which."""
 
 
 class ArtifactKey(BaseModel):
@@ -58,52 +61,52 @@ class ArtifactKey(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str
-    """SHA-256 of the UNet's `config.json`, without what only names it."""
+    """SHA-256 of the UNet's `config.json`, without entries that begin with an underscore (see `config_hash`)."""
     height: int
     width: int
-    """Height and width are of the latents."""
+    """Height and width of the latents."""
     rows: int
     """Batch size."""
     tokens: int
-    """Context length."""
+    """Length of the text conditioning, in tokens."""
     pooled: int
-    """Width of the pooled text, 0 for SD."""
+    """Width of the pooled prompt embeddings, 0 for SD."""
     control: bool
-    """Whether it takes a ControlNet's residuals."""
+    """Whether the program takes a ControlNet's residuals."""
     loras: bool = False
-    """Whether it takes LoRAs."""
+    """Whether the program applies LoRAs."""
     level: str
-    """The processor it was made for, one of `LEVELS`."""
+    """The level of processors it was compiled for, one of `LEVELS`."""
     sources: str
     """SHA-256 of the compiler's own files."""
     dtype: Precision = "float32"
-    """What is multiplied."""
+    """The number format that products multiply."""
     tvm: str = importlib.metadata.version("apache-tvm")
     tvm_ffi: str = importlib.metadata.version("apache-tvm-ffi")
 
     @property
     def id(self) -> str:
-        """Names the artifact's folder."""
+        """A hash of the key, which is the name of the artifact's folder."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:24]
 
 
 class Artifact(BaseModel):
-    """What is written beside the program."""
+    """The description that is stored beside a compiled program."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: ArtifactKey
-    """What it was made for."""
+    """What the program was compiled for."""
     program: str
-    """SHA-256 of the program."""
+    """SHA-256 of the program's file."""
     weights: tuple[tuple[str, str, int, int], ...]
-    """`(name in the state dict, layout kind, panel, tile)` of every argument after the inputs, in order."""
+    """The program's arguments after its inputs, in order: `(name in the state dict, layout kind, panel, tile)`."""
     compile_seconds: float
     """How long it took to compile."""
 
 
 def needed_flags(level: str) -> tuple[str, ...]:
-    """Flags a machine must have to run programs of a level: its own and those of every level below."""
+    """The CPU flags that a machine must have to run programs of a level: its own and those of every level below."""
     names = list(LEVELS)
     return tuple(flag for name in names[names.index(level) :] for flag in LEVELS[name])
 
@@ -112,12 +115,12 @@ def best_level(flags: frozenset[str] | None = None, precision: Precision = "floa
     """The best level of a machine, this one by default, for programs of a precision.
 
     Raises:
-        ArtifactError: the kernels are written for AVX2 and up.
+        ArtifactError: the processor lacks AVX2 or FMA, which every kernel uses.
     """
     have = processor_flags() if flags is None else flags
     for level in LEVELS:
         if precision == "float32" and level.endswith("+bf16"):
-            continue  # nothing that float32 needs: one artifact serves both kinds of machines
+            continue  # float32 does not use its instructions, so one artifact serves both levels
         if have.issuperset(needed_flags(level)):
             return level
     raise ArtifactError(f"this processor reaches none of {list(LEVELS)}: backend tvm needs AVX2 and FMA")
@@ -138,22 +141,25 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 class ProgramKind(NamedTuple):
-    """What programs have in common that share packed weights."""
+    """What all programs that share one packed copy of the weights have in common."""
 
     precision: Precision
     level: str
 
 
 def every_kind() -> tuple[ProgramKind, ...]:
-    """The kinds there are; float32 has no use for the instructions of bfloat16."""
+    """All kinds of programs, the best first.
+
+    None of them is float32 at the level of bfloat16, whose instructions float32 does not use.
+    """
     kinds = [ProgramKind("bfloat16", level) for level in LEVELS]
     return (*kinds, *(ProgramKind("float32", level) for level in LEVELS if not level.endswith("+bf16")))
 
 
 def program_kinds(wanted: WantedPrecision, flags: frozenset[str] | None = None) -> tuple[ProgramKind, ...]:
-    """Kinds that a machine, this one by default, can run in the wanted precision, best first; none if it is too old.
+    """Kinds that a machine, by default this one, can run in the wanted precision, best first; empty if it is too old.
 
-    `auto` takes bfloat16 by the processor's instruction, and float32 where nothing is compiled so.
+    `auto` means bfloat16 if the processor has the instruction for it, and then float32.
     """
     have = processor_flags() if flags is None else flags
     kinds = [kind for kind in every_kind() if have.issuperset(needed_flags(kind.level))]
@@ -163,20 +169,20 @@ def program_kinds(wanted: WantedPrecision, flags: frozenset[str] | None = None) 
 
 
 class ArtifactCache:
-    """A folder of artifacts, shared by processes and machines; a PVC in production."""
+    """A folder of artifacts that processes and machines share; in production it is on a PersistentVolumeClaim."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def find(self, key: ArtifactKey, flags: frozenset[str] | None = None) -> Artifact | None:
-        """The artifact of a key, None if it is not compiled.
+        """Return the artifact of a key, or None if it is not compiled.
 
         Args:
-            key: what is wanted.
-            flags: of the machine that will run it, this one by default.
+            key: the program that is wanted.
+            flags: CPU flags of the machine that will run it, by default of this one.
 
         Raises:
-            ArtifactError: it is there, but damaged, or this machine lacks instructions it uses.
+            ArtifactError: the artifact is damaged, or the machine lacks instructions that it uses.
         """
         folder = self.folder / key.id
         if not folder.is_dir():
@@ -194,18 +200,18 @@ class ArtifactCache:
         return artifact
 
     def program(self, artifact: Artifact) -> Path:
-        """The shared library of an artifact."""
+        """The path of an artifact's shared library."""
         return self.folder / artifact.key.id / PROGRAM
 
     def make(self, key: ArtifactKey, build: Callable[[Path], Artifact]) -> tuple[Artifact, bool]:
-        """The artifact of a key, built if it is missing or damaged; and whether it was built now.
+        """Return the artifact of a key, built now if it is missing or damaged, and whether it was built now.
 
-        Whoever asks for the same key meanwhile, in whatever process, waits and gets the same. An artifact appears by
-        one rename, so a half-written one is never found.
+        Other threads and processes that ask for the same key meanwhile wait and get the same artifact. It appears by
+        one rename, so that `find` never sees a half-written one.
 
         Args:
-            key: what is wanted.
-            build: writes the program to the path it is given and describes it.
+            key: the program that is wanted.
+            build: writes the program to the path that it is given, and returns its description.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"{key.id}.lock"):

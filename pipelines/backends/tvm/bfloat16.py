@@ -1,8 +1,8 @@
-"""bfloat16 in kernels: values are `uint16`, two neighbours of a sum are one `int32`, sums are float32.
+"""bfloat16 in kernels: a value is stored as `uint16`, two neighbouring values as one `int32`; sums are float32.
 
-TVM's code generator knows no bfloat16. The processor's product (`vdpbf16ps`, Intel's Architecture Instruction Set
-Extensions) is therefore LLVM IR that a kernel brings along; where the processor lacks it, the same kernels multiply in
-float32, which holds products of two bfloat16 exactly.
+TVM's code generator has no bfloat16. The processor's product (`vdpbf16ps`, Intel's Architecture Instruction Set
+Extensions) is therefore called through LLVM IR that is attached to a kernel. Where the processor lacks it, the same
+kernels multiply in float32, which represents the product of two bfloat16 values exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.backends.tvm.tir import FLOAT
 
 HALF, PAIR = "uint16", "int32"
 LANES = 16
-"""Sums that one instruction goes on with."""
+"""Number of float32 sums that one instruction adds to."""
 
 _DOT = "sdgraph_dot_bfloat16"
 _DOT_LLVM = f"""
@@ -32,9 +32,9 @@ define <16 x float> @{_DOT}(<16 x float> %sums, <16 x i32> %a, <16 x i32> %b) {{
 
 
 def rounded(value: Any) -> Any:
-    """A float32 expression as bfloat16, to the nearest, ties to even; infinities and NaN stay what they are.
+    """Round a float32 expression to the nearest bfloat16, ties to even. Infinities and NaN stay what they are.
 
-    A NaN whose mantissa is all ones would become a zero; arithmetic makes none.
+    The exception is a NaN whose mantissa is all ones, which would become zero; arithmetic never produces it.
     """
     bits = tirx.reinterpret("uint32", value)
     odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
@@ -42,31 +42,31 @@ def rounded(value: Any) -> Any:
 
 
 def rounded_tensor(x: te.Tensor) -> te.Tensor:
-    """A float32 tensor as bfloat16."""
+    """Round a float32 tensor to bfloat16."""
     return te.compute(x.shape, lambda *index: rounded(x(*index)), name="rounded")
 
 
 def pair(buffer: Any, outer: list[Any], number: Any) -> Any:
-    """The values `2 number` and `2 number + 1` of a row of bfloat16, the first in the lower half."""
+    """Load values `2 * number` and `2 * number + 1` of a bfloat16 row as one int32, the first in its lower half."""
     return tirx.reinterpret(PAIR, buffer[*outer, ir.ramp(2 * number, 1, 2)])
 
 
 def instruction() -> AbstractContextManager[Any]:
-    """Around the loops of a kernel that calls `add_products` with an instruction."""
+    """A context around the loops of a kernel that calls `add_products` with `native`; it attaches the LLVM IR."""
     begun: AbstractContextManager[Any] = ir.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM)
     return begun
 
 
 def add_products(sums: Any, row: int, panel: int, a: Any, b: Any, native: bool) -> None:
-    """Sums `[row, panel]` and the products of a pair with a panel of pairs.
+    """Add the products of one pair with a panel of pairs to a row of sums.
 
     Args:
         sums: float32 buffer `[rows, panel]`.
-        row: which of them.
-        panel: columns, a multiple of `LANES` where `native`.
-        a: one pair.
-        b: column -> its pair.
-        native: by the processor's instruction.
+        row: index of the row.
+        panel: number of columns; a multiple of `LANES` if `native`.
+        a: the pair of bfloat16 values, as int32.
+        b: function from a column to its pair.
+        native: use the processor's instruction; otherwise multiply in float32.
     """
     if native:
         for first in range(0, panel, LANES):

@@ -1,4 +1,4 @@
-"""Compile UNets ahead of time, from their configuration alone: no weights are read, a few seconds each.
+"""Compile UNets ahead of time. Only their configurations are read, no weights; each program takes a few seconds.
 
 python -m pipelines.backends.tvm.compile --catalog embedded [--model SDXL1.0-base] [--size 1024x1024] [--rows 1 2]
     [--precision float32]
@@ -49,15 +49,15 @@ from pipelines.processor import precision_here
 from pipelines.weights.files import read_config
 
 SPARE_BYTES = 2**20
-"""With less room than this a folder is called full."""
+"""If a disk has fewer free bytes than this, a failure is reported as a full disk."""
 
 
 class PositionalUNet(nn.Module):
-    """A UNet whose inputs all have a place: what is compiled.
+    """A UNet that takes all inputs as positional arguments, as torch.export needs them.
 
     Arguments: sample `[rows, channels, height, width]`, timesteps `[rows]`, context `[rows, tokens, width]`; for SDXL
-    text_embeds `[rows, projection]` and time_ids `[rows, ids]`; with control the residuals on the way down and the mid
-    block's, as the ControlNet returns them.
+    text_embeds `[rows, projection]` and time_ids `[rows, ids]`; with control the residuals of the down blocks and
+    that of the mid block, as the ControlNet returns them.
     """
 
     def __init__(self, unet: UNet2DConditionModel, control: bool) -> None:
@@ -67,7 +67,7 @@ class PositionalUNet(nn.Module):
         self.control = control
 
     def forward(self, sample: Tensor, timesteps: Tensor, context: Tensor, *rest: Tensor) -> Tensor:
-        """The model output."""
+        """The model output, `[rows, channels, height, width]`."""
         added = None
         if self.added:
             added = {"text_embeds": rest[0], "time_ids": rest[1]}
@@ -81,26 +81,26 @@ class PositionalUNet(nn.Module):
 
 
 def target_of(level: str) -> Any:
-    """What TVM compiles for."""
+    """The TVM target for processors of a level."""
     name, _, extra = level.partition("+")
     return tvm.target.Target({"kind": "llvm", "mcpu": name, "mattr": ["+avx512bf16"] if extra else []})
 
 
 def tile_of(level: str, precision: Precision) -> Tile:
-    """How products are computed on machines of a level."""
+    """The register blocking and arithmetic of products on processors of a level."""
     if precision == "float32":
         return Tile.of(512 if level.startswith("x86-64-v4") else 256)
     return Tile.of(512 if level.startswith("x86-64-v4") else 256, "bfloat16" if "+bf16" in level else "emulated")
 
 
 def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> Artifact:
-    """Write the program of `key` for a UNet of this configuration; describes it.
+    """Write the program of `key` for a UNet of this configuration to the path `program`, and return its description.
 
-    The UNet exists without weights: its tensors are reserved, never touched, so that a 2.6 B UNet costs no memory.
+    The UNet has no weights: its tensors are allocated but never written, so that even 2.6 B parameters use no memory.
 
     Raises:
-        CompileError: a heavy operation has no kernel of ours.
-        UnsupportedOperationError: an operation in a form that no converter knows.
+        CompileError: an expensive operation has no scheduled kernel.
+        UnsupportedOperationError: the model uses an operation in a form that no converter supports.
     """
     begin = time.perf_counter()
     with init_empty_weights():
@@ -122,7 +122,7 @@ def compile_unet(config: Mapping[str, Any], key: ArtifactKey, program: Path) -> 
 
 
 def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> None:
-    """Run the program at `path` once on zeros, which take no memory: what ends a process shall end another one's."""
+    """Run the program at `path` once on zeros, so that one which crashes does so here and not in a replica."""
     with init_empty_weights():
         shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
     layouts = [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
@@ -137,7 +137,15 @@ def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> No
 def wanted_keys(
     catalog: Catalog, models: Collection[str], sizes: Collection[str], rows: Iterable[int], precision: Precision
 ) -> dict[ArtifactKey, tuple[str, str]]:
-    """Key -> component and size, of every UNet that the models' size tables want compiled; all of them if empty."""
+    """The keys of all programs in the models' size tables, each with its component and a description of its size.
+
+    Args:
+        catalog: says which models there are.
+        models: names of the models to compile; all available ones if empty.
+        sizes: such as `1024x1024`; all sizes of the tables if empty.
+        rows: batch sizes.
+        precision: of the programs.
+    """
     level = best_level(precision=precision)
     wanted: dict[ArtifactKey, tuple[str, str]] = {}
     for model in catalog.available_models():
@@ -157,7 +165,7 @@ def wanted_keys(
 
 
 def main() -> None:
-    """Compile what is asked for and not there yet, with progress."""
+    """Compile the programs that the command line names and the cache lacks, and show progress."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="embedded")
     parser.add_argument("--model", nargs="*", default=[], help="public names; every available model by default")
@@ -187,14 +195,14 @@ def main() -> None:
         for key, artifact, made in tqdm(compiled, "compiling", len(configs), disable=None):
             component, what = wanted[key]
             tqdm.write(f"{component} {what}, {precision}: {f'{artifact.compile_seconds} s' if made else 'was there'}")
-    except Exception:  # a linker's words, wrapped twice
+    except Exception:  # a full disk shows only in a linker's message inside two other exceptions
         if shutil.disk_usage(options.cache).free < SPARE_BYTES:
             sys.exit(f"--cache {options.cache}: no space left on device; what is compiled so far is kept")
         raise
 
 
 def _check_is_writable(folder: Path, parser: argparse.ArgumentParser) -> None:
-    """Before a minute of imports and compiling, not after."""
+    """End with a usage error if programs cannot be written to `folder`, before anything is compiled."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -206,7 +214,10 @@ def _check_is_writable(folder: Path, parser: argparse.ArgumentParser) -> None:
 def compile_all(
     cache: ArtifactCache, configs: Mapping[ArtifactKey, dict[str, Any]], processes: int | None = None
 ) -> Iterator[tuple[ArtifactKey, Artifact, bool]]:
-    """Make the artifacts of keys, given each UNet's configuration; key, artifact, and whether it was made now."""
+    """Compile the keys of `configs`, which gives each its UNet's configuration, in processes.
+
+    Yields each key with its artifact, and whether it was compiled now.
+    """
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(_compile_one, cache, config, key): key for key, config in configs.items()}
         for job in as_completed(jobs):

@@ -1,6 +1,7 @@
-"""torch.export graph -> Relax over our kernels: converters by ATen name, for TVM's importer.
+"""Conversion of a torch.export graph to Relax with the kernels of this package.
 
-Weights become arguments of their own, in the kernels' layouts, named as in the model's state dict.
+`Converters` has converters of ATen operations, which TVM's importer calls. Every weight becomes an argument of the
+program, in the layout that its kernel reads, named as in the model's state dict.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from pipelines.backends.tvm.tir import FLOAT
 
 SDPA = "sdgraph.scaled_dot_product_attention"
 WINOGRAD_SIDE = 16
-"""Winograd's weights are four times as large and read once an evaluation: they pay on maps this high and wide,"""
+"""Winograd's convolution is used for feature maps at least this high and wide. Its weights are four times as large, and
+reading them once per evaluation costs more than it saves on smaller maps."""
 WINOGRAD_BYTES = 8 * 2**20
-"""and on smaller ones if they are smaller than this."""
+"""It is also used for smaller feature maps if its weights have at most this many bytes."""
 
 
 FLOAT32_LAYERS = frozenset({"conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj"})
-"""Layers that multiply float32 in any precision: they meet the latents, the model output and the timestep, and are
-small."""
+"""Layers that multiply in float32 in every precision: they read the latents or the timestep, or write the
+model output, and are small."""
 
 
 def _attention(query: Any, key: Any, value: Any, result: Any) -> None:
-    """Torch's own attention, called from compiled code; all `[batch, tokens, heads, width]`, of one type."""
+    """Call torch's attention from compiled code. All tensors are `[batch, tokens, heads, width]` and of one type."""
     q, k, v, out = (from_dlpack(t) for t in (query, key, value, result))
     if q.dtype == torch.uint16:
         q, k, v, out = (t.view(torch.bfloat16) for t in (q, k, v, out))
@@ -56,10 +58,10 @@ tvm_ffi.register_global_func(SDPA, _attention, override=True)
 
 
 class Converters(FeatureMapConverters):
-    """One model's conversion; `weights` fills up on the way."""
+    """The converters of one model. They collect in `weights` the weights that the program takes as arguments."""
 
     def __init__(self, exported: torch.export.ExportedProgram, tile: Tile, loras: bool = False) -> None:
-        """Convert `exported` for a machine with `tile`'s registers, and for `loras` where layers take some."""
+        """Convert `exported` for the registers and arithmetic of `tile`; with `loras`, layers can apply LoRAs."""
         super().__init__()
         self._parameters = dict(exported.graph_signature.inputs_to_parameters)
         self._tile = tile
@@ -70,7 +72,7 @@ class Converters(FeatureMapConverters):
         self.weights: dict[tuple[str, Layout], relax.Var] = {}
 
     def table(self) -> dict[str, Callable[[fx.Node, Any], relax.Expr]]:
-        """ATen name -> converter; what is not here, TVM's importer converts."""
+        """Converters by ATen name. TVM's importer converts all other operations itself."""
         return super().table() | {
             "conv2d.default": self._conv2d,
             "linear.default": self._linear,
@@ -83,7 +85,7 @@ class Converters(FeatureMapConverters):
     # Weights and kernels
 
     def _weight(self, node: Any, layout: Layout, imported: Any) -> relax.Var:
-        """The argument that carries a weight in a layout."""
+        """The argument for a weight in a layout."""
         name = self._parameters.get(getattr(node, "name", ""))
         if name is None:
             raise UnsupportedOperationError(f"{node} is computed, but a weight was expected")
@@ -98,12 +100,12 @@ class Converters(FeatureMapConverters):
         return relax.const(np.zeros(width, FLOAT)) if node is None else self._weight(node, Layout(), imported)
 
     def _tile_for(self, weight: Any, depth: int) -> Tile:
-        """What the layer of a weight multiplies; pairs need an even number of values."""
+        """The tile for the layer of a weight: in float32 for `FLOAT32_LAYERS`, and for an odd depth (no pairs)."""
         layers = self._parameters.get(getattr(weight, "name", ""), "").split(".")
         return self._tile.in_float32() if depth % 2 or FLOAT32_LAYERS.intersection(layers) else self._tile
 
     def _operand(self, bb: Any, x: relax.Expr, tile: Tile) -> relax.Expr:
-        """The values of x as a product reads them: rounded once for all that read them."""
+        """The values of x in the type that a product reads; they are rounded once for all products that read x."""
         if not tile.halved or x.ty.dtype == HALF:
             return x
         if x not in self._halves:
@@ -119,7 +121,7 @@ class Converters(FeatureMapConverters):
         out: tuple[int, ...],
         dtype: str = FLOAT,
     ) -> relax.Expr:
-        """Call the kernel `make(name, *sizes)`, made once."""
+        """Call the kernel `make(name, *sizes)`, which is built once for all calls with these sizes."""
         key = (make.__name__, *sizes)
         if key not in self._kernels:
             name = "_".join(str(s).replace(".", "p").replace("-", "m") for s in key if not isinstance(s, Tile))
@@ -161,8 +163,8 @@ class Converters(FeatureMapConverters):
         return self.from_nhwc(bb, self._adapted(bb, node, picture, shape_of(picture), y))
 
     def _winograd_tile(self, height: int, width: int, channels: int, filters: int, tile: Tile) -> int:
-        """The m of F(m x m, 3 x 3) that pays here, 0 for none."""
-        # With m = 4 the transforms make eight times of bfloat16's rounding; with 2 they hardly add to it.
+        """The m of Winograd's F(m x m, 3 x 3) to use for a convolution, 0 for the direct convolution."""
+        # With m = 4 the transforms multiply the rounding error of bfloat16 by eight; with m = 2 they hardly add to it.
         m = next((m for m in ((2,) if tile.halved else (4, 2)) if height % m == 0 and width % m == 0), 0)
         size = (2 if tile.halved else 4) * (m + 2) ** 2 * channels * filters
         pays = min(height, width) >= WINOGRAD_SIDE or size <= WINOGRAD_BYTES
@@ -199,7 +201,7 @@ class Converters(FeatureMapConverters):
     def _gemm(
         self, bb: Any, x: relax.Expr, packed: relax.Var, bias: relax.Expr, tile: Tile, halved: bool = False
     ) -> relax.Expr:
-        """The product of x `[1, rows, depth]` and a packed matrix, in bfloat16 where `halved`."""
+        """The product of x `[1, rows, depth]` and a packed matrix, in bfloat16 if `halved`."""
         (_, rows, depth), (_, panels, _, panel) = shape_of(x), shape_of(packed)
         columns = panels * panel
         sizes, out = (1, rows, columns, depth, True, halved, tile), (1, rows, columns)
@@ -221,9 +223,9 @@ class Converters(FeatureMapConverters):
         return bb.emit(relax.op.reshape(product, (*outer, columns)))
 
     def _adapted(self, bb: Any, node: fx.Node, x: relax.Expr, shape: tuple[int, ...], y: relax.Expr) -> relax.Expr:
-        """What LoRAs make of a layer's output for x, seen in a shape; without room for them the output itself.
+        """The output y of a layer with LoRAs applied, or y itself in programs without LoRAs; x is read in `shape`.
 
-        Not in its place: TVM's memory planner gives away what it takes for the last use of a tensor.
+        The result is a new tensor: TVM's memory planner may reuse the memory of y after what it sees as its last use.
         """
         if not self._loras:
             return y
@@ -270,11 +272,11 @@ class Converters(FeatureMapConverters):
 
         y = normed(False)
         if self._tile.halved:
-            self._halves[y] = normed(True)  # for products; of the two, what nobody reads is eliminated
+            self._halves[y] = normed(True)  # for products; dead-code elimination removes the one that nothing reads
         return y
 
     def _transpose(self, node: fx.Node, importer: Any) -> relax.Expr:
-        """Heads to the front and back: lazy, since torch's attention takes views."""
+        """Transpose two axes, and remember the input: attention undoes the transposition of heads and tokens."""
         bb = importer.block_builder
         x, first, second = importer.retrieve_args(node)
         if x in self._untransposed and (first, second) == (1, 2):
@@ -299,7 +301,7 @@ class Converters(FeatureMapConverters):
 
 
 def _feeds_attention(node: fx.Node) -> bool:
-    """Whether attention alone reads a product, through nothing but views."""
+    """Whether only attention reads a product, directly or through views."""
     views = {"view.default", "reshape.default", "transpose.int"}
     names = [(user, getattr(user.target, "__name__", "")) for user in node.users]
     return bool(names) and all(
@@ -309,7 +311,7 @@ def _feeds_attention(node: fx.Node) -> bool:
 
 
 def import_graph(converters: Converters, exported: torch.export.ExportedProgram) -> tvm.IRModule:
-    """The model as a Relax module; its `main` takes the inputs and then `converters.weights`, in order."""
+    """The model as a Relax module. Its `main` takes the inputs, and then `converters.weights` in their order."""
     from tvm.relax.frontend.torch import from_exported_program
 
     module = from_exported_program(

@@ -1,4 +1,4 @@
-"""The tvm backend: compiled programs over one packed copy of the weights."""
+"""The tvm backend: compiled programs that share one packed copy of the weights."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ MEASURED_STEPS = 3
 
 
 class PackedWeights:
-    """A model's weights in the layouts that programs ask for, each made once."""
+    """A model's weights in the layouts that programs read; each layout is made once."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        """Pack from a state dict, which `pack` and `forget` let go of and `remember` brings back."""
+        """Pack from the tensors of a state dict. `pack` and `forget` release them, `remember` gives them again."""
         self._state = dict(state)
         self._packed: dict[tuple[str, Layout], Any] = {}
         self.seconds = 0.0
 
     def pack(self, artifacts: Iterable[Artifact]) -> None:
-        """All that programs ask for, each unpacked weight let go of as soon as it is packed."""
+        """Pack every weight that the programs read, and release each unpacked weight as soon as it is packed."""
         wanted: dict[str, dict[Layout, None]] = {}
         for artifact in artifacts:
             for name, layout in layouts_of(artifact):
@@ -57,7 +57,7 @@ class PackedWeights:
         self.forget()
 
     def arguments(self, artifact: Artifact) -> list[Any]:
-        """The weights of a program, in its order."""
+        """The packed weights of a program, in the order of its arguments."""
         names = layouts_of(artifact)
         for name, layout in names:
             self._pack(name, layout)
@@ -70,22 +70,22 @@ class PackedWeights:
             self.seconds += time.perf_counter() - begin
 
     def remember(self, state: Mapping[str, Tensor]) -> None:
-        """The same weights again, for programs that ask for layouts which are not packed yet."""
+        """Give the same weights again, for programs that read layouts which are not packed yet."""
         self._state = dict(state)
 
     def forget(self) -> None:
-        """Let go of the unpacked weights; plain ones live on in the packed copy."""
+        """Release the unpacked weights. The packed copy keeps those of a `plain` layout, whose memory it shares."""
         self._state = {}
 
 
 def layouts_of(artifact: Artifact) -> list[tuple[str, Layout]]:
-    """Name and layout of each weight that a program takes, in its order."""
+    """Name and layout of each weight that a program takes, in the order of its arguments."""
     return [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What selects a program, but for the number of rows."""
+    """What selects a program, except the number of rows: size of the latents, ControlNet, LoRAs."""
 
     height: int
     width: int
@@ -97,10 +97,10 @@ class Program:
     """One compiled UNet with its weights."""
 
     def __init__(self, cache: ArtifactCache, artifact: Artifact, weights: Sequence[Any]) -> None:
-        """Load it.
+        """Load a compiled program.
 
         Raises:
-            ArtifactError: the file does not load.
+            ArtifactError: the program's file cannot be loaded.
         """
         self.artifact = artifact
         try:
@@ -111,21 +111,21 @@ class Program:
         self._weights = list(weights)
 
     def run(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The model output of exactly the compiled number of rows."""
+        """The model output. The inputs must have exactly the compiled number of rows."""
         arguments = [tvm_ffi.from_dlpack(aligned(tensor)) for tensor in inputs]
         return from_dlpack(self._main(*arguments, *self._weights))
 
 
 class TvmDenoiser:
-    """A Denoiser over compiled programs, on the CPU. Shapes without a program are an error, never slow.
+    """A Denoiser that runs compiled programs on the CPU. A shape without a program is an error.
 
-    Its inputs and outputs are float32, whatever its programs multiply.
+    Inputs and outputs are float32, in whatever precision the programs multiply.
     """
 
     def __init__(
         self, config: Mapping[str, Any], programs: Sequence[Program], adapters: RowAdapters | None = None
     ) -> None:
-        """Evaluate `programs`, with LoRAs by `adapters` of the UNet's skeleton if there are some."""
+        """Evaluate `programs`; `adapters` holds the LoRAs, None if no program applies any."""
         self.config = config
         self.adapters = adapters
         self.device = torch.device("cpu")
@@ -135,30 +135,30 @@ class TvmDenoiser:
             self.add(program)
 
     def add(self, program: Program) -> None:
-        """Take one more program; on any thread, between or beside evaluations."""
+        """Add a program. This may be called on any thread, also during an evaluation."""
         key, shape = program.artifact.key, shape_of(program.artifact.key)
         self._programs = {**self._programs, shape: {**self._programs.get(shape, {}), key.rows: program}}
 
     def takes_loras(self, shape: Shape) -> bool:
-        """Whether rows of this shape may bring LoRAs."""
+        """Whether rows of this shape may have LoRAs."""
         return self.adapters is not None and dataclasses.replace(shape, loras=True) in self._programs
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Shapes it can evaluate."""
+        """The shapes that have a program."""
         return tuple(self._programs)
 
     def fit(self, file: AdapterFile) -> Adapter:
-        """A LoRA for the programs. On any thread.
+        """Return a LoRA in the form that the programs apply. This may be called on any thread.
 
         Raises:
-            UncompiledError: it does not fit, or some of it is no low-rank product that the slots have room for.
+            UncompiledError: it does not fit the UNet, or has parts that are no low-rank products, or too many ranks.
         """
         if self.adapters is None:
             raise UncompiledError("backend 'tvm' takes no LoRAs here", "backend")
         try:
             adapter = self.adapters.fit(file, self.device, self.dtype)
-        except InvalidValueError as error:  # torch, which has the UNet's weights, may find that it fits
+        except InvalidValueError as error:  # torch has the UNet's weights and may accept it
             raise UncompiledError(f"backend 'tvm': {error}. Only ['auto', 'torch'] allowed", "backend") from error
         if not in_slots(adapter):
             raise UncompiledError(
@@ -173,8 +173,8 @@ class TvmDenoiser:
         """Evaluate the UNet for all rows, in as many runs as the compiled batch sizes ask for.
 
         Raises:
-            DenoiseError: nothing is compiled for this shape.
-            UncompiledError: the rows' context is longer than the programs', or a row brings more LoRAs than they take.
+            DenoiseError: no program is compiled for this shape.
+            UncompiledError: the prompts have more tokens than the programs read, or a row's LoRAs have too many ranks.
         """
         shape = self._needed(batch)
         if shape not in self._programs:
@@ -200,25 +200,25 @@ class TvmDenoiser:
         )
 
     def padding(self, batch: StepBatch) -> int:
-        """Rows that only fill the compiled batch sizes."""
+        """The number of rows that are computed only to fill the compiled batch sizes."""
         shape = self._needed(batch)
         runs = self._runs(shape, len(batch.sample))
         return sum(self._program(shape, last - first).artifact.key.rows - (last - first) for first, last in runs)
 
     def _residuals(self, batch: StepBatch) -> list[Tensor]:
-        """Residuals of every row, zero for those that nothing steers."""
+        """ControlNet residuals of every row, zeros for rows without a ControlNet."""
         if batch.controlled is None:
             return []
         given = batch.controlled.pending.result().on(self.device, self.dtype)
         return list(spread(given, batch.controlled.rows, len(batch.sample)))
 
     def _runs(self, shape: Shape, count: int) -> list[tuple[int, int]]:
-        """First and last row of every run: the largest compiled batch as often as it fills, then the rest."""
+        """The rows of every run, as `(first, end)`: runs of the largest compiled batch size, then the rest."""
         most = max(self._programs[shape])
         return [(first, min(first + most, count)) for first in range(0, count, most)]
 
     def _padded(self, shape: Shape, inputs: list[Tensor], loras: Sequence[Mixture]) -> Tensor:
-        """Run a program that holds the rows; the last row is repeated to fill it, and its copies dropped."""
+        """Run the smallest program that holds the rows; copies of the last row fill it and are dropped after it."""
         count = len(inputs[0])
         program = self._program(shape, count)
         rows = program.artifact.key.rows
@@ -247,7 +247,7 @@ class TvmDenoiser:
         return programs[min(rows for rows in programs if rows >= count)]
 
     def _needed(self, batch: StepBatch) -> Shape:
-        """What a batch needs; a program for LoRAs serves where there is no other."""
+        """The shape of a batch. Rows without LoRAs use a program with LoRAs if no other is compiled."""
         *_, height, width = batch.sample.shape
         shape = Shape(height, width, batch.controlled is not None, any(batch.loras))
         if not shape.loras and shape not in self._programs and self.takes_loras(shape):
@@ -256,12 +256,12 @@ class TvmDenoiser:
 
 
 def shape_of(key: ArtifactKey) -> Shape:
-    """What a program evaluates."""
+    """The shape that the program of a key evaluates."""
     return Shape(key.height, key.width, key.control, key.loras)
 
 
 def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: PackedWeights) -> list[Program]:
-    """The programs of those keys that are compiled and sound; the log says why another is not used."""
+    """Load the programs of those keys that are compiled and valid. A warning in the log names each damaged one."""
     programs = []
     for key in keys:
         try:
@@ -273,7 +273,7 @@ def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: Pa
 
 
 def speedup(fast: TvmDenoiser, slow: Any, batch: StepBatch) -> float:
-    """How many times faster `fast` evaluates a batch than `slow`: medians of three alternated steps each, after one."""
+    """How many times as fast `fast` evaluates a batch as `slow`: medians of three alternating steps after a warm-up."""
     seconds: dict[Any, list[float]] = {fast: [], slow: []}
     for step in range(MEASURED_STEPS + 1):
         for denoiser, taken in seconds.items():
@@ -285,7 +285,7 @@ def speedup(fast: TvmDenoiser, slow: Any, batch: StepBatch) -> float:
 
 
 def seconds(denoiser: Any, batch: StepBatch) -> float:
-    """The median of three evaluations, after one."""
+    """The median duration of three evaluations after a warm-up, in seconds."""
     taken = []
     for step in range(MEASURED_STEPS + 1):
         begin = time.perf_counter()
@@ -296,7 +296,7 @@ def seconds(denoiser: Any, batch: StepBatch) -> float:
 
 
 def trial_batch(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:
-    """Random rows for a program, no ControlNet: what the start-up measurement evaluates."""
+    """Random rows without ControlNet residuals, which a program is measured with."""
     generator = torch.Generator().manual_seed(0)
     key = artifact.key.model_copy(update={"control": False})
     sample, times, context, *added = (torch.randn(t.shape, generator=generator) for t in example_inputs(config, key))

@@ -1,7 +1,7 @@
-"""Converters of what is elementwise or moves data: pictures stay in NHWC from one kernel to the next.
+"""Converters of elementwise operations and of those that move data. Feature maps stay in NHWC between kernels.
 
-A converter of a picture-shaped operation emits NHWC and a lazy permutation back to NCHW; the next one finds the NHWC
-twin of its input, so that the permutations die unused.
+A converter computes a feature map in NHWC, and emits a permutation back to NCHW for the importer. The next converter
+finds the NHWC form of its input and reads that, so that dead-code elimination removes the permutations.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tvm import relax, te
 
 
 class UnsupportedOperationError(ValueError):
-    """The model uses an operation in a form that no converter knows."""
+    """The model uses an operation in a form that no converter supports."""
 
 
 class FeatureMapConverters:
-    """Converters without weights, and the NHWC twins of what they made."""
+    """Converters of operations without weights. They remember the NHWC form of each feature map."""
 
     def __init__(self) -> None:
         self._nhwc: dict[relax.Expr, relax.Expr] = {}
 
     def table(self) -> dict[str, Callable[[fx.Node, Any], relax.Expr]]:
-        """ATen name -> converter."""
+        """Converters by ATen name."""
         return {
             "permute.default": self._permute,
             "silu.default": self._silu,
@@ -41,13 +41,13 @@ class FeatureMapConverters:
         }
 
     def to_nhwc(self, bb: Any, x: relax.Expr) -> relax.Expr:
-        """The NHWC twin of a picture."""
+        """The NHWC form of a feature map x in NCHW."""
         if x not in self._nhwc:
             self._nhwc[x] = bb.emit(relax.op.permute_dims(x, [0, 2, 3, 1]))
         return self._nhwc[x]
 
     def from_nhwc(self, bb: Any, y: relax.Expr) -> relax.Expr:
-        """The picture that `y` is the NHWC twin of."""
+        """The NCHW form of a feature map y in NHWC."""
         x = bb.emit(relax.op.permute_dims(y, [0, 3, 1, 2]))
         self._nhwc[x] = y
         return x
@@ -132,7 +132,7 @@ class FeatureMapConverters:
         return self.from_nhwc(bb, bb.emit_te(nearest, picture, primfunc_name_hint="upsample"))
 
     def _to(self, node: fx.Node, importer: Any) -> relax.Expr:
-        """What has its type already stays as it is: also where a kernel rounds it to bfloat16."""
+        """Convert to another type. An input whose exported type is already the wanted one is kept, even as bfloat16."""
         x, wanted, given = importer.retrieve_args(node)[0], node.meta["val"].dtype, node.args[0]
         if isinstance(given, fx.Node) and given.meta["val"].dtype == wanted:
             return x
@@ -148,10 +148,10 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def filled(given: tuple[Any, ...], defaults: tuple[Any, ...], required: int) -> list[Any]:
-    """Arguments of an ATen call with its defaults for what is missing after the `required` ones."""
+    """The arguments of an ATen call, completed with `defaults`, which are those of the arguments after `required`."""
     return [*given, *defaults[len(given) - required :]]
 
 
 def argument(node: fx.Node, index: int) -> Any:
-    """A positional argument of an ATen call, None if it was not given."""
+    """A positional argument of an ATen call, or None if it was not given."""
     return node.args[index] if len(node.args) > index else None

@@ -1,4 +1,4 @@
-"""A UNet component on the tvm backend: its programs, its packed weights, and what was measured when it started."""
+"""Loading a UNet on the tvm backend: its programs, its packed weights, and how fast it is compared with torch."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompiledDenoiser:
-    """Compiled programs of one UNet, and the sizes they can draw."""
+    """The compiled programs of one UNet, and the sizes that they can draw."""
 
     denoiser: TvmDenoiser
     sizes: tuple[CompiledSize, ...]
     weights: PackedWeights
     kind: ProgramKind
-    """Of all its programs, and of those that come later."""
+    """The kind of all its programs, also of those that are added later."""
 
 
 def load_denoiser(
@@ -63,19 +63,19 @@ def load_denoiser(
     grows: bool = False,
     precision: WantedPrecision = "float32",
 ) -> CompiledDenoiser | None:
-    """What is compiled of a UNet, None if nothing is or this processor is too old.
+    """Load the compiled programs of a UNet. None if there are none, or if this processor is too old.
 
-    All its programs are of one kind, since each kind has a packed copy of the weights: the best that this machine runs
-    and that something is compiled of.
+    All programs are of one kind, because each kind needs its own packed copy of the weights. It is the best kind that
+    this machine runs and that has compiled programs.
 
     Args:
-        catalog: says what the UNet is and which sizes its models want compiled.
-        component_id: the UNet.
-        cache: where programs are kept.
-        load_unet: loads torch's copy, on the CPU; called only if something is compiled. It is measured, then packed,
-            and goes weight by weight meanwhile.
-        grows: whether programs may come later, so that having none is no reason to return None.
-        precision: `SDGRAPH_TVM_PRECISION`.
+        catalog: describes the UNet, and lists the sizes of its models.
+        component_id: id of the UNet.
+        cache: the folder of compiled programs.
+        load_unet: loads the UNet in torch, on the CPU; called only if there are programs. The UNet is measured, then
+            its weights are packed, and each unpacked weight is released as soon as it is packed.
+        grows: whether programs may be added later; then the result is never None for lack of programs.
+        precision: the setting `SDGRAPH_TVM_PRECISION`.
     """
     kinds = program_kinds(precision)
     if not kinds:
@@ -102,7 +102,7 @@ def load_denoiser(
             trials.setdefault(shape_of(artifact.key), trial_batch(config, artifact))
     torch_denoiser = TorchDenoiser(unet)
     torch_seconds = {shape: seconds(torch_denoiser, batch) for shape, batch in trials.items()}
-    unet.to("meta")  # the weights are left to the packing, which lets go of each that is packed
+    unet.to("meta")  # now only `weights` holds the tensors, and packing releases them one by one
     del unet, torch_denoiser
     weights.pack(artifacts)
     programs = load_programs(cache, [artifact.key for artifact in artifacts], weights)
@@ -139,14 +139,14 @@ def load_denoiser(
 def refused_sizes(
     catalog: Catalog, component_id: str, cache: ArtifactCache, precision: WantedPrecision
 ) -> tuple[RefusedSize, ...]:
-    """What is compiled of a UNet and not run here, with reasons."""
+    """The compiled sizes of a UNet that are not run here, with the reasons."""
     return _compiled(catalog, component_id, cache, program_kinds(precision))[1]
 
 
 def _compiled(
     catalog: Catalog, component_id: str, cache: ArtifactCache, kinds: Sequence[ProgramKind]
 ) -> tuple[dict[tuple[Size, str], Artifact], tuple[RefusedSize, ...]]:
-    """The sound programs of the best kind that has some, by size and id; and what is left aside."""
+    """The valid programs of the best kind that has any, by size and artifact id; and the sizes that are refused."""
     found: dict[tuple[Size, str], Artifact] = {}
     refused: dict[RefusedSize, None] = {}
     for kind in (*kinds, *(kind for kind in every_kind() if kind not in kinds)):
@@ -172,7 +172,7 @@ def _compiled(
 def _finite(
     component_id: str, config: Mapping[str, Any], programs: Sequence[Program], trials: Mapping[Shape, StepBatch]
 ) -> list[Program]:
-    """Programs without those of a size whose output overflows."""
+    """The programs, without those of a size at which the output is not finite."""
     sound = list(programs)
     for shape, batch in trials.items():
         denoiser = TvmDenoiser(config, sound)
@@ -185,12 +185,12 @@ def _finite(
 
 
 def _measured_first(artifact: Artifact) -> tuple[int, bool]:
-    """Two rows before others, without a ControlNet before with one."""
+    """Sort key: two rows come before other numbers, programs without a ControlNet before those with one."""
     return abs(artifact.key.rows - 2), artifact.key.control
 
 
 def skeleton_adapters(config: Mapping[str, Any]) -> RowAdapters:
-    """Slots for LoRAs on a UNet of this configuration, whose weights are elsewhere."""
+    """Slots for LoRAs on a UNet of this configuration that has no weights of its own."""
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
@@ -199,7 +199,7 @@ def skeleton_adapters(config: Mapping[str, Any]) -> RowAdapters:
 
 
 def size_table(catalog: Catalog, component_id: str) -> list[tuple[Size, bool]]:
-    """Sizes, without and with a ControlNet, that the models of a UNet want compiled."""
+    """The sizes in the tables of a UNet's models, each as `(size, with a ControlNet)`."""
     table: dict[tuple[Size, bool], None] = {}
     for model in catalog.models:
         if component_id in (model.unet, model.refiner):

@@ -1,8 +1,9 @@
-"""LoRAs in compiled programs: the two products of each adapted layer, by torch, over the slots of the torch backend.
+"""LoRAs in compiled programs: torch computes the two products of each adapted layer, from the torch backend's slots.
 
-A program for LoRAs calls out after every linear layer and convolution, as all programs do for attention. What the call
-finds are the same slots and row weights as on the torch backend (`adapters/slots.py`), so that a change of LoRAs is a
-change of numbers, and layers that no LoRA in use touches cost only the call. Programs without LoRAs have no such calls.
+A program with LoRAs calls `_add_low_rank` after every linear layer and convolution, as all programs call torch's
+attention. The call reads the same slots and row weights as on the torch backend (`adapters/slots.py`). A change of
+LoRAs therefore changes only numbers, and a layer that no LoRA in use adapts costs only the call. Programs without LoRAs
+have no such calls.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ADD_LOW_RANK = "sdgraph.add_low_rank"
 
 
 class _Now(threading.local):
-    """What the program that runs on this thread is adapted with."""
+    """The adapted modules of the program that runs on this thread, by the names of their layers."""
 
     modules: Mapping[str, AdaptedModule] = {}
 
@@ -33,7 +34,7 @@ _now = _Now()
 
 @contextmanager
 def adapted(modules: Mapping[str, AdaptedModule]) -> Iterator[None]:
-    """Within the block, programs on this thread add what these modules of a UNet's skeleton hold."""
+    """Within the block, programs on this thread apply the LoRAs that these modules hold in their slots."""
     before, _now.modules = _now.modules, modules
     try:
         yield
@@ -43,13 +44,13 @@ def adapted(modules: Mapping[str, AdaptedModule]) -> Iterator[None]:
 
 @torch.inference_mode()
 def _add_low_rank(given: Any, made: Any, name: str, result: Any) -> None:
-    """What LoRAs make of a layer's output.
+    """Write a layer's output with LoRAs applied to `result`.
 
     Args:
-        given: what the layer got: `[1, rows x places, in]`, or `[rows, height, width, in]` for a convolution of 3 x 3.
-        made: what it made of that, `[1, rows x places, out]` or `[rows, height, width, out]`.
-        name: the layer's, in the UNet.
-        result: gets the answer, of the same shape.
+        given: the layer's input: `[1, rows x places, in]`, or `[rows, height, width, in]` for a convolution of 3 x 3.
+        made: the layer's output without LoRAs, `[1, rows x places, out]` or `[rows, height, width, out]`.
+        name: name of the layer in the UNet.
+        result: a tensor of the shape of `made`, which is written.
     """
     module = _now.modules.get(name)
     output = from_dlpack(result).copy_(from_dlpack(made))
@@ -58,7 +59,7 @@ def _add_low_rank(given: Any, made: Any, name: str, result: Any) -> None:
 
 
 def add_low_rank(module: SlottedModule, given: Tensor, result: Tensor, weights: Tensor) -> None:
-    """`result += B (w * A given)`, in the layouts of compiled programs; `weights` is `[rows, ranks]`."""
+    """Compute `result += B (w * A given)` in the layouts of compiled programs; `weights` is w, `[rows, ranks]`."""
     assert module.factors is not None
     down, up = module.factors
     if given.ndim == 4:

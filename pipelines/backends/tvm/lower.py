@@ -1,7 +1,7 @@
-"""Relax module -> machine code: the passes as a list to read, and the schedule of what is elementwise.
+"""Compiling a Relax module to machine code: the list of passes, and the schedule of elementwise kernels.
 
-TVM's stock pipeline leaves loops unscheduled, ten times slower than torch. Here nothing heavy passes unscheduled: the
-compile fails and names it.
+TVM's default pipeline leaves loops unscheduled, which makes them ten times slower than torch. Here the compile fails if
+an expensive kernel is left unscheduled, and names it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 PARALLEL_FROM = 16384
-"""Elements from which an elementwise kernel is worth sharing among threads."""
+"""Number of elements from which an elementwise kernel is divided among threads."""
 HEAVY = 2**18
-"""Loop iterations of a kernel that must not run unscheduled; what is left below computes the time embedding."""
+"""A kernel with this many loop iterations must be scheduled. The smaller ones compute the time embedding."""
 
 t = relax.transform
 GRAPH_PASSES = (
@@ -23,7 +23,7 @@ GRAPH_PASSES = (
     t.EliminateCommonSubexpr(),
     t.DeadCodeElimination(),
     t.FastMathTransform(),
-    # RewriteDataflowReshape aborts on kernels without a root block, so reshape stays what it is: a view.
+    # A reshape is kept as an operation, which is a view: RewriteDataflowReshape aborts on kernels without a root block.
     t.LegalizeOps(skip_ops=["relax.reshape"]),
     t.AnnotateTIROpPattern(),
     t.FoldConstant(),
@@ -46,11 +46,15 @@ MACHINE_PASSES = (
 
 
 class CompileError(RuntimeError):
-    """The model cannot be compiled to code worth running; the message names what is in the way."""
+    """The model cannot be compiled to fast code; the message names the kernel that prevents it."""
 
 
 def lower(module: tvm.IRModule, target: Any) -> Any:
-    """An executable; CompileError if a heavy kernel is left unscheduled."""
+    """Compile a module to an executable.
+
+    Raises:
+        CompileError: an expensive kernel is left unscheduled.
+    """
     with target:
         module = tvm.transform.Sequential(GRAPH_PASSES)(module)
         module = schedule_elementwise(module)
@@ -59,7 +63,7 @@ def lower(module: tvm.IRModule, target: Any) -> Any:
 
 
 def schedule_elementwise(module: tvm.IRModule) -> tvm.IRModule:
-    """Inline, vectorise the last axis, share large ones among threads: every kernel that is one elementwise block."""
+    """Schedule every kernel that is one elementwise block: its last axis is vectorised, and a large one is parallel."""
     for name, function in list(module.functions.items()):
         if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
             try:
@@ -91,7 +95,7 @@ def _elementwise(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
 
 
 def refuse_heavy(module: tvm.IRModule) -> None:
-    """Raise CompileError if a kernel is left that is unscheduled and heavy."""
+    """Raise CompileError if a kernel is unscheduled and has `HEAVY` iterations or more."""
     for name, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
             iterations = _iterations(function)

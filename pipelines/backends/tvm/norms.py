@@ -1,4 +1,4 @@
-"""GroupNorm and LayerNorm."""
+"""The kernels of GroupNorm and LayerNorm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipelines.backends.tvm.tir import FLOAT, VECTOR, kernel
 
 
 def group_norm(name: str, batch: int, pixels: int, channels: int, groups: int, eps: float) -> Any:
-    """What GroupNorm multiplies and adds to every channel.
+    """A kernel for the scale and shift that GroupNorm applies to every channel.
 
-    x `[batch, pixels, channels]`, weight and bias `[channels]`, y `[batch, 2, channels]`: x * y[0] + y[1] is the norm.
-    Sums run channel by channel over all pixels, then over a group's channels.
+    It takes x `[batch, pixels, channels]`, weight and bias `[channels]`, and writes y `[batch, 2, channels]`; the
+    normalised x is `x * y[:, 0] + y[:, 1]`. Sums run over the pixels of each channel, then over a group's channels.
     """
     size = channels // groups
     lanes = math.gcd(channels, VECTOR)
@@ -56,9 +56,9 @@ def group_norm(name: str, batch: int, pixels: int, channels: int, groups: int, e
 
 
 def layer_norm(name: str, rows: int, width: int, eps: float, halved: bool) -> Any:
-    """LayerNorm over the last axis: x, y `[rows, width]`, weight and bias `[width]`. Two passes, as it is defined.
+    """A kernel for LayerNorm over the last axis, in two passes: first the mean, then the variance.
 
-    y is bfloat16 where `halved`.
+    It takes x `[rows, width]`, weight and bias `[width]`, and writes y `[rows, width]`, in bfloat16 if `halved`.
     """
     lanes = math.gcd(width, VECTOR)
 

@@ -1,7 +1,7 @@
-"""Programs that one UNet gets while it serves: by the first request of a size, or by its models' tables.
+"""Programs that are compiled for one UNet while it serves: for the first request of a size, or for its models' tables.
 
-A thread of its own takes one wish after the other: the program is compiled apart, loaded here, measured against torch,
-and only then among those that `TvmDenoiser` chooses from. Requests go on meanwhile.
+A thread makes one wanted program after the other. Each is compiled in a subprocess, loaded here and measured against
+torch; only then can `TvmDenoiser` choose it. Requests are served meanwhile.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from config.catalog import Catalog
 from pipelines.backends.base import StepBatch
 from pipelines.backends.torch_backend import TorchDenoiser
-from pipelines.backends.tvm.apart import compile_apart
 from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactKey
+from pipelines.backends.tvm.compile_subprocess import compile_in_subprocess
 from pipelines.backends.tvm.denoiser import TvmDenoiser, load_programs, speedup, trial_batch
 from pipelines.backends.tvm.loading import CompiledDenoiser, size_table
 from pipelines.backends.tvm.shapes import artifact_key, residual_shapes
@@ -37,7 +37,7 @@ Compile = Callable[[ArtifactCache, Mapping[str, Any], ArtifactKey], Artifact]
 
 
 class OnDemand:
-    """What one UNet has compiled and gets compiled; thread-safe."""
+    """The compiled programs of one UNet, and those that are being compiled. It is thread-safe."""
 
     def __init__(
         self,
@@ -47,18 +47,18 @@ class OnDemand:
         compiled: CompiledDenoiser,
         load_unet: Callable[[], UNet2DConditionModel],
         most_sizes: int,
-        compile_program: Compile = compile_apart,
+        compile_program: Compile = compile_in_subprocess,
     ) -> None:
-        """Nothing is compiled before the first wish.
+        """Set up; nothing is compiled before the first call of `want`.
 
         Args:
-            catalog: says what the UNet is.
-            component_id: the UNet.
-            cache: where programs are kept.
-            compiled: what there is already, and will have them.
-            load_unet: loads torch's copy, for as long as a program is measured.
-            most_sizes: sizes there may be, those included; a wish for one more is ignored.
-            compile_program: makes an artifact; raises if it cannot.
+            catalog: describes the UNet.
+            component_id: id of the UNet.
+            cache: the folder of compiled programs.
+            compiled: the programs that exist already; new ones are added to its denoiser.
+            load_unet: loads the UNet in torch, which is kept only while a program is measured.
+            most_sizes: the largest number of sizes, including those in `compiled`; no program of another size is made.
+            compile_program: compiles an artifact, and raises if that fails.
         """
         self._catalog = catalog
         self._component = component_id
@@ -75,7 +75,7 @@ class OnDemand:
         self._working = False
 
     def want(self, *programs: WantedProgram) -> None:
-        """Have programs made, unless they are there, on their way, have failed before, or are of one size too many."""
+        """Queue programs, except those that exist, are queued, failed before, or would exceed the number of sizes."""
         with self._lock:
             for wanted in dict.fromkeys(each for w in programs for each in (w.without_loras, w)):
                 if wanted not in self._states and not self._holds(wanted) and self._has_room(wanted):
@@ -85,12 +85,12 @@ class OnDemand:
                 threading.Thread(target=self._work, name="on-demand", daemon=True).start()
 
     def holds(self, wanted: WantedProgram) -> bool:
-        """Whether this UNet can run it now."""
+        """Whether this UNet can run the program now."""
         with self._lock:
             return self._holds(wanted)
 
     def report(self) -> CompileReport:
-        """What can be run, and what is on its way."""
+        """The sizes that can be run, and those that are queued, being compiled, or failed."""
         with self._lock:
             sizes = tuple(self._sizes.values())
             states = {(w.width, w.height, w.control): state for w, state in self._states.items()}
@@ -111,7 +111,7 @@ class OnDemand:
         while (wanted := self._next()) is not None:
             try:
                 size = self._make(wanted)
-            except Exception as error:  # whatever it is, torch draws
+            except Exception as error:  # whatever it is, torch still draws this size
                 logger.warning("%s: %s cannot be compiled: %s", self._component, wanted, error)
                 self._tell(wanted, "failed")
                 continue
@@ -132,7 +132,7 @@ class OnDemand:
 
     @torch.inference_mode()
     def _make(self, wanted: WantedProgram) -> CompiledSize:
-        """A program, from the compiler to the denoiser."""
+        """Compile a program, load it, measure it, and add it to the denoiser."""
         self._tell(wanted, "compiling")
         rows, control, (precision, level) = wanted.rows, wanted.control, self._kind
         sides = wanted.width, wanted.height
@@ -144,7 +144,7 @@ class OnDemand:
         self._weights.remember(unet.state_dict())
         try:
             (program,) = load_programs(self._cache, [key], self._weights)
-            if wanted.loras:  # as fast as the program for requests without, which came first
+            if wanted.loras:  # taken over from the program without LoRAs, which is always made first
                 ratio = self._sizes[*sides, control].speedup
             else:
                 batch = controlled_trial(self._denoiser.config, artifact)
@@ -156,7 +156,7 @@ class OnDemand:
 
 
 def table_of(catalog: Catalog, component_id: str) -> tuple[WantedProgram, ...]:
-    """What the tables of a UNet's models want."""
+    """The programs that the size tables of a UNet's models list."""
     models = [model for model in catalog.models if component_id in (model.unet, model.refiner)]
     rows = 2 if any(model.defaults.cfg_scale > 1 for model in models) else 1
     table = size_table(catalog, component_id)
@@ -164,7 +164,7 @@ def table_of(catalog: Catalog, component_id: str) -> tuple[WantedProgram, ...]:
 
 
 def controlled_trial(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:
-    """`trial_batch`, with residuals of zero for a program that takes some."""
+    """The batch of `trial_batch`, with residuals of zeros for a program that takes a ControlNet's residuals."""
     batch, key = trial_batch(config, artifact), artifact.key
     if not key.control:
         return batch

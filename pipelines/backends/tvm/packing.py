@@ -1,7 +1,8 @@
-"""How a torch weight lies in memory for the kernels. Pure torch: packing needs no compiler.
+"""The memory layouts in which kernels read weights. This module uses torch only: packing needs no compiler.
 
-A layout depends on the weight and the machine's vectors alone, never on the picture's size or the batch, so that all
-artifacts of a model share one packed copy, but for convolutions that some sizes do by Winograd and others directly.
+A layout depends on the weight and on the width of the machine's vectors, not on the picture's size or the batch size.
+All programs of a model therefore share one packed copy. The exception is a convolution that some sizes compute by
+Winograd and others directly: it is packed twice.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ WINOGRAD_AT = {
 
 
 ALIGNMENT = 64
-"""Bytes: compiled code loads whole vectors from where a tensor begins. torch's allocations are aligned so; a slice of a
-batch, or a weight mapped from a file, may not be, and would end the process."""
+"""Alignment in bytes that compiled code needs, because it loads whole vectors from the start of a tensor. Tensors that
+torch allocates have it; a slice of a batch or a weight mapped from a file may not, and would crash the process."""
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and aligned: itself if it is."""
+    """The tensor, copied if it is not contiguous and aligned to `ALIGNMENT` bytes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
@@ -57,29 +58,29 @@ Kind = Literal["plain", "matrix", "conv", "winograd", "matrix16", "conv16", "win
 
 @dataclass(frozen=True)
 class Layout:
-    """A packed form."""
+    """The memory layout of a weight."""
 
     kind: Kind = "plain"
-    """`plain` as torch has it; `matrix` `[1, out / panel, in, panel]`; `conv` `[out / panel, k, k, in, panel]`;
-    `winograd` `[(m + 2)^2, out / panel, in, panel]`, transformed. With `16` bfloat16: two neighbours of `in` are one
-    int32, so that there are `in / 2`."""
+    """`plain`: as in torch. `matrix`: `[1, out / panel, in, panel]`. `conv`: `[out / panel, k, k, in, panel]`.
+    `winograd`: `[(m + 2)^2, out / panel, in, panel]`, transformed. Names that end with `16` are the same in bfloat16:
+    two neighbours of `in` form one int32, so that this axis has `in / 2` elements."""
     panel: int = 0
-    """Output channels that lie side by side."""
+    """Number of output channels that are neighbours in memory."""
     tile: int = 0
-    """The m of Winograd's F(m x m, 3 x 3)."""
+    """The m of Winograd's F(m x m, 3 x 3); 0 for other kinds."""
 
     @property
     def halved(self) -> bool:
-        """Whether it is bfloat16."""
+        """Whether weights in this layout are bfloat16."""
         return self.kind.endswith("16")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a packed weight."""
+        """The torch type of a packed weight."""
         return torch.int32 if self.halved else torch.float32
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a packed weight of this torch shape."""
+        """The packed shape of a weight whose shape in torch is `weight`."""
         if self.kind == "plain":
             return weight
         out, into = weight[0], weight[1] // 2 if self.halved else weight[1]
@@ -92,7 +93,7 @@ class Layout:
                 return (self.tile + 2) ** 2, out // self.panel, into, self.panel
 
     def pack(self, weight: Tensor) -> Tensor:
-        """The weight in this layout, contiguous; a plain one shares memory where it can."""
+        """Return the weight in this layout, contiguous. A `plain` one shares the weight's memory if possible."""
         packed = self._pack(weight.detach().float())
         if not self.halved:
             return packed

@@ -1,8 +1,8 @@
-"""Matrix products and convolutions on packed weights, in NHWC.
+"""Kernels of matrix products and convolutions with packed weights, in NHWC.
 
 They follow Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008): a block of
-`Tile.rows` x `Tile.columns` of the result stays in registers, a chunk of the packed weights stays in the cache while
-all rows pass it. A convolution is the same product with the taps as outer chunks.
+`Tile.rows` x `Tile.columns` of the result stays in registers, and a chunk of the packed weights stays in the cache
+while all rows are multiplied with it. A convolution is the same product, whose outer chunks are the taps of the filter.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from pipelines.backends.tvm.bfloat16 import HALF, LANES, PAIR, add_products, ins
 from pipelines.backends.tvm.tir import FLOAT, kernel
 
 CHUNK = 256
-"""Products a block sums up before it goes on to the next rows: their weights (16 KB on AVX2) stay in L1."""
+"""Number of products that a block sums before the next rows follow: their weights (16 KB on AVX2) stay in L1."""
 GROUP = 96
-"""Rows that pass all columns together: their chunk of the input stays in the second cache."""
+"""Number of rows that are multiplied with all columns together: their chunk of the input stays in the L2 cache."""
 JOBS = 8
-"""Pieces of work that a kernel offers at least, where it can: enough to share among a few threads."""
+"""The least number of parallel jobs that a kernel is divided into where its sizes allow."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Registers of one core."""
+    """How products use the registers of one core: the block size and the arithmetic."""
 
     columns: int
-    """Most columns of the result a block holds, the packing's width."""
+    """The largest number of columns of the result in a block, which is also the width of a panel of packed weights."""
     rows: int
-    """Most rows of the result a block holds."""
+    """The largest number of rows of the result in a block."""
     arithmetic: Literal["float32", "bfloat16", "emulated"] = "float32"
-    """What is multiplied: float32, or pairs of bfloat16, by the processor's instruction or in float32."""
+    """`float32`; `bfloat16`: pairs of bfloat16, by the processor's instruction; `emulated`: such pairs, in float32."""
 
     @classmethod
     def of(cls, vector_bits: int, arithmetic: Literal["float32", "bfloat16", "emulated"] = "float32") -> Tile:
-        """Blocks that fill 32 registers of 512 bits or 16 of 256."""
+        """The tile for 32 registers of 512 bits, or for 16 registers of 256 bits."""
         return cls(64, 6, arithmetic) if vector_bits >= 512 else cls(16, 6, arithmetic)
 
     @property
     def halved(self) -> bool:
-        """Whether products are of bfloat16."""
+        """Whether products multiply bfloat16 values."""
         return self.arithmetic != "float32"
 
     def in_float32(self) -> Tile:
-        """The same registers for a layer that is float32 in any case."""
+        """The same block size for a layer that multiplies in float32 in every precision."""
         return replace(self, arithmetic="float32")
 
     def panel(self, columns: int) -> int:
-        """Columns of a panel of packed weights."""
+        """The number of columns of a panel, for a result of `columns` columns."""
         return math.gcd(columns, self.columns)
 
     def row_block(self, rows: int) -> int:
-        """The largest block that divides `rows`, unless that is a dwarf: then one that leaves a rest."""
+        """The number of rows of a block: the largest that divides `rows`, or if that is small, one with a remainder."""
         fitting = [n for n in range(self.rows, 0, -1) if rows % n == 0]
         return fitting[0] if fitting[0] * 3 >= self.rows * 2 or rows < self.rows else self.rows - 2
 
@@ -75,15 +75,15 @@ class _Product:
     """Independent products."""
     lines: int
     width: int
-    """Rows of the result, as `lines` of `width` neighbouring rows."""
+    """The result has `lines` x `width` rows, where the `width` rows of a line are neighbours."""
     columns: int
     panel: int
-    """Columns of the result, and how many of them a panel of packed weights has."""
+    """Number of columns of the result, and of a panel of packed weights."""
     parts: int
     chunk: int
-    """The sum, as `parts` of `chunk` products each, or pairs of them."""
+    """Each sum has `parts` x `chunk` products, or pairs of products in bfloat16."""
     block: int
-    """Rows that are held in registers."""
+    """Number of rows of a block, which is held in registers."""
     tile: Tile
 
     def write(
@@ -93,21 +93,21 @@ class _Product:
         bias: Any,
         result: Callable[[Any, Any, Any], tuple[Any, list[Any]]],
     ) -> None:
-        """Write the loops.
+        """Write the loops of the product.
 
         Args:
-            a: `(product, line, row, part, k)` -> the input's value, or pair of bfloat16.
-            b: `(product, panel, part, k, lane)` -> the weight's, likewise.
-            bias: buffer `[columns]`, or None to begin with 0.
-            result: `(product, line, row)` -> the buffer of the result and the indices of the row in it; if its
-                values are bfloat16, there must be one part.
+            a: function of `(product, line, row, part, k)` to a value of the input, or to a pair in bfloat16.
+            b: function of `(product, panel, part, k, lane)` to a weight, or to a pair in bfloat16.
+            bias: buffer `[columns]`, or None for none.
+            result: function of `(product, line, row)` to the buffer of the result and the indices of the row in it. If
+                its values are bfloat16, there must be one part.
         """
         with instruction() if self._native else nullcontext():
             self._write(a, b, bias, result)
 
     @property
     def _native(self) -> bool:
-        """Whether the processor's instruction is used; narrow layers have no whole vectors."""
+        """Whether the processor's instruction is used. It needs panels that consist of whole vectors."""
         return self.tile.arithmetic == "bfloat16" and self.panel % LANES == 0
 
     def _write(self, a: Any, b: Any, bias: Any, result: Any) -> None:
@@ -169,15 +169,16 @@ def _next_divisor(number: int, above: int) -> int | None:
 
 
 def gemm(name: str, batch: int, rows: int, columns: int, depth: int, bias: bool, halved: bool, tile: Tile) -> Any:
-    """`y[t] = x[t] @ w[t] + bias`.
+    """A kernel that computes `y[t] = x[t] @ w[t] + bias`.
 
-    x `[batch, rows, depth]`, w packed `[batch, columns / panel, depth, panel]`, bias `[columns]` if any,
-    y `[batch, rows, columns]`, in bfloat16 where `halved`. If the tile multiplies bfloat16, x is that and w has pairs.
+    It takes x `[batch, rows, depth]`, packed w `[batch, columns / panel, depth, panel]` and, with `bias`, a bias
+    `[columns]`. It writes y `[batch, rows, columns]`, in bfloat16 if `halved`. If the tile multiplies bfloat16, x is
+    bfloat16 and w consists of pairs.
     """
     panel, width = tile.panel(columns), _divisor(rows, GROUP)
     steps = depth // 2 if tile.halved else depth
     chunk = steps if halved else _divisor(steps, CHUNK)
-    if width < tile.rows and rows > width:  # an awkward number of rows: one line, with a rest
+    if width < tile.rows and rows > width:  # no suitable divisor: one line, whose last block is smaller
         width = rows
     loops = _Product(batch, rows // width, width, columns, panel, steps // chunk, chunk, tile.row_block(width), tile)
 
@@ -205,10 +206,11 @@ def _types(tile: Tile) -> dict[str, str]:
 def conv2d(
     name: str, batch: int, height: int, width: int, channels: int, filters: int, taps: int, stride: int, tile: Tile
 ) -> Any:
-    """A convolution of x `[batch, height, width, channels]`, already padded, with `taps` x `taps` weights.
+    """A kernel for a convolution with filters of `taps` x `taps`.
 
-    w packed `[filters / panel, taps, taps, channels, panel]`, bias `[filters]`, y `[batch, h, w, filters]`. If the tile
-    multiplies bfloat16, x is that and w has pairs.
+    It takes x `[batch, height, width, channels]`, already padded, packed w
+    `[filters / panel, taps, taps, channels, panel]` and a bias `[filters]`, and writes y `[batch, h, w, filters]`. If
+    the tile multiplies bfloat16, x is bfloat16 and w consists of pairs.
     """
     high, wide = (height - taps) // stride + 1, (width - taps) // stride + 1
     steps = channels // 2 if tile.halved else channels

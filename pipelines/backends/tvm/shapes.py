@@ -1,4 +1,4 @@
-"""What a compiled UNet's arguments are, read from the configuration files of a catalog's components."""
+"""The arguments of a compiled UNet, read from the configuration files of a catalog's components."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def artifact_key(
 
 
 def residual_shapes(config: Mapping[str, Any], height: int, width: int) -> list[tuple[int, int, int]]:
-    """`(channels, height, width)` of a ControlNet's residuals for latents of this size: on the way down, then mid."""
+    """`(channels, height, width)` of a ControlNet's residuals for latents of this size: down blocks, then mid block."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
     counts = [layers] * len(channels) if isinstance(layers, int) else list(layers)
     shapes = [(channels[0], height, width)]
@@ -65,7 +65,7 @@ def residual_shapes(config: Mapping[str, Any], height: int, width: int) -> list[
 
 
 def example_inputs(config: Mapping[str, Any], key: ArtifactKey) -> tuple[Tensor, ...]:
-    """The arguments of a program before the weights, zero: sample, timesteps, context, SDXL's added ones, residuals."""
+    """The inputs of a program, as zeros: sample, timesteps, context, SDXL's text_embeds and time_ids, residuals."""
     rows, context = key.rows, config["cross_attention_dim"]
     inputs = [
         torch.zeros(rows, config["in_channels"], key.height, key.width),

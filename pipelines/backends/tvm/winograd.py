@@ -1,4 +1,4 @@
-"""Winograd's convolution F(m x m, 3 x 3), arXiv:1509.09308: what comes before and after the products."""
+"""Winograd's convolution F(m x m, 3 x 3), arXiv:1509.09308: the transforms before and after the products."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pipelines.backends.tvm.tir import FLOAT, VECTOR, kernel
 
 
 def winograd_input(name: str, batch: int, height: int, width: int, channels: int, m: int, halved: bool) -> Any:
-    """B^T d B of every tile: x `[batch, height + 2, width + 2, channels]`, padded; y `[(m + 2)^2, tiles, channels]`.
+    """A kernel for the input transform, B^T d B of every tile.
 
-    y is bfloat16 where `halved`.
+    It takes x `[batch, height + 2, width + 2, channels]`, already padded, and writes y `[(m + 2)^2, tiles, channels]`,
+    in bfloat16 if `halved`.
     """
     side, high, wide = m + 2, height // m, width // m
     lanes = math.gcd(channels, VECTOR)
@@ -49,7 +50,10 @@ def winograd_input(name: str, batch: int, height: int, width: int, channels: int
 
 
 def winograd_output(name: str, batch: int, height: int, width: int, filters: int, m: int) -> Any:
-    """A^T m A + bias of every tile: x `[(m + 2)^2, tiles, filters]`, y `[batch, height, width, filters]`."""
+    """A kernel for the output transform, A^T x A + bias of every tile.
+
+    It takes x `[(m + 2)^2, tiles, filters]` and a bias `[filters]`, and writes y `[batch, height, width, filters]`.
+    """
     side, high, wide = m + 2, height // m, width // m
     lanes = math.gcd(filters, VECTOR)
     transform = WINOGRAD_AT[m]
@@ -81,7 +85,7 @@ def winograd_output(name: str, batch: int, height: int, width: int, filters: int
 
 
 def _weighted(weights: tuple[float, ...], values: list[Any]) -> Any:
-    """The sum of weights times values, without the zeros and the ones."""
+    """The sum of weights times values, without products with 0 and 1."""
     terms = [v if w == 1 else ir.float32(w) * v for w, v in zip(weights, values, strict=True) if w]
     total = terms[0]
     for term in terms[1:]:

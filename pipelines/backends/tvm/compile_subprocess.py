@@ -1,6 +1,7 @@
-"""A program compiled while the server serves: in a niced process of its own, which tries it before anyone finds it.
+"""Compiling a program while the server serves, in a subprocess of low priority.
 
-Whatever goes wrong there, a crash of the compiler or of its code, ends that process and leaves no artifact.
+The subprocess runs the program once before it is stored. If the compiler or the compiled code crashes, only the
+subprocess ends, and no artifact is stored.
 """
 
 from __future__ import annotations
@@ -24,24 +25,26 @@ from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactEr
 logger = logging.getLogger(__name__)
 
 MOST_SECONDS = 1800
-"""A compile that takes longer is ended: SDXL's takes some minutes on a busy core."""
+"""Seconds after which a compile is ended. SDXL takes some minutes on a busy core."""
 NICENESS = 19
 ONE_AT_A_TIME = "on-demand.lock"
 TAIL = 2000
-"""Characters of what a failed process said that are worth a line of the log."""
+"""How many of the last characters of a failed process's output the error message has."""
 
 
 class CompileFailedError(RuntimeError):
-    """A program that could not be made; the message says why."""
+    """A program could not be compiled; the message says why."""
 
 
-def compile_apart(
+def compile_in_subprocess(
     cache: ArtifactCache, config: Mapping[str, Any], key: ArtifactKey, seconds: float = MOST_SECONDS
 ) -> Artifact:
-    """The artifact of a key, made now if it is not there; one at a time of all processes that share the folder.
+    """Return the artifact of a key, and compile it first if the cache does not have it.
+
+    Of all processes that share the cache's folder, one compiles at a time; the others wait.
 
     Raises:
-        CompileFailedError: the process failed, died or took longer than `seconds`; nothing was left.
+        CompileFailedError: the subprocess failed, died or took longer than `seconds`; no artifact was stored.
     """
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def _found(cache: ArtifactCache, key: ArtifactKey) -> Artifact | None:
 
 
 def _run(cache: ArtifactCache, config: Mapping[str, Any], key: ArtifactKey, seconds: float) -> str:
-    """Compile in a process; what it said if it failed."""
+    """Compile in a subprocess; returns its exit status and the end of its output, for an error message."""
     folder = str(cache.folder.resolve())
     task = json.dumps({"folder": folder, "config": dict(config), "key": key.model_dump(), "niceness": NICENESS})
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "TVM_BIND_THREADS": "0"}
@@ -93,13 +96,13 @@ def _run(cache: ArtifactCache, config: Mapping[str, Any], key: ArtifactKey, seco
 
 
 def _end_with_parent() -> None:
-    """Stop when whoever wants the program is gone: its end of the pipe closes with it."""
+    """End this process when its parent is gone: the parent's end of the pipe is then closed."""
     sys.stdin.read()
     os._exit(1)
 
 
 def _work() -> None:
-    """Make what standard input says."""
+    """Compile the program that standard input describes as one line of JSON."""
     task = json.loads(sys.stdin.readline())
     os.nice(task["niceness"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
