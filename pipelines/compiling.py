@@ -60,33 +60,31 @@ class WantedProgram:
 
 
 @dataclass(frozen=True)
-class CompilingSize:
-    """A size that is not ready yet, and how far it is."""
+class UnavailableSize:
+    """A size that a UNet cannot draw now on the tvm backend."""
 
     component: str
     """Component id of the UNet."""
     width: int
     height: int
     control: bool
-    state: CompilingState
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
-class RefusedSize:
+class CompilingSize(UnavailableSize):
+    """A size that is not ready yet, and how far it is."""
+
+    state: CompilingState
+
+
+@dataclass(frozen=True)
+class RefusedSize(UnavailableSize):
     """A size that is compiled, but whose program this replica does not run; `reason` says why."""
 
-    component: str
-    """Component id of the UNet."""
-    width: int
-    height: int
-    control: bool
     reason: str
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)

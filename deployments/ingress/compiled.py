@@ -95,11 +95,10 @@ class CompiledSizes:
             logger.warning("compiled %s does not answer: %s", component, error)
             self.quarantine(component)
         else:
-            sizes = [size for size in answer.sizes if size.component == component]
             # They were measured against torch on the CPU: beside a GPU they are for requests that name tvm.
             if component in self._on_a_gpu:
-                sizes = [replace(size, speedup=0.0) for size in sizes]
-            self._answers[component] = replace(answer, sizes=tuple(sizes))
+                answer = replace(answer, sizes=tuple(replace(size, speedup=0.0) for size in answer.sizes))
+            self._answers[component] = answer
 
 
 def _is_unfinished(answer: CompileReport) -> bool:

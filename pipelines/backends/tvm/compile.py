@@ -42,7 +42,7 @@ from pipelines.backends.tvm.artifacts import (
 )
 from pipelines.backends.tvm.convert import Converters, import_graph
 from pipelines.backends.tvm.lower import lower
-from pipelines.backends.tvm.packing import Layout
+from pipelines.backends.tvm.packing import layouts_of
 from pipelines.backends.tvm.products import Tile
 from pipelines.backends.tvm.shapes import artifact_key, example_inputs
 from pipelines.processor import precision_here
@@ -125,10 +125,9 @@ def try_program(config: Mapping[str, Any], artifact: Artifact, path: Path) -> No
     """Run the program at `path` once on zeros, so that one which crashes does so here and not in a replica."""
     with init_empty_weights():
         shapes = {name: t.shape for name, t in UNet2DConditionModel.from_config(dict(config)).state_dict().items()}
-    layouts = [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
     weights = [
         tvm_ffi.from_dlpack(torch.zeros(layout.shape(tuple(shapes[name])), dtype=layout.dtype))
-        for name, layout in layouts
+        for name, layout in layouts_of(artifact)
     ]
     inputs = [tvm_ffi.from_dlpack(tensor) for tensor in example_inputs(config, artifact.key)]
     relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"](*inputs, *weights)

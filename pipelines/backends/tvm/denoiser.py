@@ -25,7 +25,7 @@ from pipelines.backends.base import StepBatch
 from pipelines.backends.tvm import convert  # noqa: F401  registers the attention that programs call
 from pipelines.backends.tvm.artifacts import Artifact, ArtifactCache, ArtifactError, ArtifactKey
 from pipelines.backends.tvm.low_rank import adapted
-from pipelines.backends.tvm.packing import Layout, aligned
+from pipelines.backends.tvm.packing import Layout, aligned, layouts_of
 from pipelines.backends.tvm.shapes import example_inputs
 from pipelines.control.buffers import spread
 from pipelines.errors import DenoiseError, InvalidValueError, UncompiledError
@@ -76,11 +76,6 @@ class PackedWeights:
     def forget(self) -> None:
         """Release the unpacked weights. The packed copy keeps those of a `plain` layout, whose memory it shares."""
         self._state = {}
-
-
-def layouts_of(artifact: Artifact) -> list[tuple[str, Layout]]:
-    """Name and layout of each weight that a program takes, in the order of its arguments."""
-    return [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -273,26 +268,27 @@ def load_programs(cache: ArtifactCache, keys: Sequence[ArtifactKey], weights: Pa
 
 
 def speedup(fast: TvmDenoiser, slow: Any, batch: StepBatch) -> float:
-    """How many times as fast `fast` evaluates a batch as `slow`: medians of three alternating steps after a warm-up."""
-    seconds: dict[Any, list[float]] = {fast: [], slow: []}
-    for step in range(MEASURED_STEPS + 1):
-        for denoiser, taken in seconds.items():
-            begin = time.perf_counter()
-            denoiser.predict(batch)
-            if step:
-                taken.append(time.perf_counter() - begin)
-    return statistics.median(seconds[slow]) / statistics.median(seconds[fast])
+    """How many times as fast `fast` evaluates a batch as `slow`, measured in alternation."""
+    taken_fast, taken_slow = _medians([fast, slow], batch)
+    return taken_slow / taken_fast
 
 
 def seconds(denoiser: Any, batch: StepBatch) -> float:
     """The median duration of three evaluations after a warm-up, in seconds."""
-    taken = []
+    (taken,) = _medians([denoiser], batch)
+    return taken
+
+
+def _medians(denoisers: Sequence[Any], batch: StepBatch) -> list[float]:
+    """The same for several denoisers, which take turns."""
+    taken: list[list[float]] = [[] for _ in denoisers]
     for step in range(MEASURED_STEPS + 1):
-        begin = time.perf_counter()
-        denoiser.predict(batch)
-        if step:
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+        for denoiser, own in zip(denoisers, taken, strict=True):
+            begin = time.perf_counter()
+            denoiser.predict(batch)
+            if step:
+                own.append(time.perf_counter() - begin)
+    return [statistics.median(own) for own in taken]
 
 
 def trial_batch(config: Mapping[str, Any], artifact: Artifact) -> StepBatch:

@@ -149,17 +149,21 @@ def _compiled(
     """The valid programs of the best kind that has any, by size and artifact id; and the sizes that are refused."""
     found: dict[tuple[Size, str], Artifact] = {}
     refused: dict[RefusedSize, None] = {}
+    keys = {  # read from the configuration files once; kind, rows and LoRAs are filled in below
+        (size, control): artifact_key(catalog, component_id, size.width, size.height, 1, control, every_kind()[0].level)
+        for size, control in size_table(catalog, component_id)
+    }
     for kind in (*kinds, *(kind for kind in every_kind() if kind not in kinds)):
         of_kind: dict[tuple[Size, str], Artifact] = {}
-        for size, control in size_table(catalog, component_id):
+        of_program = {"level": kind.level, "dtype": kind.precision}
+        for (size, control), base in keys.items():
             for rows, loras in program_rows():
-                sides = size.width, size.height
-                key = artifact_key(catalog, component_id, *sides, rows, control, kind.level, loras, kind.precision)
+                key = base.model_copy(update=of_program | {"rows": rows, "loras": loras})
                 try:
                     if artifact := cache.find(key):
                         of_kind[size, key.id] = artifact
                 except ArtifactError as error:
-                    refused[RefusedSize(component_id, *sides, control, str(error))] = None
+                    refused[RefusedSize(component_id, size.width, size.height, control, str(error))] = None
         if of_kind and not found and kind in kinds:
             found = of_kind
             continue

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipelines.backends.tvm.artifacts import Artifact
+
 # Lavin and Gray, arXiv:1509.09308, F(2x2, 3x3) and F(4x4, 3x3): input, filter and output transforms.
 WINOGRAD_BT = {
     2: ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
@@ -117,3 +119,8 @@ class Layout:
                 # [(m+2)^2, 9] x [9, ...]: one matrix product
                 columns = filters.permute(3, 0, 2, 1).reshape(9, -1)
                 return (torch.kron(g, g) @ columns).view(-1, out // self.panel, into, self.panel)
+
+
+def layouts_of(artifact: Artifact) -> list[tuple[str, Layout]]:
+    """Name and layout of each weight that a program takes, in the order of its arguments."""
+    return [(name, Layout(kind, panel, tile)) for name, kind, panel, tile in artifact.weights]  # type: ignore[arg-type]
